@@ -1,0 +1,44 @@
+# Every target works from any folder, twice in a row, as root or not. `make demo` and `make test` are all a newcomer needs.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+NB ?= nbs/*.ipynb
+FUZZ ?= 50000
+
+.PHONY: help venv demo test bench fuzz lab notebooks lines book
+
+help:            ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+
+venv:
+	@$(PYTHON) tools/make_venv.py '$(TORCH)'
+
+demo: venv       ## fetch the small model and let it answer a question
+	@$(BIN)/nano-vllm demo
+
+test: export NANO_VLLM_TEST_START := $(shell date +%s)
+test: export HF_HUB_OFFLINE := 1
+test: venv       ## the export is in sync, every notebook runs, pytest passes
+	$(BIN)/python tools/check_export.py
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --timing
+	$(BIN)/python -m pytest
+
+bench: venv      ## throughput on this machine
+	$(BIN)/nano-vllm bench
+
+fuzz: venv       ## the fuzz tests for longer: FUZZ=number of workloads
+	NANO_VLLM_FUZZ=$(FUZZ) $(BIN)/python -m pytest -k fuzz --timeout 0
+
+lab: venv        ## open the notebooks in JupyterLab
+	$(BIN)/python -m jupyterlab --allow-root --notebook-dir nbs
+
+notebooks: venv  ## execute the notebooks in place and clean them: NB=nbs/01_tokenizer.ipynb for one, RECORD=1 to measure anew
+	TRITON_INTERPRET=1 NANO_VLLM_RECORD=$(RECORD) $(BIN)/python tools/run_notebooks.py $(NB)
+
+lines: venv      ## count the exported lines and write them into README.md
+	@$(BIN)/python tools/count_lines.py
+
+book:            ## render the book into _docs (needs Quarto)
+	@command -v quarto >/dev/null || { echo "make book: no quarto on the PATH; it is a program of its own, see https://quarto.org/docs/get-started" >&2; exit 1; }
+	quarto render
+	@! grep -rnoE --include='*.html' '\?@?(sec|fig|tbl|eq)-[a-z0-9-]+' _docs || { echo "make book: the references above lead nowhere" >&2; exit 1; }

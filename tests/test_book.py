@@ -1,0 +1,410 @@
+"""The book's rules: its files and references, the shape of its chapters, and what their exported code may import and weigh.
+
+Each test gathers every violation, so that one run shows them all.
+"""
+import ast
+import json
+import math
+import re
+import statistics
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+import check_export
+import count_lines
+import make_venv
+import quarto_filter
+from book import NBDEV, ROOT, Cell, chapters, code_lines, listed, plain, quarto
+
+CHAPTERS = chapters()
+MODULES = [c.module for c in CHAPTERS]                       # in reading order
+EXAMPLE = """
+project: {type, output-dir, render}
+book: {title, subtitle, author, repo-url, repo-branch, repo-actions, search: {location, type, show-item-context},
+       sidebar: {style, collapse-level}, page-navigation, reader-mode, open-graph, chapters: {part, chapters}}
+execute: {enabled}
+bibliography:
+link-citations:
+crossref: {chapters}
+format: {html: {ipynb-filters, theme: {light, dark}, respect-user-color-scheme, toc, toc-depth, number-depth, code-copy,
+         code-overflow, code-annotations, lightbox, reference-location, citation-location, citations-hover,
+         crossrefs-hover, footnotes-hover, mermaid: {theme}, html-math-method}}
+"""
+OPTIONS = {"label", "fig-cap", "fig-alt", "tbl-cap", "code-fold", "code-summary", "echo", "output", "warning", "eval"}
+REQUIRED = {"torch", "triton", "transformers", "safetensors", "xxhash", "numpy", "tqdm", "gguf",
+            "tokenizers", "huggingface_hub"}                 # the last two come with transformers
+OPTIONAL = {"flash_attn"}                                    # behind an extra of its own
+
+
+def none(problems):
+    problems = list(problems)
+    if problems: pytest.fail(f"{len(problems)} found\n" + "\n".join(problems), pytrace=False)
+
+
+def cells(kind):
+    "(where, cell) for all cells of a kind, in reading order."
+    return [(f"{c.name}, cell {i}", cell) for c in CHAPTERS for i, cell in enumerate(c.cells) if cell.kind == kind]
+
+
+CODE, MARKDOWN = cells("code"), cells("markdown")
+PAGES = [(name, Cell("markdown", (ROOT/name).read_text(encoding="utf-8"), [])) for name in ("index.qmd", "references.qmd")]
+
+
+# ---- the book's files
+
+def test_every_chapter_exists_and_every_notebook_is_a_chapter():
+    assert listed()[0] == "index.qmd" and listed()[-1] == "references.qmd"
+    here = {f"nbs/{p.name}" for p in (ROOT/"nbs").glob("*.ipynb")} | {p.name for p in ROOT.glob("*.qmd")}
+    none(f"{name} is {'listed, but missing' if name not in here else 'not listed in _quarto.yml'}"
+         for name in sorted(set(listed()) ^ here))
+    assert len(listed()) == len(set(listed()))
+
+
+def test_chapters_stand_in_the_order_of_their_numbers():
+    assert [c.number for c in CHAPTERS] == sorted(c.number for c in CHAPTERS)
+    assert len(set(MODULES)) == len(MODULES)
+
+
+def unknown_keys(value, allowed, path=""):
+    "The keys of `value` that `allowed` has not at the same place; lists are looked through."
+    if isinstance(value, list): return [k for item in value for k in unknown_keys(item, allowed, path)]
+    if not isinstance(value, dict): return []
+    allowed = allowed or {}
+    return [f"{path}{k}" for k in value if k not in allowed] + [
+        k for name, inner in value.items() if name in allowed for k in unknown_keys(inner, allowed[name], f"{path}{name}.")]
+
+
+def test_quarto_yml_has_only_keys_that_are_known_to_render():
+    none(unknown_keys(quarto(), yaml.safe_load(EXAMPLE)))
+    assert unknown_keys({"project": {"type": "book", "resources": []}}, yaml.safe_load(EXAMPLE)) == ["project.resources"]
+    assert quarto()["project"]["type"] == "book"            # a website resolves no reference between pages
+    assert quarto()["execute"] == {"enabled": False}
+    for name in quarto()["format"]["html"]["ipynb-filters"]: assert (ROOT/"nbs"/name).resolve().is_file()
+
+
+def test_workflows_parse_and_pages_name_only_targets_that_exist():
+    texts = [ROOT/name for name in ("README.md", "CONTRIBUTING.md", "index.qmd", ".ci/run")]
+    texts += sorted((ROOT/".github/workflows").glob("*.yml"))
+    for path in texts[4:]: assert yaml.safe_load(path.read_text())["jobs"]
+    targets = set(re.findall(r"^([a-z]+):", (ROOT/"Makefile").read_text(), re.M))
+    named = {(p.name, t) for p in texts for t in re.findall(r"(?:^|run: |exec |`)make ([a-z]+)", p.read_text(), re.M)}
+    none(f"{page}: make {target}" for page, target in sorted(named) if target not in targets)
+    assert {"demo", "test", "bench", "lab", "book"} <= targets
+
+
+def test_links_to_files_lead_somewhere():
+    pages = [(name, (ROOT/name).read_text(encoding="utf-8"), ROOT) for name in ("README.md", "CONTRIBUTING.md", "index.qmd")]
+    pages += [(where, cell.source, ROOT/"nbs") for where, cell in MARKDOWN]
+    none(f"{where}: {link}" for where, text, folder in pages for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text)
+         if not re.match(r"[a-z]+:", link) and not (folder/link).exists())
+
+
+# ---- references, figures, citations
+
+def labels():
+    "(where, label) of everything that can be referred to."
+    found = [(where, cell.options["label"]) for where, cell in CODE if "label" in cell.options]
+    for where, cell in MARKDOWN + PAGES:
+        found += [(where, label) for label in re.findall(r"\{#((?:sec|fig|tbl|eq|lst)-[\w-]+)", cell.source)]
+        found += [(where, label) for label in re.findall(r"^%%\| label: *(\S+)", cell.source, re.M)]
+    return found
+
+
+def at_signs():
+    "(where, key) for every `@key` in the prose, outside code and formulas; captions are prose."
+    pages = [(where, cell.prose) for where, cell in MARKDOWN + PAGES]
+    pages += [(where, cell.options.get("fig-cap", "")) for where, cell in CODE]
+    return [(where, key.rstrip(".:")) for where, text in pages
+            for key in re.findall(r"(?<![\w.@/])@\{?([A-Za-z][\w:.-]*)", text)]
+
+
+CROSSREF = re.compile(r"(sec|fig|tbl|eq|lst)-")
+
+
+def test_labels_are_unique():
+    names = [label for _, label in labels()]
+    none(f"{where}: {label}" for where, label in labels() if names.count(label) > 1)
+
+
+def test_references_resolve():
+    known = {label for _, label in labels()}
+    none(f"{where}: @{key}" for where, key in at_signs() if CROSSREF.match(key) and key not in known)
+
+
+def test_citations_resolve():
+    bib = (ROOT/"references.bib").read_text(encoding="utf-8")
+    entries = {key: body for key, body in re.findall(r"^@\w+\{(\S+),\n(.*?)^\}$", bib, re.M | re.S)}
+    assert len(entries) == len(re.findall(r"^@", bib, re.M)) and bib.count("{") == bib.count("}")
+    none(f"{key} has no {field}" for key, body in entries.items() for field in ("title", "author", "year")
+         if not re.search(rf"^  {field} *= \{{.+\}}", body, re.M))
+    none(f"{where}: @{key}" for where, key in at_signs() if not CROSSREF.match(key) and key not in entries)
+
+
+def test_every_figure_has_a_label_and_a_caption_and_is_referred_to():
+    referred, problems = {key for _, key in at_signs()}, []
+    for where, cell in CODE:
+        label, problem = cell.options.get("label", ""), None
+        if not label.startswith("fig-"): problem = cell.images and "draws a figure without a label fig-..."
+        elif not cell.options.get("fig-cap"): problem = f"{label} has no caption"
+        elif not cell.images: problem = f"{label} has no stored picture"
+        elif label not in referred: problem = f"the text never refers to @{label}"
+        if problem: problems.append(f"{where}: {problem}")
+    none(problems)
+
+
+# ---- the shape of a chapter
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda c: c.name)
+def test_chapter_has_every_part(chapter):
+    text = "\n".join(c.source for c in chapter.markdown)
+    assert chapter.title and chapter.promise
+    assert len(re.findall(r"^# ", "\n".join(c.prose for c in chapter.markdown), re.M)) == 1
+    solutions = [c for c in chapter.code if "code-fold" in c.options and c.options.get("code-summary") == "Solution"]
+    exercises = re.search(r"^## Exercises$", text, re.M)
+    none([*(["no takeaway box"] if '::: {.callout-note title="Takeaway"}' not in text else []),
+          *(["no part 'What vLLM does differently'"] if "What vLLM does differently" not in text else []),
+          *(["no '## Exercises'"] if not exercises else []),
+          *(["no '## Summary' at the end"] if not re.search(r"^## Summary$", chapter.cells[-1].source, re.M) else []),
+          *([f"{len(solutions)} solutions, not 3 to 6"] if not 3 <= len(solutions) <= 6 else [])])
+
+
+def test_div_fences_are_closed_in_their_cell():
+    for where, cell in MARKDOWN + PAGES:
+        opened = len(re.findall(r"^ *:{3,} *[{\w]", cell.prose, re.M))
+        closed = len(re.findall(r"^ *:{3,} *$", cell.prose, re.M))
+        assert opened == closed, f"{where}: {opened} ::: opened, {closed} closed"
+
+
+def test_directives_are_bare_or_known_options():
+    problems = []
+    for where, cell in CODE:
+        head = re.match(r"((#\|.*|\s*)\n)*(#\|.*)?", cell.source)[0]
+        for d in cell.directives:
+            option = re.fullmatch(r"([a-z-]+): +\S.*", d)
+            if not re.fullmatch(NBDEV, d) and not (option and option[1] in OPTIONS): problems.append(f"{where}: #| {d}")
+            if f"#| {d}" not in head: problems.append(f"{where}: '#| {d}' is not at the top, or not '#| ' and one space")
+        if cell.exported and cell.options: problems.append(f"{where}: export beside {', '.join(cell.options)}")
+    none(problems)
+
+
+def size(cell):
+    return sum(code_lines(plain(cell.source)))
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda c: c.name)
+def test_cells_are_short(chapter):
+    sizes = sorted(filter(None, map(size, chapter.code)))
+    median, p90 = statistics.median(sizes), sizes[math.ceil(0.9*len(sizes)) - 1]
+    assert median <= 6 and p90 <= 20, f"lines of code in a cell: median {median}, p90 {p90}, all {sizes}"
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda c: c.name)
+def test_code_is_at_most_88_columns_wide(chapter):
+    none(f"cell {i}, {len(line)} columns: {line}" for i, cell in enumerate(chapter.cells) if cell.kind == "code"
+         for line in cell.source.splitlines() if len(line) > 88 and not line.startswith("#|"))
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda c: c.name)
+def test_prose_goes_with_the_code(chapter):
+    words, code = sum(len(c.prose.split()) for c in chapter.markdown), sum(map(size, chapter.code))
+    assert 6 <= words/code <= 12, f"{words} words for {code} lines of code: {words/code:.1f} each"
+
+
+def is_check(cell):
+    "A cell that asserts or shows something, and is not part of the package."
+    return not cell.exported and bool(cell.outputs or re.search(r"\bassert\b|\btest_\w+\(|\braises\(", cell.source))
+
+
+def only_imports(cell):
+    return all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in cell.tree.body)
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda c: c.name)
+def test_a_check_follows_every_exported_cell(chapter):
+    none(f"no check within two code cells of\n{cell.source}" for i, cell in enumerate(chapter.code)
+         if cell.exported and not only_imports(cell) and not any(map(is_check, chapter.code[i+1:i+3])))
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda c: c.name)
+def test_outputs_are_stored_and_clean(chapter):
+    outputs = [o for c in chapter.code for o in c.outputs]
+    none(f"stores an error: {o['evalue']}" for o in outputs if o["output_type"] == "error")
+    assert any(c.images for c in chapter.code), "no figure is stored"
+    raw = json.loads(chapter.path.read_text(encoding="utf-8"))["cells"]
+    assert not any(c.get("execution_count") or c["metadata"] for c in raw), "not cleaned: run nbdev_clean"
+    text = json.dumps([o.get("text", "") for o in outputs] + [o.get("data", {}).get("text/plain", "") for o in outputs])
+    assert not re.search(r"/(home|root|Users|tmp|work)/", text), "an output shows a path of one machine"
+
+
+# ---- the exported code
+
+def imported(tree):
+    "(module, names) of every import in `tree`; relative ones become absolute."
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import): yield from ((alias.name, []) for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            module = ".".join(filter(None, ["nano_vllm" if node.level else "", node.module]))
+            yield module, [alias.name for alias in node.names]
+
+
+def used_modules(tree):
+    "The modules of the package that `tree` imports; the package itself (`from nano_vllm import LLM`) is ''."
+    for module, names in imported(tree):
+        parts = module.split(".")
+        if parts[0] != "nano_vllm": continue
+        if len(parts) > 1: yield parts[1]
+        else: yield from (name if name in MODULES else "" for name in names or [""])
+
+
+def test_modules_import_only_from_earlier_chapters():
+    problems = []
+    for i, c in enumerate(CHAPTERS):
+        tree = ast.parse(c.module_path.read_text(encoding="utf-8"))
+        problems += [f"{c.module} imports {m or 'the package itself'}" for m in used_modules(tree) if m not in MODULES[:i]]
+    none(problems)
+
+
+def test_notebooks_use_only_what_the_reader_has_met():
+    problems = []
+    for i, c in enumerate(CHAPTERS):
+        met = MODULES[:i+1] + ([""] if "engine" in MODULES[:i+1] else [])  # the package's own names come with the engine
+        for cell in c.code:
+            problems += [f"{c.name} uses {m or 'the package itself'}" for m in used_modules(cell.tree) if m not in met]
+    none(problems)
+
+
+def test_every_module_of_the_package_is_a_chapter():
+    assert {p.stem for p in (ROOT/"nano_vllm").glob("*.py")} - {"__init__", "_modidx"} == set(MODULES)
+
+
+def test_modules_import_only_what_is_required():
+    allowed = set(sys.stdlib_module_names) | REQUIRED | OPTIONAL | {"nano_vllm"}
+    settings = (ROOT/"settings.ini").read_text()
+    requirements = re.search(r"^requirements = (.*)", settings, re.M)[1].split()
+    assert {re.split(r"[<>=;]", r)[0] for r in requirements} == REQUIRED - {"tokenizers", "huggingface_hub"}
+    none(f"{path.name} imports {name}" for path in sorted((ROOT/"nano_vllm").glob("*.py"))
+         for name, _ in imported(ast.parse(path.read_text(encoding="utf-8"))) if name.split(".")[0] not in allowed)
+
+
+def test_package_imports_the_chapters_in_reading_order():
+    order = list(dict.fromkeys(used_modules(ast.parse((ROOT/"nano_vllm/__init__.py").read_text(encoding="utf-8")))))
+    assert order in (MODULES, [m for m in MODULES if m != "cli"])
+
+
+def run_python(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_import_is_fast_and_light():
+    code = """if True:
+        import json, sys, time, torch
+        start = time.perf_counter()
+        import nano_vllm
+        seconds = time.perf_counter() - start
+        public = [n for n in ("LLM", "SamplingParams", "RequestOutput", "CompletionOutput") if hasattr(nano_vllm, n)]
+        print(json.dumps([seconds, list(sys.modules), public]))"""
+    runs = [run_python(code) for _ in range(3)]
+    seconds, (_, loaded, public) = min(r[0] for r in runs), runs[0]
+    print(f"import nano_vllm: {seconds:.2f} s beyond torch")
+    assert public == ["LLM", "SamplingParams", "RequestOutput", "CompletionOutput"]
+    banned = {"nbdev", "fastcore", "execnb", "IPython", "ipykernel", "jupyter_core", "matplotlib", "transformers"}
+    assert not banned & set(loaded)
+    assert seconds < 1
+
+
+def test_size_rule(capsys):
+    rows = count_lines.counts()
+    with capsys.disabled():
+        print("\n\nexported lines: " + ", ".join(f"{c.name} {n}{f' + {k} of kernels' if k else ''}" for c, n, k in rows))
+        print(f"exported lines, chapters 01 to 10: {count_lines.core_total(rows):,}")
+    assert count_lines.core_total(rows) <= 1500
+    assert {c.module: n for c, n, _ in rows}["tiny"] <= 150
+
+
+def test_readme_has_the_measured_table():
+    assert count_lines.in_readme((ROOT/"README.md").read_text(encoding="utf-8")) == count_lines.table(count_lines.counts()), \
+        "run `make lines`"
+
+
+# ---- the tools
+
+def test_code_lines_counts_code_only():
+    source = '''"""A docstring
+of two lines."""
+__all__ = ["f",
+           "g"]
+
+# a comment
+def f(x):  # another
+    "Doc: ünï."
+    return """one
+two"""
+@triton.jit
+def g(x):
+    "Doc."
+
+    return x
+'''
+    assert code_lines(source) == (3, 3)
+
+
+NOTEBOOK = {"metadata": {"kernelspec": {"name": "python3"}}, "nbformat": 4, "nbformat_minor": 5, "cells": [
+    {"cell_type": "markdown", "id": "a", "metadata": {}, "source": ["#| export\n", "stays: prose"]},
+    {"cell_type": "code", "id": "b", "metadata": {}, "outputs": [], "source": ["#| default_exp engine"]},
+    {"cell_type": "code", "id": "c", "metadata": {}, "outputs": [], "source": ["#| hide\n", "secret()"]},
+    {"cell_type": "code", "id": "d", "metadata": {}, "outputs": [], "source": ["#| export\n", "\n", "x = 1  #| export\n", "y"]},
+    {"cell_type": "code", "id": "e", "metadata": {}, "outputs": [1],
+     "source": ["#| cuda\n", "#| label: fig-x\n", "#| fig-cap: \"export\"\n", "plot()"]},
+    {"cell_type": "code", "id": "f", "metadata": {}, "outputs": [], "source": "#|slow\nz"}]}
+
+
+def test_filter_takes_out_directives_and_nothing_else():
+    command = [sys.executable, ROOT/"tools/quarto_filter.py"]
+    done = subprocess.run(command, input=json.dumps(NOTEBOOK), capture_output=True, text=True, check=True, cwd=ROOT/"nbs")
+    out = json.loads(done.stdout)
+    assert {k: v for k, v in out.items() if k != "cells"} == {k: v for k, v in NOTEBOOK.items() if k != "cells"}
+    assert [c["id"] for c in out["cells"]] == ["a", "d", "e", "f"]
+    prose, code, plot, text = out["cells"]
+    assert prose == NOTEBOOK["cells"][0]
+    assert code["source"] == ["x = 1  #| export\n", "y"]
+    assert plot["source"] == ["#| label: fig-x\n", "#| fig-cap: \"export\"\n", "plot()"] and plot["outputs"] == [1]
+    assert text["source"] == "z"
+
+
+def test_filter_leaves_no_directive_in_any_chapter():
+    for c in CHAPTERS:
+        nb = json.loads(c.path.read_text(encoding="utf-8"))
+        left = [line for cell in quarto_filter.clean(nb)["cells"] if cell["cell_type"] == "code"
+                for line in "".join(cell["source"]).splitlines() if line.startswith("#|")]
+        assert all(re.match(r"#\| [a-z-]+: ", line) for line in left), left
+
+
+def test_export_check_sees_every_kind_of_difference(tmp_path):
+    exported, package = tmp_path/"a", tmp_path/"b"
+    for folder, files in (exported, {"same": "x", "changed": "x", "new": "x"}), (package, {"same": "x", "changed": "y", "old": "x"}):
+        folder.mkdir()
+        for name, text in files.items(): (folder/f"{name}.py").write_text(text)
+    found = check_export.differences(exported, package)
+    assert found == ["changed.py: differs", "new.py: in the notebooks, not in the package",
+                     "old.py: in the package, but no notebook exports it"]
+
+
+def test_venv_is_made_anew_only_when_settings_change(tmp_path, monkeypatch):
+    monkeypatch.setattr(make_venv, "ROOT", str(tmp_path))
+    for name in ("settings.ini", "setup.py"): (tmp_path/name).write_text("1")
+    before = make_venv.wanted("torch==1")
+    assert before == make_venv.wanted("torch==1") != make_venv.wanted("torch==2")
+    (tmp_path/"settings.ini").write_text("2")
+    assert make_venv.wanted("torch==1") != before
+
+
+def test_a_python_that_cannot_make_a_venv_is_told_so(monkeypatch):
+    assert make_venv.missing() is None
+    monkeypatch.setitem(sys.modules, "ensurepip", None)
+    assert "apt install python3-venv" in make_venv.missing()
+    monkeypatch.setattr(make_venv, "MIN_PYTHON", (99, 0))
+    assert "too old" in make_venv.missing()

@@ -1,0 +1,203 @@
+"""model: tiny random models built by transformers, and the demo model, against transformers' logits."""
+import json
+import pytest
+import torch
+from nano_vllm.model import ARCHITECTURES, Decoder, ModelConfig, checkpoint_views
+from nano_vllm.weights import load_model
+from nano_vllm.workbench import fetch
+
+TINY = dict(vocab_size=97, hidden_size=48, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3,
+            num_key_value_heads=1, head_dim=10, max_position_embeddings=64, rms_norm_eps=1e-5,
+            tie_word_embeddings=False, eos_token_id=2)
+ROPES = {
+    "default": dict(rope_type="default"),
+    "linear": dict(rope_type="linear", factor=4.0),
+    "llama3": dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                   original_max_position_embeddings=32),
+    "yarn": dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64),
+}
+CASES = {
+    "llama": ("Llama", {}),
+    "llama tied": ("Llama", dict(tie_word_embeddings=True)),
+    "llama biases": ("Llama", dict(attention_bias=True, mlp_bias=True)),
+    "llama attention bias": ("Llama", dict(attention_bias=True)),
+    "llama mlp bias": ("Llama", dict(mlp_bias=True)),
+    "llama many kv heads": ("Llama", dict(num_attention_heads=6, num_key_value_heads=3, head_dim=6)),
+    "llama no gqa": ("Llama", dict(num_key_value_heads=3, head_dim=16)),
+    "llama one head": ("Llama", dict(num_attention_heads=1, head_dim=64)),
+    "qwen2": ("Qwen2", {}),
+    "qwen2 tied": ("Qwen2", dict(tie_word_embeddings=True, num_attention_heads=6, num_key_value_heads=2, head_dim=8)),
+    "qwen3": ("Qwen3", {}),
+    "qwen3 tied": ("Qwen3", dict(tie_word_embeddings=True, num_key_value_heads=3, head_dim=20)),
+    "qwen3 bias": ("Qwen3", dict(attention_bias=True)),
+}
+
+
+def make(family, folder, rope=None, **changes):
+    "A random `family` model of transformers, saved in `folder`."
+    import transformers
+    settings = {**TINY, **changes}
+    rope = dict(rope or ROPES["default"], rope_theta=10000.0)
+    if int(transformers.__version__.split(".")[0]) >= 5: settings["rope_parameters"] = rope
+    else: settings |= dict(rope_theta=rope.pop("rope_theta"), rope_scaling=rope if len(rope) > 1 else None)
+    config = getattr(transformers, f"{family}Config")(**settings)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
+    for name, p in model.named_parameters(): torch.nn.init.normal_(p, float("norm" in name), 0.2)
+    model.save_pretrained(folder)
+    return model
+
+
+def attend_plain(q, k, v, layer):
+    "Causal attention of one sequence, q (N, heads, d), k and v (N, kv_heads, d), by the textbook formula."
+    n, heads, d = q.shape
+    k, v = (t.repeat_interleave(heads // k.shape[1], dim=1) for t in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, k) * d**-0.5
+    scores = scores.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), float("-inf"))
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
+
+
+@torch.inference_mode()
+def our_logits(model, ids):
+    ids = torch.as_tensor(ids)
+    return model.compute_logits(model(ids, torch.arange(len(ids)), attend_plain))
+
+
+@torch.inference_mode()
+def check(theirs, folder, num_tokens, atol=1e-4):
+    config = ModelConfig.from_folder(folder)
+    ours = load_model(folder, config, torch.float32, "cpu")
+    ids = torch.randint(0, config.vocab_size, (num_tokens,), generator=torch.Generator().manual_seed(1))
+    expected, logits = theirs(ids[None]).logits[0], our_logits(ours, ids)
+    assert logits.shape == (num_tokens, config.vocab_size) and expected.std() > 0.1
+    torch.testing.assert_close(logits, expected, rtol=0, atol=atol)
+    return config
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("num_tokens", [1, 40])
+def test_logits_equal_transformers(case, num_tokens, tmp_path):
+    family, changes = CASES[case]
+    config = check(make(family, tmp_path, **changes), tmp_path, num_tokens)
+    assert config.eos_token_ids == {2}
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
+@pytest.mark.parametrize("rope", ROPES)
+def test_rope_types_beyond_the_original_length(family, rope, tmp_path):
+    theirs = make(family, tmp_path, ROPES[rope], max_position_embeddings=256 if rope == "yarn" else 64)
+    config = check(theirs, tmp_path, {"default": 64, "llama3": 64, "linear": 200, "yarn": 200}[rope])
+    assert config.max_position == (64 if rope in ("default", "llama3") else 256)
+
+
+@pytest.mark.parametrize("rope_type_key", ["rope_type", "type"])
+def test_config_as_transformers_4_writes_it(rope_type_key, tmp_path):
+    "rope_theta and rope_scaling at the top level, dtype as torch_dtype."
+    theirs = make("Llama", tmp_path, ROPES["linear"])
+    raw = json.loads((tmp_path/"config.json").read_text())
+    raw.pop("rope_parameters", None), raw.pop("dtype", None)
+    raw |= {"rope_theta": 10000.0, "rope_scaling": {rope_type_key: "linear", "factor": 4.0}, "torch_dtype": "bfloat16"}
+    (tmp_path/"config.json").write_text(json.dumps(raw))
+    config = check(theirs, tmp_path, 200)
+    assert config.dtype == torch.bfloat16 and config.rope["rope_type"] == "linear"
+
+
+def test_yarn_reaches_factor_times_its_original_length(tmp_path):
+    make("Qwen2", tmp_path, ROPES["yarn"], max_position_embeddings=64)  # as Qwen2.5's README says to do it
+    assert ModelConfig.from_folder(tmp_path).max_position == 256
+
+
+def test_several_eos_ids(tmp_path):
+    make("Llama", tmp_path)
+    (tmp_path/"generation_config.json").write_text(json.dumps(dict(eos_token_id=[5, 7])))
+    assert ModelConfig.from_folder(tmp_path).eos_token_ids == {2, 5, 7}
+    (tmp_path/"generation_config.json").unlink()
+    assert ModelConfig.from_folder(tmp_path).eos_token_ids == {2}
+    raw = json.loads((tmp_path/"config.json").read_text())
+    (tmp_path/"config.json").write_text(json.dumps(raw | dict(eos_token_id=None)))
+    assert ModelConfig.from_folder(tmp_path).eos_token_ids == set()
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel.*LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"),
+    (dict(architectures=None), "architectures"),
+    (dict(quantization_config=dict(quant_method="awq", bits=4)), "quantization_config"),
+    (dict(use_sliding_window=True, sliding_window=8, max_window_layers=1), "use_sliding_window"),
+    (dict(hidden_act="gelu"), "hidden_act is 'gelu'"),
+    (dict(num_attention_heads=3, num_key_value_heads=2), "num_key_value_heads"),
+    (dict(rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)), "rope_type is 'dynamic'"),
+    (dict(rope_parameters=None, rope_scaling=dict(type="dynamic", factor=2.0)), "rope_type is 'dynamic'"),
+    (dict(rope_parameters=dict(rope_type="llama3", rope_theta=1e4)), "factor"),
+    (dict(head_dim=7), "head_dim"),
+    (dict(num_hidden_layers="two"), "config.json"),
+])
+def test_config_refused_by_name(changes, words, tmp_path):
+    make("Qwen2", tmp_path)
+    raw = json.loads((tmp_path/"config.json").read_text())
+    (tmp_path/"config.json").write_text(json.dumps(raw | changes))
+    with pytest.raises(ValueError, match=words): ModelConfig.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("text", [None, "{not json", "[]"])
+def test_config_file_missing_or_broken(text, tmp_path):
+    if text: (tmp_path/"config.json").write_text(text)
+    with pytest.raises(ValueError, match="config.json"): ModelConfig.from_folder(tmp_path)
+
+
+def test_a_family_can_be_registered(tmp_path):
+    theirs = make("Llama", tmp_path, attention_bias=True)
+    raw = json.loads((tmp_path/"config.json").read_text())
+    (tmp_path/"config.json").write_text(json.dumps(raw | dict(architectures=["MyForCausalLM"])))
+    with pytest.raises(ValueError, match="MyForCausalLM"): ModelConfig.from_folder(tmp_path)
+    ARCHITECTURES["MyForCausalLM"] = ARCHITECTURES["LlamaForCausalLM"]
+    try: check(theirs, tmp_path, 20)
+    finally: del ARCHITECTURES["MyForCausalLM"]
+
+
+def test_tokens_are_independent_of_their_companions(tmp_path):
+    "Two sequences laid end to end in the flat batch give what each gives alone."
+    make("Qwen3", tmp_path)
+    model = load_model(tmp_path, ModelConfig.from_folder(tmp_path), torch.float32, "cpu")
+    a, b = torch.arange(9), torch.arange(40, 45)
+    def attend_both(q, k, v, layer):
+        return torch.cat([attend_plain(q[:9], k[:9], v[:9], layer), attend_plain(q[9:], k[9:], v[9:], layer)])
+    positions = torch.cat((torch.arange(9), torch.arange(5)))
+    with torch.inference_mode(): both = model.compute_logits(model(torch.cat((a, b)), positions, attend_both))
+    torch.testing.assert_close(both[:9], our_logits(model, a), rtol=0, atol=1e-5)
+    torch.testing.assert_close(both[9:], our_logits(model, b), rtol=0, atol=1e-5)
+
+
+def test_attend_sees_each_layer_once_and_no_input_is_written(tmp_path):
+    make("Llama", tmp_path)
+    model = load_model(tmp_path, ModelConfig.from_folder(tmp_path), torch.float32, "cpu")
+    seen = []
+    def attend(q, k, v, layer):
+        seen.append((layer, tuple(q.shape), tuple(k.shape), tuple(v.shape)))
+        return attend_plain(q, k, v, layer)
+    ids, positions = torch.tensor([3, 1, 4]), torch.arange(3)
+    params = {n: p.clone() for n, p in model.named_parameters()}
+    with torch.inference_mode(): hidden = model(ids, positions, attend)
+    assert seen == [(i, (3, 3, 10), (3, 1, 10), (3, 1, 10)) for i in range(2)] and hidden.shape == (3, 48)
+    assert ids.tolist() == [3, 1, 4] and positions.tolist() == [0, 1, 2]
+    for n, p in model.named_parameters(): assert torch.equal(p, params[n])
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
+def test_checkpoint_names_are_transformers_names(family, tmp_path):
+    theirs = make(family, tmp_path, attention_bias=True)
+    views = checkpoint_views(Decoder(ModelConfig.from_folder(tmp_path)))
+    assert {n: tuple(v.shape) for n, v in views.items()} == {n: tuple(p.shape) for n, p in theirs.state_dict().items()}
+
+
+@torch.inference_mode()
+def test_demo_model_equals_transformers():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    path = fetch()
+    config = ModelConfig.from_folder(path)
+    ids = AutoTokenizer.from_pretrained(path).encode(
+        "Paged attention stores the keys and values of a sequence in blocks of fixed size, "
+        "so that memory is never wasted on tokens which may not come. 日本語 😀")
+    expected = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(torch.tensor([ids])).logits[0]
+    logits = our_logits(load_model(path, config, torch.float32, "cpu"), ids)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-3)
+    assert torch.equal(logits.argmax(-1), expected.argmax(-1)) and config.eos_token_ids == {2}

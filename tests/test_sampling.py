@@ -1,0 +1,391 @@
+"Tests of nano_vllm.sampling: parameters, the noise, every filter against exact distributions, laws 6 and 7."
+import math
+import random
+from dataclasses import fields, replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nano_vllm import sampling
+from nano_vllm.sampling import (LOGIT_STAGES, SAMPLING_STAGES, Logprob, SamplingParams, gumbel, hash_bits, mix64,
+                                row_keys, run_stages, sample, token_logprobs)
+
+V, N = 12, 20_000
+
+
+def row(seed=0, prompt=(), output=(), stop=(), **params):
+    return SimpleNamespace(params=SamplingParams(**params), seed=seed, prompt_token_ids=list(prompt),
+                           output_token_ids=list(output), stop_token_ids=set(stop))
+
+
+def same(n, start=0, **kwargs):
+    "n rows that differ only in their seed (the parameters are checked once: that takes its time)."
+    first = vars(row(**kwargs))
+    return [SimpleNamespace(**{**first, "seed": start + i}) for i in range(n)]
+
+
+def rand(*shape, seed=0, scale=1.5):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def p_value(counts, expected):
+    counts, expected = counts.double(), expected.double()
+    assert counts[expected == 0].sum() == 0
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    statistic = ((counts - expected)**2 / expected).sum()
+    return torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2).double(), statistic / 2).item()
+
+
+def uniform(values, n):
+    counts = values.flatten().long().bincount(minlength=n)
+    return p_value(counts, torch.full((n,), values.numel() / n))
+
+
+# ---------------------------------------------------------------- parameters
+
+def test_fields_and_defaults():
+    expected = dict(n=1, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, presence_penalty=0.0, frequency_penalty=0.0,
+                    repetition_penalty=1.0, seed=None, max_tokens=16, min_tokens=0, stop=None, stop_token_ids=None,
+                    ignore_eos=False, logprobs=None, prompt_logprobs=None, skip_special_tokens=True)
+    assert {f.name: f.default for f in fields(SamplingParams)} == expected
+    assert [f.name for f in fields(SamplingParams)] == list(expected)
+
+
+@pytest.mark.parametrize("good", [
+    dict(n=4), dict(temperature=0), dict(temperature=0, n=1), dict(top_p=1), dict(top_p=1e-9), dict(top_k=-1),
+    dict(top_k=10**9), dict(min_p=1), dict(presence_penalty=-2), dict(frequency_penalty=2.0), dict(repetition_penalty=2),
+    dict(seed=-2**63), dict(seed=2**63 - 1), dict(seed=0), dict(max_tokens=None), dict(max_tokens=None, min_tokens=99),
+    dict(min_tokens=16), dict(stop="x"), dict(stop=["x", "yz"]), dict(stop=("x",)), dict(stop=[]),
+    dict(stop_token_ids=[0, 5]), dict(stop_token_ids={1}), dict(logprobs=0), dict(logprobs=20), dict(prompt_logprobs=5),
+    dict(ignore_eos=True), dict(skip_special_tokens=False)], ids=str)
+def test_good_values(good): SamplingParams(**good)
+
+
+NAN, INF = float("nan"), float("inf")
+BAD = dict(
+    n=[0, -1, 1.0, True, None, "1", 16385, NAN], temperature=[-0.1, NAN, INF, "0", None, True, [1], 1e300, 1j],
+    top_p=[0, 0.0, -0.5, 1.01, NAN, INF, None, "1", True], top_k=[-2, 1.5, True, None, "5", NAN],
+    min_p=[-0.1, 1.1, NAN, None, False, "0"], presence_penalty=[-2.1, 2.1, NAN, None, True, "1"],
+    frequency_penalty=[-2.1, 2.1, INF, None, True], repetition_penalty=[0, -1, NAN, INF, None, True, 1e9],
+    seed=[2**63, -2**63 - 1, 1.0, True, "7"], max_tokens=[0, -1, 1.5, True, "16", NAN],
+    min_tokens=[-1, 17, 1.0, True, None], stop=["", ["a", ""], [1], 5, {"a": 1}, b"x", [None]],
+    stop_token_ids=[5, [1.0], ["a"], [-1], [True], "12", [None]], ignore_eos=[1, 0, None, "yes"],
+    logprobs=[-1, 21, 1.0, True, "1"], prompt_logprobs=[-1, 21, 2.0, False], skip_special_tokens=[1, None, "no"])
+
+
+@pytest.mark.parametrize("name, value", [(n, v) for n, vs in BAD.items() for v in vs], ids=repr)
+def test_bad_values_are_named(name, value):
+    with pytest.raises(ValueError) as error: SamplingParams(**{name: value})
+    message = str(error.value)
+    assert message.startswith(name + " must be ")
+    assert repr(value) in message or repr(float(value)) in message
+
+
+def test_bad_combinations():
+    with pytest.raises(ValueError, match="min_tokens must be at most max_tokens=3, got 4"):
+        SamplingParams(max_tokens=3, min_tokens=4)
+    for temperature in (0, 1e-6):
+        with pytest.raises(ValueError, match="n must be 1 .* got 2"): SamplingParams(n=2, temperature=temperature)
+
+
+def test_normal_form():
+    stops = ["a"]
+    p = SamplingParams(temperature=1, stop=stops, stop_token_ids=(3,))
+    stops.append("b")
+    assert p.stop == ["a"] and p.stop_token_ids == [3] and isinstance(p.temperature, float)
+    assert SamplingParams(stop="END").stop == ["END"]
+    assert SamplingParams().stop == [] == SamplingParams().stop_token_ids
+    assert replace(p, top_k=3).top_k == 3
+    with pytest.raises(ValueError, match="top_k"): replace(p, top_k=-3)
+
+
+# ---------------------------------------------------------------- the noise
+
+def test_mix64_is_splitmix64():
+    assert mix64(torch.tensor([1234567])).item() == 6457827717110365317
+    assert mix64(torch.tensor([0])).item() == 0xe220a8397b1dcdaf - 2**64
+
+
+def test_hash_against_plain_python():
+    "The torch code is the formula: 32-bit arithmetic, shifts that carry the sign."
+    def signed(x): return (x + 2**31) % 2**32 - 2**31
+    def one(v, k0, k1):
+        x = v ^ k0
+        for i, (factor, shift) in enumerate(((0xed5ad4bb, 11), (0xac4c1b51, 15), (0x31848bab, 14))):
+            x = signed(x * factor)
+            x ^= x >> shift
+            if i == 0: x = signed(x + k1)
+        return x
+    keys = row_keys([row(seed=s, output=[0] * s) for s in range(5)])
+    assert hash_bits(keys, 40).tolist() == [[one(v, k0, k1) for v in range(40)] for k0, k1 in keys.tolist()]
+
+
+@pytest.mark.parametrize("shift", [0, 8, 15, 23])
+def test_bits_are_uniform_and_neighbours_independent(shift):
+    def byte(rows): return (hash_bits(row_keys(rows), 20_000) >> shift) & 255
+    by_seed = byte([row(seed=s) for s in range(200)])
+    by_step = byte([row(seed=3, output=[0] * t) for t in range(200)])
+    ps = [uniform(by_seed, 256), uniform(by_step, 256), uniform(by_seed[:-1] * 256 + by_seed[1:], 2**16),
+          uniform(by_step[:-1] * 256 + by_step[1:], 2**16), uniform(by_step[:-1, :-1] * 256 + by_step[1:, 1:], 2**16)]
+    ps += [uniform(by_seed[:, :-d] * 256 + by_seed[:, d:], 2**16) for d in (1, 2, 3, 64, 256, 1024, 16384)]
+    assert min(ps) > 1e-4, ps
+
+
+def test_every_bit_of_the_seed_matters():
+    rng = random.Random(0)
+    seeds = [rng.randrange(-2**63, 2**63) for _ in range(500)]
+    flip = lambda s, bit: (s + 2**63 ^ 1 << bit) - 2**63
+    bits = hash_bits(row_keys([row(seed=s) for s in seeds]), 16)
+    for bit in range(64):
+        changed = bits ^ hash_bits(row_keys([row(seed=flip(s, bit)) for s in seeds]), 16)
+        share = torch.stack([(changed >> b & 1).float().mean() for b in range(31)])
+        assert (share - 0.5).abs().max() < 0.04, bit
+
+
+def test_keys_do_not_repeat():
+    keys = row_keys([row(seed=s, output=[0] * t) for s in range(-50, 50) for t in range(50)])
+    assert len({tuple(k) for k in keys.tolist()}) == 5000
+
+
+def test_gumbel_is_gumbel():
+    g = gumbel(row_keys([row(seed=s) for s in range(100)]), 40_000)
+    assert g.isfinite().all()
+    cdf = torch.exp(-torch.exp(-g.double()))
+    assert uniform((cdf * 1000).long().clamp(max=999), 1000) > 1e-4
+    tail = (g > 10).sum().item()  # P(G > 10) = 1 - exp(-exp(-10)): the tail that decides for rare tokens
+    expected = g.numel() * -math.expm1(-math.exp(-10))
+    assert abs(tail - expected) < 4 * math.sqrt(expected)
+
+
+def test_extreme_bits_stay_finite(monkeypatch):
+    extremes = torch.tensor([[0, 2**31 - 1]], dtype=torch.int32)
+    monkeypatch.setattr(sampling, "hash_bits", lambda keys, vocab_size: extremes)
+    assert gumbel(None, 2).isfinite().all()
+
+
+# ---------------------------------------------------------------- distributions
+
+def exact(logits, r):
+    "The distribution of the next token of one row, in plain Python: the oracle."
+    p, x = r.params, [float(l) for l in logits]
+    for v in range(len(x)):
+        count = r.output_token_ids.count(v)
+        if v in r.prompt_token_ids or count: x[v] = x[v] / p.repetition_penalty if x[v] > 0 else x[v] * p.repetition_penalty
+        x[v] -= p.frequency_penalty * count + p.presence_penalty * (count > 0)
+        if v in r.stop_token_ids and len(r.output_token_ids) < p.min_tokens: x[v] = -math.inf
+    if p.temperature < 1e-5: return torch.eye(len(x), dtype=torch.float64)[x.index(max(x))]
+    q = [math.exp((l - max(x)) / p.temperature) for l in x]
+    keep = {v for v in range(len(q)) if q[v] > 0 and q[v] >= p.min_p * max(q)}
+    if p.top_k > 0:
+        bound = sorted((q[v] for v in keep), reverse=True)[:p.top_k][-1]
+        keep = {v for v in keep if q[v] >= bound}
+    if p.top_p < 1:
+        total, mass, nucleus = sum(q[v] for v in keep), 0.0, set()
+        for v in sorted(keep, key=lambda v: -q[v]):
+            if mass < p.top_p * total: bound = q[v]
+            mass += q[v]
+        keep = {v for v in keep if q[v] >= bound}
+    return torch.tensor([q[v] if v in keep else 0.0 for v in range(len(q))], dtype=torch.float64) / sum(q[v] for v in keep)
+
+
+CASES = [dict(), dict(temperature=0.5), dict(temperature=2), dict(top_k=3), dict(top_k=-1), dict(top_k=99), dict(top_p=0.8),
+         dict(top_p=0.3), dict(min_p=0.2), dict(temperature=1.5, top_k=8, top_p=0.9, min_p=0.05),
+         dict(temperature=0.7, top_p=0.95, repetition_penalty=1.5, frequency_penalty=0.3, presence_penalty=-0.2),
+         dict(min_tokens=10, top_p=0.9)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_draws_follow_the_exact_distribution(case):
+    x = rand(V, seed=1)
+    rows = same(N, prompt=[1, 2], output=[3, 3, 4], stop=[0, 5], **case)
+    counts = sample(x.expand(N, -1), rows).bincount(minlength=V)
+    assert p_value(counts, exact(x, rows[0]) * N) > 1e-4
+
+
+def test_draws_over_positions_of_one_seed():
+    x = rand(V, seed=2)
+    r = [row(seed=5, output=[0] * t) for t in range(3000)]
+    tokens = sample(x.expand(3000, -1), r)
+    assert p_value(tokens.bincount(minlength=V), x.softmax(-1) * 3000) > 1e-4
+    pairs = (tokens[:-1] * V + tokens[1:]).bincount(minlength=V * V)  # consecutive draws are independent
+    assert p_value(pairs, torch.outer(x.softmax(-1), x.softmax(-1)).flatten() * 2999) > 1e-4
+
+
+def test_draws_over_a_real_vocabulary():
+    x = rand(49152, seed=3, scale=3)
+    tokens = torch.cat([sample(x.expand(100, -1), same(100, start=100 * b)) for b in range(20)])
+    group = x.argsort(descending=True).argsort() // 3072  # 16 groups by rank
+    expected = torch.zeros(16).index_add_(0, group, x.softmax(-1)) * len(tokens)
+    assert p_value(group[tokens].bincount(minlength=16)[expected > 1], expected[expected > 1]) > 1e-4
+
+
+def test_a_rare_token_is_drawn_as_often_as_it_should():
+    n, batches = 20_000, 10
+    x = torch.tensor([0.0, math.log(1e-3)])
+    hits = sum(sample(x.expand(n, -1), same(n, start=n * b)).sum().item() for b in range(batches))
+    expected = n * batches * 1e-3 / 1.001
+    assert abs(hits - expected) < 4 * math.sqrt(expected)
+
+
+def random_rows(rng, n, V):
+    pick = lambda *values: rng.choice(values)
+    return [row(seed=rng.randrange(2**40), prompt=rng.choices(range(V), k=rng.randrange(6)),
+                output=rng.choices(range(V), k=rng.randrange(9)), stop=rng.choices(range(V + 3), k=2),
+                temperature=pick(0, 1, 1, 0.3, 1.7), top_k=pick(0, -1, 1, 5, 40, 999), top_p=pick(1, 1, 0.95, 0.6, 0.1, 1e-9),
+                min_p=pick(0, 0, 0.02, 0.3, 1), min_tokens=pick(0, 4), repetition_penalty=pick(1, 1, 1.3, 0.8),
+                frequency_penalty=pick(0, 0, 0.4, -1), presence_penalty=pick(0, 0, -0.5, 1)) for _ in range(n)]
+
+
+@pytest.mark.parametrize("trial", range(6))
+def test_stages_against_the_oracle(trial):
+    rng, size = random.Random(trial), (20, 64, 151)[trial % 3]
+    rows, x = random_rows(rng, 150, size), rand(150, size, seed=trial, scale=3)
+    hot = [i for i, r in enumerate(rows) if not r.params.greedy]
+    after = run_stages(SAMPLING_STAGES, run_stages(LOGIT_STAGES, x, rows)[hot], [rows[i] for i in hot]).softmax(-1).double()
+    wanted = torch.stack([exact(x[i], rows[i]) for i in hot])
+    assert ((after > 0) == (wanted > 0)).all()
+    assert (after - wanted).abs().max() < 1e-5
+    tokens = sample(x, rows)
+    assert all(exact(x[i], rows[i])[t] > 0 for i, t in enumerate(tokens.tolist()))
+
+
+# ---------------------------------------------------------------- laws 6 and 7
+
+def test_law6_greedy_is_argmax_in_mixed_batches():
+    x = rand(40, 500)
+    rows = [row(seed=i, temperature=i % 2, top_k=3, top_p=0.5, min_p=0.1) for i in range(40)]
+    assert torch.equal(sample(x, rows)[::2], x[::2].argmax(-1))
+    rows = [row(temperature=0, output=[x[i].argmax().item()], presence_penalty=2) for i in range(40)]
+    penalised = x.clone()
+    for i, r in enumerate(rows): penalised[i, r.output_token_ids[0]] -= 2
+    assert torch.equal(sample(x, rows), penalised.argmax(-1))
+
+
+def test_law6_top_p_keeps_the_token_that_crosses():
+    probs = torch.tensor([[0.5, 0.3, 0.2]])
+    for p, kept in ((1e-9, 1), (0.4, 1), (0.51, 2), (0.79, 2), (0.81, 3), (0.9999, 3)):
+        after = run_stages(SAMPLING_STAGES, probs.log(), [row(top_p=p)])
+        assert (after > -math.inf).sum() == kept, p
+
+
+def test_top_p_on_a_flat_distribution():
+    for p in (1e-9, 0.5, 0.999999):  # all tie with the last token kept, so all stay
+        after = run_stages(SAMPLING_STAGES, torch.zeros(2, 1000), [row(top_p=p)] * 2)
+        assert (after > -math.inf).all()
+
+
+def test_law6_tokens_do_not_depend_on_the_batch():
+    rng = random.Random(9)
+    rows, x = random_rows(rng, 64, 3000), rand(64, 3000, seed=9, scale=3)
+    together = sample(x, rows)
+    alone = torch.cat([sample(x[i:i + 1], rows[i:i + 1]) for i in range(64)])
+    assert torch.equal(alone, together)
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(sample(x[order], [rows[i] for i in order]), together[order])
+
+
+@pytest.mark.parametrize("size", [7, 1000, 49152])
+def test_noise_bits_and_floats_do_not_depend_on_the_batch(size):
+    keys = row_keys([row(seed=s) for s in range(9)])
+    whole = gumbel(keys, size)
+    for i in range(9): assert torch.equal(gumbel(keys[i:i + 1], size)[0], whole[i])
+
+
+def test_chunks_do_not_matter(monkeypatch):
+    rows, x = random_rows(random.Random(4), 33, 200), rand(33, 200, seed=4)
+    whole = sample(x, rows)
+    for chunk in (1, 200, 1999, 10**9):
+        monkeypatch.setattr(sampling, "CHUNK", chunk)
+        assert torch.equal(sample(x, rows), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_law7_inputs_are_not_written(dtype):
+    rows, x = random_rows(random.Random(5), 50, 100), rand(50, 100).to(dtype)
+    before, lists = x.clone(), [(list(r.prompt_token_ids), list(r.output_token_ids)) for r in rows]
+    for chosen in (rows, [r for r in rows if not r.params.greedy][:1] * 50, [row()] * 50, [row(temperature=0)] * 50):
+        tokens = sample(x, chosen)
+        assert tokens.dtype == torch.int64 and tokens.shape == (50,)
+    token_logprobs(x, tokens, 5)
+    assert torch.equal(x, before)
+    assert lists == [(r.prompt_token_ids, r.output_token_ids) for r in rows]
+
+
+def test_masked_tokens_are_never_drawn():
+    x = torch.full((5000, 50), -math.inf)
+    x[:, 7], x[:, 33] = 0.0, -80.0
+    assert (sample(x, same(5000)) == 7).all()
+    x[:, 33] = 0.0
+    for params in (dict(), dict(temperature=1e5), dict(temperature=1e-4), dict(top_p=0.9, top_k=10, min_p=0.5)):
+        tokens = sample(x, same(5000, **params))
+        assert set(tokens.tolist()) == {7, 33}
+        assert abs((tokens == 7).float().mean() - 0.5) < 0.05  # a tie, also at extreme temperatures
+
+
+def test_min_tokens():
+    x = torch.zeros(3, 4)
+    x[:, 2] = 50.0
+    rows = [row(seed=1, output=[0] * n, stop=[2, 99], min_tokens=2) for n in (0, 1, 2)]
+    assert (sample(x, rows) == 2).tolist() == [False, False, True]
+    rows = [row(output=[0] * n, stop=[2, 99], min_tokens=2, temperature=0) for n in (0, 1, 2)]
+    assert sample(x, rows).tolist() == [0, 0, 2]
+    assert sample(x, [row(min_tokens=2, temperature=0)] * 3).tolist() == [2, 2, 2]  # nothing stops these rows
+
+
+def test_empty_batch_and_empty_prompt():
+    assert sample(torch.empty(0, 10), []).shape == (0,)
+    assert token_logprobs(torch.empty(0, 10), [], 3) == []
+    assert sample(torch.zeros(1, 4), [row(temperature=0, repetition_penalty=2)]).tolist() == [0]
+
+
+# ---------------------------------------------------------------- cost
+
+class Ops(TorchDispatchMode):
+    "Records the name and the number of rows of each tensor operation."
+    def __enter__(self):
+        self.seen = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        size = args[0].shape[0] if args and isinstance(args[0], torch.Tensor) and args[0].dim() else None
+        self.seen.append((func.overloadpacket.__name__, size))
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_tensor_work_per_row():
+    def count(n):
+        with Ops() as ops: sample(torch.zeros(n, 100), [row(top_p=0.9, top_k=5, min_p=0.1, temperature=0.5, min_tokens=2,
+                                                            stop=[1], output=[2], repetition_penalty=1.1)] * n)
+        return len(ops.seen)
+    assert count(4) == count(64)
+
+
+def test_only_rows_that_ask_pay():
+    x = torch.zeros(8, 100)
+    with Ops() as ops: sample(x, [row(temperature=0)] * 8)
+    assert {name for name, _ in ops.seen} <= {"slice", "argmax", "cat", "alias", "_to_copy"}
+    with Ops() as ops: sample(x, [row()] * 8)
+    assert not {"topk", "sort", "_softmax", "div", "div_", "index_copy"} & {name for name, _ in ops.seen}
+    with Ops() as ops: sample(x, [row()] * 5 + [row(top_k=3), row(top_p=0.5), row(temperature=0)])
+    assert [size for name, size in ops.seen if name == "topk"] == [1, 1]
+    assert "sort" not in {name for name, _ in ops.seen}
+
+
+# ---------------------------------------------------------------- logprobs
+
+def test_token_logprobs():
+    x = rand(6, 40)
+    wanted, ids = x.double().log_softmax(-1), [3, 0, 39, 7, x[4].argmax().item(), x[5].argmin().item()]
+    for k in (0, 1, 5):
+        for i, entry in enumerate(token_logprobs(x, torch.tensor(ids), k)):
+            order = wanted[i].argsort(descending=True).tolist()
+            assert next(iter(entry)) == ids[i]
+            assert set(entry) == {ids[i], *order[:k]}
+            for token, info in entry.items():
+                assert type(info) is Logprob and type(info.logprob) is float and info.decoded_token is None
+                assert info.rank == order.index(token) + 1
+                assert abs(info.logprob - wanted[i, token]) < 1e-5
+    assert token_logprobs(x, ids, 100)[0].keys() == set(range(40))
+    assert token_logprobs(x, ids, 2) == token_logprobs(x, torch.tensor(ids), 2)

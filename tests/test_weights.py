@@ -1,0 +1,268 @@
+"""weights: law 9, the loader writes every parameter exactly once or raises. And the ways a model can be named."""
+import json
+import struct
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from nano_vllm import weights
+from nano_vllm.model import ModelConfig, checkpoint_views
+from nano_vllm.weights import empty_model, load_model, load_weights, read_tensors, resolve_model, weight_files
+from nano_vllm.workbench import fetch
+from test_model import make, our_logits
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make("Qwen3", tmp_path/"tiny")
+    return tmp_path/"tiny"
+
+
+def load(folder, dtype=torch.float32, **kw): return load_model(folder, ModelConfig.from_folder(folder), dtype, "cpu", **kw)
+
+
+def change(folder, edit):
+    "Apply `edit` to the checkpoint's dict of tensors."
+    tensors = load_file(folder/"model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder/"model.safetensors")
+
+
+def test_every_parameter_is_written_exactly_once(folder):
+    tensors = load_file(folder/"model.safetensors")
+    for i, name in enumerate(sorted(tensors)): tensors[name] = torch.full_like(tensors[name], i + 1.0)
+    save_file(tensors, folder/"model.safetensors")
+    model = empty_model(ModelConfig.from_folder(folder), torch.float32, "cpu")
+    for p in model.parameters(): p.fill_(float("nan"))
+    load_weights(model, folder)
+    assert not any(p.isnan().any() for p in model.parameters())
+    views = checkpoint_views(model)
+    for name in tensors: assert torch.equal(views[name], tensors[name])
+    assert sum(v.numel() for v in views.values()) == sum(p.numel() for p in model.parameters())
+
+
+def test_views_partition_the_parameters(folder):
+    "Each number of each parameter belongs to exactly one view."
+    model = empty_model(ModelConfig.from_folder(folder), torch.float32, "cpu")
+    for p in model.parameters(): p.zero_()
+    for view in checkpoint_views(model).values(): view += 1
+    for p in model.parameters(): assert p.eq(1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtype_is_converted_on_copy(folder, dtype):
+    model, tensors = load(folder, dtype), load_file(folder/"model.safetensors")
+    for name, view in checkpoint_views(model).items(): assert torch.equal(view, tensors[name].to(dtype))
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert model.rotary.cos.dtype == torch.float32 and not any(p.requires_grad for p in model.parameters())
+
+
+def test_bfloat16_checkpoint(folder):
+    change(folder, lambda t: t.update({n: v.bfloat16() for n, v in t.items()}))
+    for name, view in checkpoint_views(load(folder)).items():
+        assert torch.equal(view, load_file(folder/"model.safetensors")[name].float())
+
+
+def shard(folder, num=3):
+    "Split the checkpoint over `num` files with an index, as save_pretrained(max_shard_size=...) does."
+    tensors = load_file(folder/"model.safetensors")
+    (folder/"model.safetensors").unlink()
+    places = {n: f"model-{i%num + 1:05}-of-{num:05}.safetensors" for i, n in enumerate(sorted(tensors))}
+    for file in set(places.values()): save_file({n: t for n, t in tensors.items() if places[n] == file}, folder/file)
+    (folder/"model.safetensors.index.json").write_text(json.dumps(dict(metadata={}, weight_map=places)))
+    return places
+
+
+def test_sharded_equals_single(folder):
+    ids = list(range(20))
+    expected = our_logits(load(folder), ids)
+    shard(folder)
+    assert len(weight_files(folder)) == 3
+    assert torch.equal(our_logits(load(folder), ids), expected)
+
+
+def test_shards_as_transformers_writes_them(tmp_path):
+    model = make("Llama", tmp_path)
+    expected = our_logits(load(tmp_path), [5, 6, 7])
+    (tmp_path/"model.safetensors").unlink()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(weight_files(tmp_path)) > 1
+    assert torch.equal(our_logits(load(tmp_path), [5, 6, 7]), expected)
+
+
+def test_missing_tensors(folder):
+    change(folder, lambda t: [t.pop(n) for n in sorted(t) if "layers.1" in n])
+    with pytest.raises(ValueError, match=r"11 tensors are missing: model.layers.1\S+, .* and 8 more"): load(folder)
+    change(folder, lambda t: t.clear())
+    with pytest.raises(ValueError, match="are missing"): load(folder)
+
+
+def test_surplus_tensors(folder):
+    change(folder, lambda t: t.update({"model.layers.2.mlp.up_proj.weight": torch.zeros(2)}))
+    with pytest.raises(ValueError, match="1 tensors are surplus: model.layers.2.mlp.up_proj.weight"): load(folder)
+
+
+def test_a_tensor_in_two_shards_is_surplus(folder):
+    places = shard(folder)
+    name = sorted(places)[0]
+    other = next(f for f in places.values() if f != places[name])
+    tensors = load_file(folder/other)
+    save_file(tensors | {name: load_file(folder/places[name])[name]}, folder/other)
+    with pytest.raises(ValueError, match=f"surplus: {name}"): load(folder)
+
+
+def test_wrong_shape(folder):
+    change(folder, lambda t: t.update({"model.norm.weight": torch.ones(1)}))  # copy_ alone would broadcast it
+    with pytest.raises(ValueError, match=r"model.norm.weight: shape .*\[1\], expected \[48\]"): load(folder)
+
+
+def test_untied_checkpoint_without_lm_head(folder):
+    change(folder, lambda t: t.pop("lm_head.weight"))
+    with pytest.raises(ValueError, match="1 tensors are missing: lm_head.weight"): load(folder)
+
+
+def test_tolerated_by_name(tmp_path):
+    make("Llama", tmp_path, tie_word_embeddings=True)
+    expected = our_logits(load(tmp_path), [5, 6, 7])
+    change(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone(),
+                                         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(5)}))
+    assert torch.equal(our_logits(load(tmp_path), [5, 6, 7]), expected)
+    change(tmp_path, lambda t: t.update({"lm_head.bias": torch.zeros(5)}))
+    with pytest.raises(ValueError, match="surplus: lm_head.bias"): load(tmp_path)
+
+
+def test_no_weights(folder):
+    (folder/"model.safetensors").unlink()
+    with pytest.raises(ValueError, match="no model.safetensors"): load(folder)
+    (folder/"model.safetensors.index.json").write_text('{"weight_map": {}}')
+    with pytest.raises(ValueError, match="are missing"): load(folder)
+
+
+def test_missing_shard(folder):
+    shard(folder)
+    (folder/"model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(ValueError, match="model-00002-of-00003.safetensors"): load(folder)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}'])
+def test_broken_index(folder, text):
+    (folder/"model.safetensors").unlink()
+    (folder/"model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match="model.safetensors.index.json"): load(folder)
+
+
+@pytest.mark.parametrize("broken", [b"", b"abc", b"\xff"*100, struct.pack("<Q", 50) + b"{not json" + b" "*41,
+                                    b"<!DOCTYPE html><html>Not found</html>"])
+def test_corrupt_file(folder, broken):
+    (folder/"model.safetensors").write_bytes(broken)
+    with pytest.raises(ValueError, match="model.safetensors: "): load(folder)
+
+
+@pytest.mark.parametrize("keep", [4, 100, -1, -1000])
+def test_truncated_file(folder, keep):
+    data = (folder/"model.safetensors").read_bytes()
+    (folder/"model.safetensors").write_bytes(data[:keep])
+    with pytest.raises(ValueError, match="model.safetensors: "): load(folder)
+
+
+def test_dummy_weights(folder):
+    expected = our_logits(load(folder), [1, 2, 3])
+    (folder/"model.safetensors").unlink()
+    a, b = load(folder, load_format="dummy"), load(folder, torch.bfloat16, load_format="dummy")
+    logits = our_logits(a, [1, 2, 3])
+    assert torch.equal(logits, our_logits(load(folder, load_format="dummy"), [1, 2, 3]))  # seeded
+    assert logits.isfinite().all() and logits.std() > 0 and not torch.equal(logits, expected)
+    assert our_logits(b, [1, 2, 3]).isfinite().all()
+    assert all(p.abs().max() < 0.2 for p in a.parameters())
+
+
+def test_unknown_load_format(folder):
+    with pytest.raises(ValueError, match="load_format is 'gguf', supported: 'auto', 'dummy'"): load(folder, load_format="gguf")
+
+
+def test_tensors_are_read_one_at_a_time_and_mapped(folder):
+    reader = read_tensors(folder/"model.safetensors")
+    name, tensor = next(reader)
+    assert torch.equal(tensor, load_file(folder/"model.safetensors")[name])
+
+
+def test_empty_model_allocates_each_parameter_once(folder):
+    config, allocated = ModelConfig.from_folder(folder), []
+    real = torch.empty_like
+    try:
+        torch.empty_like = lambda p, **kw: allocated.append(p.device.type) or real(p, **kw)
+        model = empty_model(config, torch.bfloat16, "cpu")
+    finally: torch.empty_like = real
+    assert allocated == ["meta"] * len(list(model.parameters()))
+
+
+def test_two_models_share_nothing(folder):
+    a, b = load(folder), load(folder)
+    for p in a.parameters(): p.zero_()
+    assert all(p.ne(0).any() for p in b.parameters())
+
+
+def test_resolve_alias_and_folder(folder):
+    assert resolve_model("smollm2-135m") == fetch()
+    assert resolve_model(folder) == folder and resolve_model(str(folder)) == folder
+
+
+@pytest.mark.parametrize("name", ["", "nothing-like-it", "/no/such/folder", "a/b/c", "../x", "gpt 2", "org/", "https://x.org/m"])
+def test_resolve_refuses(name):
+    with pytest.raises(ValueError, match="model is ") as e: resolve_model(name)
+    assert repr(name) in str(e.value)
+
+
+def test_resolve_folder_without_config(tmp_path):
+    with pytest.raises(ValueError, match="no config.json"): resolve_model(tmp_path)
+
+
+def test_resolve_file_is_refused(folder):
+    with pytest.raises(ValueError): resolve_model(str(folder/"model.safetensors"))
+
+
+def test_hub_id_from_the_offline_cache(folder, tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub import constants
+    hub, commit = tmp_path/"hub", "0"*40
+    snapshot = hub/"models--some--tiny"/"snapshots"/commit
+    snapshot.parent.mkdir(parents=True)
+    folder.rename(snapshot)
+    (hub/"models--some--tiny"/"refs").mkdir()
+    (hub/"models--some--tiny"/"refs"/"main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    real = huggingface_hub.snapshot_download
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **kw: real(*a, cache_dir=hub, **kw))
+    assert resolve_model("some/tiny") == snapshot
+    load(resolve_model("some/tiny"))
+    with pytest.raises(ValueError, match="some/other"): resolve_model("some/other")
+
+
+def test_hub_download_asks_for_the_right_files(monkeypatch, tmp_path):
+    import huggingface_hub
+    asked = {}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **kw: asked.update(kw, name=name) or str(tmp_path))
+    assert resolve_model("org/na.me-1_b") == tmp_path and asked["name"] == "org/na.me-1_b"
+    from huggingface_hub.utils import filter_repo_objects
+    files = ["config.json", "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
+             "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"]
+    unwanted = ["pytorch_model.bin", "original/params.json", "consolidated.safetensors", "onnx/model.onnx", "README.md", "x.gguf"]
+    kept = list(filter_repo_objects(files + unwanted, allow_patterns=asked["allow_patterns"],
+                                    ignore_patterns=asked["ignore_patterns"]))
+    assert kept == files
+
+
+def test_hub_failure_is_told(monkeypatch):
+    import huggingface_hub
+    def refuse(*a, **kw): raise OSError("401 Unauthorized")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(ValueError, match="org/secret.*401 Unauthorized"): resolve_model("org/secret")
+
+
+def test_demo_model_loads_quickly():
+    import time
+    path = resolve_model("smollm2-135m")
+    start = time.perf_counter()
+    model = load(path)
+    assert time.perf_counter() - start < 20
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    assert len(checkpoint_views(model)) == 272
