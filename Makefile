@@ -14,7 +14,7 @@ venv:
 	@$(PYTHON) tools/make_venv.py '$(TORCH)'
 
 demo: venv       ## fetch the small model and let it answer a question
-	@$(BIN)/nano-vllm demo
+	@$(BIN)/nano-vllm chat "What is the capital of France, and what is it known for?"
 
 test: export NANO_VLLM_TEST_START := $(shell date +%s)
 test: export HF_HUB_OFFLINE := 1

@@ -9,8 +9,8 @@ __all__ = ['BACKENDS', 'Batch', 'logits_positions', 'make_batch', 'slots_of', 's
 # %% ../nbs/05_attention_kernel.ipynb #fb0e3964
 from dataclasses import dataclass, replace
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 from .kv_blocks import Chunk, Sequence
 
 # %% ../nbs/05_attention_kernel.ipynb #5e3a0337
@@ -22,21 +22,21 @@ class Batch:
     slot_mapping: Tensor      # (N,) int64: where its key and value go in the cache
     block_tables: Tensor      # (S, most blocks) int64, padded with 0
     query_lens: list[int]     # S numbers that sum to N
-    context_lens: list[int]   # S numbers: length of each text up to its last query token
+    context_lens: list[int]   # S numbers: length of each text, query tokens included
     logits_rows: Tensor       # (R,) int64: the tokens whose logits are wanted
 
     def to(self, device) -> "Batch":
         "The same batch with its tensors on `device`."
-        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **moved)
+        return replace(self, **{k: v.to(device) for k, v in vars(self).items()
+                                if isinstance(v, Tensor)})
 
 # %% ../nbs/05_attention_kernel.ipynb #68f13dc3
 def logits_positions(chunk: Chunk) -> range:
     "The positions in `chunk` whose logits are wanted."
-    seq = chunk.seq
-    if seq.params.prompt_logprobs is not None and chunk.start < len(seq.prompt_token_ids):
-        return range(chunk.start, chunk.end)
-    return range(chunk.end - 1, chunk.end) if chunk.samples else range(0)
+    seq, span = chunk.seq, range(chunk.start, chunk.end)
+    in_prompt = chunk.start < len(seq.prompt_token_ids)
+    if in_prompt and seq.params.prompt_logprobs is not None: return span
+    return span[-1:] if chunk.samples else range(0)
 
 # %% ../nbs/05_attention_kernel.ipynb #f96e27d8
 def make_batch(work: list[Chunk], block_size: int) -> Batch:
@@ -56,41 +56,43 @@ def make_batch(work: list[Chunk], block_size: int) -> Batch:
 
 # %% ../nbs/05_attention_kernel.ipynb #6065e8da
 def slots_of(kv_cache: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-    "Views of one layer's keys and values, each (num_blocks * block_size, kv_heads, head_dim)."
+    "Views of one layer's keys and values: (num_blocks*block_size, kv_heads, head_dim)."
     keys, values = kv_cache[layer].flatten(1, 2)
     return keys, values
 
 
 def store_kv(kv_cache: Tensor, layer: int, k: Tensor, v: Tensor, slot_mapping: Tensor):
     "Write keys and values `k`, `v` (N, kv_heads, head_dim) of a step into their slots."
-    for cache, new in zip(slots_of(kv_cache, layer), (k, v)): cache.index_copy_(0, slot_mapping, new)
+    for cache, x in zip(slots_of(kv_cache, layer), (k, v)):
+        cache.index_copy_(0, slot_mapping, x)
 
 # %% ../nbs/05_attention_kernel.ipynb #5a0538b5
 class ReferenceAttention:
-    "Attention token by token and head by head, as the formula says: the oracle for all other backends."
+    "Attention token by token and head by head, as the formula says: the oracle."
     def __init__(self, batch: Batch, kv_cache: Tensor, scale: float):
         self.batch, self.kv_cache, self.scale = batch, kv_cache, scale
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-        "Store `k`, `v` (N, kv_heads, head_dim); return attention of `q` (N, heads, head_dim) to its texts."
-        batch, block_size, token = self.batch, self.kv_cache.shape[3], 0
-        store_kv(self.kv_cache, layer, k, v, batch.slot_mapping)
+        "Store `k`, `v` (N, kv_heads, head_dim); attend from `q` (N, heads, head_dim)."
+        b, size, token = self.batch, self.kv_cache.shape[3], 0
+        store_kv(self.kv_cache, layer, k, v, b.slot_mapping)
         keys, values = slots_of(self.kv_cache, layer)
         group, out = q.shape[1] // k.shape[1], torch.empty_like(q)
-        for table, new, context in zip(batch.block_tables, batch.query_lens, batch.context_lens):
-            slots = [int(table[p // block_size]) * block_size + p % block_size for p in range(context)]
+        for table, new, context in zip(b.block_tables, b.query_lens, b.context_lens):
+            slots = [int(table[p // size]) * size + p % size for p in range(context)]
             for seen in range(context - new + 1, context + 1):
                 for head in range(q.shape[1]):
-                    scores = keys[slots[:seen], head // group] @ q[token, head] * self.scale
-                    out[token, head] = scores.softmax(0) @ values[slots[:seen], head // group]
+                    past = slots[:seen], head // group
+                    scores = keys[past] @ q[token, head] * self.scale
+                    out[token, head] = scores.softmax(0) @ values[past]
                 token += 1
         return out
 
 # %% ../nbs/05_attention_kernel.ipynb #675586f5
-def slot_table(block_tables: Tensor, context_lens: Tensor, block_size: int, length: int) -> Tensor:
-    "Slots (S, length) of positions 0 to length-1; beyond a text's end its last slot is repeated."
-    positions = torch.arange(length, device=block_tables.device).minimum(context_lens[:, None] - 1)
-    return block_tables.gather(1, positions // block_size) * block_size + positions % block_size
+def slot_table(tables: Tensor, lens: Tensor, block_size: int, length: int) -> Tensor:
+    "Slots (S, length) of positions 0 to length-1; past a text's end, its last slot."
+    p = torch.arange(length, device=tables.device).minimum(lens[:, None] - 1)
+    return tables.gather(1, p // block_size) * block_size + p % block_size
 
 # %% ../nbs/05_attention_kernel.ipynb #2e76cc29
 def length_groups(rows: list[int], lens: list[int]) -> list[list[int]]:
@@ -103,58 +105,59 @@ def length_groups(rows: list[int], lens: list[int]) -> list[list[int]]:
 
 # %% ../nbs/05_attention_kernel.ipynb #b80d4095
 class DecodeGroup:
-    "Sequences with one query token each: a padded gather, then attention with query heads packed."
-    def __init__(self, batch: Batch, rows: list[int], tokens: list[int], block_size: int):
+    "Sequences with one query token each: a padded gather, then packed attention."
+    def __init__(self, batch: Batch, rows: list[int], tokens: list[int], size: int):
         device = batch.block_tables.device
         lens = torch.tensor([batch.context_lens[r] for r in rows], device=device)
         longest = int(lens.max())
         self.tokens = torch.tensor(tokens, device=device)
-        self.slots = slot_table(batch.block_tables[rows], lens, block_size, longest)
-        self.mask = (torch.arange(longest, device=device) < lens[:, None])[:, None, None]
+        self.slots = slot_table(batch.block_tables[rows], lens, size, longest)
+        self.mask = torch.arange(longest, device=device) < lens[:, None, None, None]
 
-    def attend(self, q: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor):
-        (num, length), kv_heads, head_dim = self.slots.shape, *keys.shape[1:]
-        k, v = (x.index_select(0, self.slots.flatten()).view(num, length, kv_heads, head_dim)
-                .transpose(1, 2) for x in (keys, values))
-        packed = q[self.tokens].view(num, kv_heads, -1, head_dim)
-        o = F.scaled_dot_product_attention(packed, k, v, attn_mask=self.mask, scale=scale)
-        out[self.tokens] = o.reshape(num, -1, head_dim)
+    def gather(self, cache: Tensor) -> Tensor:
+        "(slots, kv_heads, head_dim) to (sequences, kv_heads, length, head_dim)."
+        x = cache.index_select(0, self.slots.flatten())
+        return x.view(*self.slots.shape, *cache.shape[1:]).transpose(1, 2)
 
-# %% ../nbs/05_attention_kernel.ipynb #a101be2c
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, scale, out: Tensor):
+        packed = q[self.tokens].view(len(self.tokens), keys.shape[1], -1, q.shape[2])
+        o = sdpa(packed, self.gather(keys), self.gather(values), self.mask, scale=scale)
+        out[self.tokens] = o.reshape(len(self.tokens), -1, q.shape[2])
+
+# %% ../nbs/05_attention_kernel.ipynb #69653fd4
 class ChunkPlan:
-    "One sequence with several query tokens: a gather, then causal attention to its context."
-    def __init__(self, batch: Batch, row: int, first_token: int, block_size: int):
+    "One sequence with several query tokens: a gather, then causal attention."
+    def __init__(self, batch: Batch, row: int, first_token: int, size: int):
         new, context = batch.query_lens[row], batch.context_lens[row]
-        device = batch.block_tables.device
+        table, device = batch.block_tables[row:row+1], batch.block_tables.device
         lens = torch.tensor([context], device=device)
         self.span = slice(first_token, first_token + new)
-        self.slots = slot_table(batch.block_tables[row:row+1], lens, block_size, context)[0]
+        self.slots = slot_table(table, lens, size, context)[0]
         self.is_causal = new == context
         full = torch.ones(new, context, dtype=torch.bool, device=device)
         self.mask = None if self.is_causal else full.tril(context - new)
 
-    def attend(self, q: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor):
-        k, v = (x.index_select(0, self.slots).transpose(0, 1)[None] for x in (keys, values))
-        o = F.scaled_dot_product_attention(
-            q[self.span].transpose(0, 1)[None], k, v, attn_mask=self.mask,
-            is_causal=self.is_causal, scale=scale, enable_gqa=True)
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, scale, out: Tensor):
+        parts = q[self.span], *(x.index_select(0, self.slots) for x in (keys, values))
+        o = sdpa(*(x.transpose(0, 1)[None] for x in parts), attn_mask=self.mask,
+                 is_causal=self.is_causal, scale=scale, enable_gqa=True)
         out[self.span] = o[0].transpose(0, 1)
 
-# %% ../nbs/05_attention_kernel.ipynb #69653fd4
+# %% ../nbs/05_attention_kernel.ipynb #65e266c3
 class TorchAttention:
     "Paged attention in plain PyTorch, for any device: gather, then fused attention."
     def __init__(self, batch: Batch, kv_cache: Tensor, scale: float):
         self.batch, self.kv_cache, self.scale = batch, kv_cache, scale
-        block_size, rows = kv_cache.shape[3], range(len(batch.query_lens))
-        first = [0]
-        for n in batch.query_lens: first.append(first[-1] + n)
-        decodes = [r for r in rows if batch.query_lens[r] == 1]
-        self.parts = [DecodeGroup(batch, group, [first[r] for r in group], block_size)
+        lens, size = batch.query_lens, kv_cache.shape[3]
+        first = torch.tensor([0, *lens]).cumsum(0).tolist()
+        decodes = [row for row, n in enumerate(lens) if n == 1]
+        chunks = [row for row, n in enumerate(lens) if n > 1]
+        self.parts = [DecodeGroup(batch, group, [first[row] for row in group], size)
                       for group in length_groups(decodes, batch.context_lens)]
-        self.parts += [ChunkPlan(batch, r, first[r], block_size) for r in rows if batch.query_lens[r] > 1]
+        self.parts += [ChunkPlan(batch, row, first[row], size) for row in chunks]
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-        "Store `k`, `v` (N, kv_heads, head_dim); return attention of `q` (N, heads, head_dim) to its texts."
+        "Store `k`, `v` (N, kv_heads, head_dim); attend from `q` (N, heads, head_dim)."
         store_kv(self.kv_cache, layer, k, v, self.batch.slot_mapping)
         keys, values = slots_of(self.kv_cache, layer)
         out = torch.empty_like(q)
@@ -166,7 +169,7 @@ BACKENDS: dict[str, type] = {"reference": ReferenceAttention, "torch": TorchAtte
 
 
 def attention_backend(name: str = "auto") -> type:
-    "The backend class called `name`; 'auto' is the fastest that runs here. Raises ValueError."
-    if name == "auto": return TorchAttention
-    if name in BACKENDS: return BACKENDS[name]
-    raise ValueError(f"attention_backend is {name!r}, must be 'auto' or one of {sorted(BACKENDS)}")
+    "The backend called `name` ('auto': the fastest that runs here), or ValueError."
+    names = {"auto": TorchAttention} | BACKENDS
+    if name in names: return names[name]
+    raise ValueError(f"attention_backend is {name!r}, must be one of {list(names)}")

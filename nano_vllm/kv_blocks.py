@@ -19,34 +19,34 @@ def blocks_needed(num_tokens: int, block_size: int) -> int:
 # %% ../nbs/03_kv_blocks.ipynb #213c0cfa
 @dataclass(eq=False)
 class Sequence:
-    "One text in the making: the tokens we know, and how many of them have KV in the cache."
+    "One text in the making: the tokens we know, and how many have KV in the cache."
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
-    index: int = 0                     # which of its request's `n` samples this is
-    seed: int = 0                      # sampling noise is a function of seed and position
+    index: int = 0                    # which of its request's `n` samples this is
+    seed: int = 0                     # sampling noise depends on seed and position
     stop_token_ids: frozenset[int] = frozenset()  # tokens that end it, EOS included
-    cache_salt: int = 0                # only sequences of equal salt share cached blocks
+    cache_salt: int = 0               # only sequences of equal salt share cached blocks
     output_token_ids: list[int] = field(default_factory=list)
-    num_computed_tokens: int = 0       # tokens whose KV stands in the cache
+    num_computed_tokens: int = 0      # tokens whose KV stands in the cache
     block_table: list[int] = field(default_factory=list)
-    block_hashes: list[int] = field(default_factory=list)   # of full blocks, see the prefix cache
-    cache_entries: list[int] = field(default_factory=list)  # likewise
-    finish_reason: str | None = None   # "stop", "length" or "abort" once it has ended
-    stop_reason: int | str | None = None  # the stop token or stop string that ended it
+    block_hashes: list[int] = field(default_factory=list)   # of its full blocks, and
+    cache_entries: list[int] = field(default_factory=list)  # the prefix cache's names
+    finish_reason: str | None = None  # "stop", "length" or "abort" once it has ended
+    stop_reason: int | str | None = None  # the stop token or string that ended it
 
     @property
-    def num_tokens(self) -> int: return len(self.prompt_token_ids) + len(self.output_token_ids)
+    def num_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
 
     def tokens(self, start: int, end: int) -> list[int]:
         "The known tokens at positions `start` up to, not including, `end`."
-        n = len(self.prompt_token_ids)
-        output = self.output_token_ids[max(start - n, 0):max(end - n, 0)]
-        return self.prompt_token_ids[start:end] + output
+        prompt, n = self.prompt_token_ids, len(self.prompt_token_ids)
+        return prompt[start:end] + self.output_token_ids[max(start-n, 0):max(end-n, 0)]
 
 # %% ../nbs/03_kv_blocks.ipynb #7de41cef
 class Chunk(NamedTuple):
-    "The next `num_new_tokens` uncomputed tokens of a sequence: what one step does for it."
+    "What one step does for a sequence: compute its next `num_new_tokens` tokens."
     seq: Sequence
     num_new_tokens: int
 
@@ -59,14 +59,14 @@ class Chunk(NamedTuple):
 
 # %% ../nbs/03_kv_blocks.ipynb #b2ca9fd7
 class BlockPool:
-    "Blocks 0 to `num_blocks`-1 of `block_size` token slots each: who uses them, and which are free."
+    "Blocks 0 to `num_blocks`-1 of `block_size` slots: who uses them, which are free."
     def __init__(self, num_blocks: int, block_size: int):
         self.num_blocks, self.block_size = num_blocks, block_size
         self.ref_counts = [0] * num_blocks
         self.free_blocks = OrderedDict.fromkeys(range(num_blocks))  # next victim first
 
     def allocate(self) -> int:
-        "Take the block that has been free longest; the caller holds its only reference."
+        "Take the block that has been free longest; the caller has the only reference."
         block, _ = self.free_blocks.popitem(last=False)
         self.ref_counts[block] = 1
         return block
@@ -82,14 +82,14 @@ class BlockPool:
         if self.ref_counts[block] == 0: self.free_blocks[block] = None
 
     def grow(self, seq: Sequence, num_tokens: int) -> bool:
-        "Give `seq` blocks for `num_tokens` tokens; False, with nothing changed, if too few are free."
+        "Give `seq` blocks for `num_tokens` tokens, or return False: too few are free."
         missing = blocks_needed(num_tokens, self.block_size) - len(seq.block_table)
         if missing > len(self.free_blocks): return False
         seq.block_table += [self.allocate() for _ in range(missing)]
         return True
 
     def free(self, seq: Sequence):
-        "Give back all blocks of `seq`, the last one first, and with them its computed KV."
+        "Give back all blocks of `seq`, the last one first, and with them its KV."
         for block in reversed(seq.block_table): self.release(block)
         seq.block_table.clear()
         seq.num_computed_tokens = 0

@@ -120,7 +120,7 @@ def rope_frequencies(head_dim: int, rope: dict) -> tuple[torch.Tensor, float]:
     kind = rope.get("rope_type", "default")
     if kind not in ROPE_TYPES:
         raise ValueError(f"rope_type is {kind!r}, supported: {', '.join(ROPE_TYPES)}")
-    if head_dim % 2: raise ValueError(f"head_dim is {head_dim}, supported: even numbers")
+    if head_dim % 2: raise ValueError(f"head_dim is {head_dim}, supported: even ones")
     if (part := rope.get("partial_rotary_factor", 1.0)) != 1.0:
         raise ValueError(f"partial_rotary_factor is {part}, supported: 1.0")
     pairs = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim

@@ -14,14 +14,14 @@ from .kv_blocks import BlockPool, Sequence, blocks_needed
 
 # %% ../nbs/04_prefix_cache.ipynb #8cff9247
 def hash_block(parent_hash: int, tokens: list[int]) -> int:
-    "Hash of a full block and, through `parent_hash`, of all the text before it: 63 bits."
+    "Hash (63 bits) of a full block and, through `parent_hash`, of all text before it."
     data = np.array([parent_hash, *tokens], dtype=np.int64).tobytes()
     return xxhash.xxh3_64_intdigest(data) >> 1
 
 # %% ../nbs/04_prefix_cache.ipynb #db67d33a
 @dataclass
 class CacheEntry:
-    "What a cached block holds, exactly: `tokens`, after the text of the entry `parent`."
+    "What a cached block holds, exactly: `tokens`, after the text of entry `parent`."
     hash: int
     uid: int          # never used twice, unlike block numbers
     parent: int       # uid of the entry before it, or ~cache_salt for a first block
@@ -49,21 +49,21 @@ class RememberingPool(BlockPool):
         self.entries[block] = None
 
     def find(self, hash: int, parent: int, tokens: list[int]) -> int | None:
-        "The block that holds `tokens` after the text of entry `parent`, compared and not just hashed."
+        "The block with `tokens` after the text of entry `parent`, compared in full."
         block = self.cached.get(hash)
         if block is None: return None
         entry = self.entries[block]
         return block if entry.parent == parent and entry.tokens == tokens else None
 
     def remember(self, block: int, hash: int, parent: int, tokens: list[int]):
-        "Make `block` findable; an entry that has the same hash and other contents gives way."
+        "Make `block` findable; an entry of equal hash and other contents gives way."
         if hash in self.cached: self.forget(self.cached[hash])
         self.cached[hash] = block
         self.entries[block] = CacheEntry(hash, next(self.uids), parent, tokens)
 
 # %% ../nbs/04_prefix_cache.ipynb #38a86c79
 def hash_blocks(seq: Sequence, block_size: int) -> list[int]:
-    "Chained hashes of all full blocks of `seq`, kept in `seq.block_hashes`; none is computed twice."
+    "Chained hashes of the full blocks of `seq`, kept in `seq.block_hashes`."
     hashes = seq.block_hashes
     for i in range(len(hashes), seq.num_tokens // block_size):
         parent = hashes[-1] if hashes else seq.cache_salt
@@ -72,10 +72,10 @@ def hash_blocks(seq: Sequence, block_size: int) -> list[int]:
 
 # %% ../nbs/04_prefix_cache.ipynb #351855a1
 class PrefixCachingPool(RememberingPool):
-    "Blocks for sequences, with known prefixes found again (vLLM: automatic prefix caching)."
+    "Blocks for sequences, with known prefixes found again (automatic prefix caching)."
     def __init__(self, num_blocks: int, block_size: int):
         super().__init__(num_blocks, block_size)
-        self.pending: dict[int, Sequence] = {}    # hash of a block -> who is computing it
+        self.pending: dict[int, Sequence] = {}  # hash of a block -> who is computing it
 
     def block(self, seq: Sequence, i: int) -> tuple[int, list[int]]:
         "Hash and tokens of full block `i` of `seq`."
@@ -94,7 +94,7 @@ class PrefixCachingPool(RememberingPool):
         return blocks
 
     def start(self, seq: Sequence, matched: list[int], spare: int = 0) -> bool:
-        "Give `seq` its `matched` blocks and new ones for the rest; False if not `spare` would be left."
+        "Give `seq` its `matched` blocks and new ones; False if `spare` cannot remain."
         missing = blocks_needed(seq.num_tokens, self.block_size) - len(matched)
         revived = sum(self.ref_counts[b] == 0 for b in matched)
         if missing + revived + spare > len(self.free_blocks): return False
@@ -108,15 +108,16 @@ class PrefixCachingPool(RememberingPool):
 
     def register(self, seq: Sequence):
         "Make the blocks of `seq` that were completed by its last step findable."
-        for i in range(len(seq.cache_entries), seq.num_computed_tokens // self.block_size):
+        entries, size = seq.cache_entries, self.block_size
+        for i in range(len(entries), seq.num_computed_tokens // size):
             hash, tokens = self.block(seq, i)
             if self.pending.get(hash) is seq: del self.pending[hash]
-            parent = seq.cache_entries[-1] if seq.cache_entries else ~seq.cache_salt
+            parent = entries[-1] if entries else ~seq.cache_salt
             found = self.find(hash, parent, tokens)
             if found is None:
                 found = seq.block_table[i]
                 self.remember(found, hash, parent, tokens)
-            seq.cache_entries.append(self.entries[found].uid)
+            entries.append(self.entries[found].uid)
 
     def free(self, seq: Sequence):
         "Give back the blocks of `seq`; what they hold stays findable."

@@ -11,21 +11,22 @@ from .kv_blocks import Chunk, Sequence, blocks_needed
 from .prefix_cache import PrefixCachingPool
 
 # %% ../nbs/09_scheduler.ipynb #a2bba0ca
-def check_fits(prompt_len: int, max_tokens: int | None, max_model_len: int, pool: PrefixCachingPool):
-    "Raise ValueError unless a request can finish, given the longest text allowed and the whole pool."
+def check_fits(prompt_len: int, max_tokens: int | None, max_model_len: int, pool):
+    "Raise ValueError unless a request can finish, alone in the `pool` if need be."
     if prompt_len >= max_model_len:
-        raise ValueError(f"the prompt has {prompt_len} tokens, but max_model_len is {max_model_len} "
-                         "and at least one token must be generated")
+        raise ValueError(f"the prompt has {prompt_len} tokens, but max_model_len is "
+                         f"{max_model_len} and at least one token must be generated")
     longest = min(prompt_len + (max_tokens or max_model_len), max_model_len)
     needed = blocks_needed(longest - 1, pool.block_size)
     if needed > pool.num_blocks:
-        raise ValueError(f"a prompt of {prompt_len} tokens with max_tokens={max_tokens} needs {needed} "
-                         f"KV blocks, but the pool has num_kv_blocks={pool.num_blocks}")
+        raise ValueError(f"prompt ({prompt_len} tokens) and max_tokens={max_tokens} need "
+                         f"{needed} KV blocks, but num_kv_blocks is {pool.num_blocks}")
 
-# %% ../nbs/09_scheduler.ipynb #0dcc84d4
+# %% ../nbs/09_scheduler.ipynb #f0f54d5e
 class Scheduler:
-    "Decides who computes how many tokens in each step (continuous batching, chunked prefill)."
-    def __init__(self, pool: PrefixCachingPool, max_num_seqs: int, max_num_batched_tokens: int):
+    "Decides who computes how many tokens in each step: one budget, oldest first."
+    def __init__(self, pool: PrefixCachingPool, max_num_seqs: int,
+                 max_num_batched_tokens: int):
         self.pool, self.budget = pool, max_num_batched_tokens
         self.max_running = min(max_num_seqs, max_num_batched_tokens)
         self.waiting: deque[Sequence] = deque()
@@ -54,7 +55,7 @@ class Scheduler:
         return work
 
     def make_room(self, seq: Sequence) -> bool:
-        "Blocks for all known tokens of `seq`, at the cost of the newest if need be; False if that is `seq`."
+        "Blocks for all of `seq`, if need be from the newest; False if that is `seq`."
         while not self.pool.grow(seq, seq.num_tokens):
             newest = self.running.pop()
             self.pool.free(newest)
@@ -68,22 +69,23 @@ class Scheduler:
         work = []
         for seq in list(self.waiting):
             if budget == 0 or len(self.running) == self.max_running: break
-            matched = [] if seq.params.prompt_logprobs is not None else self.pool.match(seq)
+            matched = self.pool.match(seq) if seq.params.prompt_logprobs is None else []
             if self.pool.being_computed(seq, len(matched)): continue
             if not self.pool.start(seq, matched, spare=len(self.running)): break
             self.waiting.remove(seq)
             self.running.append(seq)
-            work.append(Chunk(seq, min(seq.num_tokens - seq.num_computed_tokens, budget)))
-            budget -= work[-1].num_new_tokens
+            num_new = min(seq.num_tokens - seq.num_computed_tokens, budget)
+            work.append(Chunk(seq, num_new))
+            budget -= num_new
         return work
 
     def update(self, work: list[Chunk], token_ids: list[int]) -> list[Sequence]:
-        "Book a step that was computed: `token_ids` are the new tokens of its sampling chunks, in order."
+        "Book a computed step, one token for each chunk that samples; return those."
         sampled = [chunk.seq for chunk in work if chunk.samples]
         for seq, num_new in work:
             seq.num_computed_tokens += num_new
             self.pool.register(seq)
-        for seq, token in zip(sampled, token_ids, strict=True): seq.output_token_ids.append(token)
+        for seq, t in zip(sampled, token_ids, strict=True): seq.output_token_ids += [t]
         return sampled
 
     def finish(self, seq: Sequence, reason: str, stop_reason: int | str | None = None):

@@ -23,7 +23,7 @@ def load_config(path) -> SimpleNamespace:
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     kind = c["model_type"], c["hidden_act"], rope_type
     if kind != ("llama", "silu", "default"):
-        raise ValueError(f"model, activation, rope {kind}: must be llama, silu, default")
+        raise ValueError(f"architecture is {kind}, must be llama, silu, default")
     return SimpleNamespace(
         layers=c["num_hidden_layers"], kv_heads=c["num_key_value_heads"],
         vocab_size=c["vocab_size"], eps=c["rms_norm_eps"],

@@ -131,12 +131,14 @@ class Detokenizer:
     """Turns the token ids of one output into text as they come, in linear time.
 
     `stop_reason`: the stop string found, else None. `num_tokens`: how many tokens were
-    taken in, with the one that completed the stop string; later ones are ignored."""
+    taken in, with the one that completed the stop string; later ones are ignored.
+    Stop strings are looked for in what comes after the first `min_tokens` tokens."""
     def __init__(self, tokenizer, prompt_token_ids=(), stop=(),
-                 skip_special_tokens=True):
+                 skip_special_tokens=True, min_tokens=0):
         self.token_bytes, self.skip = tokenizer.token_bytes, skip_special_tokens
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self.filter = StopFilter([stop] if isinstance(stop, str) else list(stop))
+        self.stop = StopFilter([stop] if isinstance(stop, str) else list(stop))
+        self.min_tokens, self.filter = min_tokens, StopFilter([]) if min_tokens else self.stop
         self.shown, self.num_tokens, end = io.StringIO(), 0, b""
         for token_id in reversed(prompt_token_ids):
             end = self.token_bytes(token_id, self.skip) + end
@@ -157,6 +159,7 @@ class Detokenizer:
         safe = ""
         for token_id in token_ids:
             if self.filter.found is not None: break
+            if self.num_tokens == self.min_tokens: self.filter = self.stop
             self.num_tokens += 1
             new = self.token_bytes(token_id, self.skip, self.first)
             self.first = self.first and not self.token_bytes(token_id, self.skip)

@@ -8,6 +8,7 @@ __all__ = ['PATTERNS', 'weight_files', 'some', 'read_tensors', 'load_weights', '
 
 # %% ../nbs/07_weights.ipynb #72e79f9b
 import re
+from itertools import chain
 from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,10 +23,11 @@ def weight_files(path: Path) -> list[Path]:
     if single.exists(): return [single]
     if not index.exists():
         raise ValueError(f"model folder {path}: no {single.name} and no {index.name}")
-    try: files = [path/name for name in sorted(set(read_json(index)["weight_map"].values()))]
-    except (KeyError, AttributeError): raise ValueError(f"{index}: no weight_map") from None
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict): raise ValueError(f"{index}: no weight_map")
+    files = [path/name for name in sorted(set(weight_map.values()))]
     if gone := [f.name for f in files if not f.exists()]:
-        raise ValueError(f"model folder {path}: {index.name} names {some(gone)}, not there")
+        raise ValueError(f"model folder {path}: no {some(gone)}, named in {index.name}")
     return files
 
 
@@ -36,7 +38,7 @@ def some(names) -> str:
 
 # %% ../nbs/07_weights.ipynb #3a0575b2
 def read_tensors(file: Path):
-    "Each (name, tensor) of a safetensors file; the tensors are views of the mapped file."
+    "Each (name, tensor) of a safetensors file; the tensors are views of the map."
     try:
         with safe_open(file, "pt") as f:
             for name in f.keys(): yield name, f.get_tensor(name)
@@ -44,19 +46,19 @@ def read_tensors(file: Path):
 
 # %% ../nbs/07_weights.ipynb #58f869e5
 def load_weights(model: Decoder, path: Path):
-    "Copy each tensor of a checkpoint to its place; ValueError unless all fit exactly once."
+    "Copy each tensor of a checkpoint to its place; ValueError unless all fit, once."
     places, surplus = checkpoint_views(model), []
-    for name, tensor in (item for file in weight_files(path) for item in read_tensors(file)):
+    for name, tensor in chain.from_iterable(map(read_tensors, weight_files(path))):
         place = places.pop(name, None)
         if place is None: surplus.append(name)
         elif place.shape == tensor.shape: place.copy_(tensor)
-        else: raise ValueError(f"{name}: shape in the checkpoint is {list(tensor.shape)}, "
-                               f"expected {list(place.shape)}")
+        else: raise ValueError(f"{name}: shape in the checkpoint is "
+                               f"{list(tensor.shape)}, expected {list(place.shape)}")
     surplus = [n for n in surplus if not n.endswith("rotary_emb.inv_freq")
                and not (model.config.tied and n == "lm_head.weight")]
-    for wrong, names in (("missing", places), ("surplus", surplus)):
-        if names: raise ValueError(f"model folder {path}: {len(names)} tensors are {wrong}: "
-                                   f"{some(names)}")
+    for kind, names in (("missing", places), ("surplus", surplus)):
+        if names: raise ValueError(f"model folder {path}: {len(names)} tensors are "
+                                   f"{kind}: {some(names)}")
 
 # %% ../nbs/07_weights.ipynb #7f355d53
 def empty_model(config: ModelConfig, dtype: torch.dtype, device) -> Decoder:
@@ -103,5 +105,5 @@ def resolve_model(name) -> Path:
         if (Path(name)/"config.json").exists(): return Path(name)
         raise ValueError(f"model is {name!r}: this folder has no config.json")
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name): return download(name)
-    raise ValueError(f"model is {name!r}, supported: {MODEL_NAME!r}, the path of a model "
-                     "folder, or the hub's name of a model, such as 'org/name'")
+    raise ValueError(f"model is {name!r}, supported: {MODEL_NAME!r}, the path of a "
+                     "model folder, or the hub's name of a model, such as 'org/name'")

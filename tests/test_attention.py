@@ -1,0 +1,148 @@
+"""Paged attention: the batch as data, and `TorchAttention` held against the slow oracle over random mixed batches."""
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+from nano_vllm.attention import (BACKENDS, ReferenceAttention, TorchAttention, attention_backend, length_groups,
+                                 logits_positions, make_batch, slot_table, slots_of)
+from nano_vllm.kv_blocks import Chunk, Sequence, blocks_needed
+from nano_vllm.sampling import SamplingParams
+
+
+def new(length, computed=0, table=(), prompt=None, **params):
+    prompt = length if prompt is None else prompt
+    seq = Sequence("test", list(range(100, 100 + prompt)), SamplingParams(**params))
+    seq.output_token_ids = list(range(100 + prompt, 100 + length))
+    seq.num_computed_tokens, seq.block_table = computed, list(table)
+    return seq
+
+
+# ---- a step as plain data
+
+def test_make_batch_on_literal_data():
+    work = [Chunk(new(3, table=[2]), 3), Chunk(new(6, 5, table=[0, 3], prompt=4), 1), Chunk(new(9, 1, table=[1, 5, 4]), 4)]
+    b = make_batch(work, block_size=4)
+    assert b.token_ids.tolist() == [100, 101, 102, 105, 101, 102, 103, 104]
+    assert b.positions.tolist() == [0, 1, 2, 5, 1, 2, 3, 4]
+    assert b.slot_mapping.tolist() == [8, 9, 10, 13, 5, 6, 7, 20]
+    assert b.block_tables.tolist() == [[2, 0, 0], [0, 3, 0], [1, 5, 4]]
+    assert (b.query_lens, b.context_lens) == ([3, 1, 4], [3, 6, 5])
+    assert b.logits_rows.tolist() == [2, 3]                  # the last chunk stops short of its text's end
+    assert {t.dtype for t in vars(b).values() if torch.is_tensor(t)} == {torch.int64}
+
+
+def test_a_batch_may_want_no_logits():
+    rows = make_batch([Chunk(new(9, table=[0, 1, 2]), 4)], 4).logits_rows
+    assert rows.tolist() == [] and rows.dtype == torch.int64
+
+
+def test_batch_moves_its_tensors_and_keeps_its_lists():
+    b = make_batch([Chunk(new(3, table=[2]), 3)], 4)
+    moved = b.to("meta")
+    assert all(t.device.type == "meta" for t in vars(moved).values() if torch.is_tensor(t))
+    assert (moved.query_lens, b.token_ids.device.type) == (b.query_lens, "cpu")
+
+
+@pytest.mark.parametrize("seq, n, wanted", [
+    (new(6), 6, [5]), (new(6), 5, []), (new(6, 5, prompt=3), 1, [5]),
+    (new(6, prompt_logprobs=0), 4, [0, 1, 2, 3]), (new(6, 4, prompt_logprobs=1), 2, [4, 5]),
+    (new(6, 5, prompt=5, prompt_logprobs=1), 1, [5]), (new(9, 5, prompt=5, prompt_logprobs=1), 2, [])])
+def test_logits_positions(seq, n, wanted): assert list(logits_positions(Chunk(seq, n))) == wanted
+
+
+def test_slot_table_repeats_the_last_written_slot():
+    got = slot_table(torch.tensor([[2, 0], [3, 0]]), torch.tensor([6, 2]), 4, 6)
+    assert got.tolist() == [[8, 9, 10, 11, 0, 1], [12, 13, 13, 13, 13, 13]]
+
+
+@given(st.lists(st.integers(1, 9000), max_size=40))
+def test_length_groups_are_a_partition_and_at_most_half_padding(lens):
+    groups = length_groups(list(range(len(lens))), lens)
+    assert sorted(sum(groups, [])) == list(range(len(lens)))
+    for rows in groups: assert 2 * sum(lens[r] for r in rows) >= len(rows) * max(lens[r] for r in rows)
+
+
+def test_backends_by_name():
+    assert (attention_backend("torch"), attention_backend("reference")) == (TorchAttention, ReferenceAttention)
+    assert attention_backend() in BACKENDS.values()
+    with pytest.raises(ValueError, match="attention_backend.*'flsh'.*torch"): attention_backend("flsh")
+
+
+# ---- against the oracle
+
+@st.composite
+def cases(draw):
+    "(batch, its cache with NaN in every slot that no text has written, q, k, v, scale), float32."
+    size = draw(st.sampled_from([1, 2, 3, 5, 16, 64]) | st.integers(1, 64))
+    edges = st.sampled_from([1, max(size - 1, 1), size, size + 1, 2*size, 2*size + 1]) | st.integers(1, 70)
+    lengths = draw(st.lists(edges, min_size=1, max_size=5))
+    new_tokens = [draw(st.sampled_from([1, n]) | st.integers(1, n)) for n in lengths]
+    kv_heads, group = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3, 5, 7]))
+    dim, layer = draw(st.sampled_from([1, 4, 12, 20])), draw(st.integers(0, 1))
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    num_blocks = sum(blocks_needed(n, size) for n in lengths) + 2
+    free = torch.randperm(num_blocks, generator=g).tolist()
+    cache = torch.full((2, 2, num_blocks, size, kv_heads, dim), torch.nan)
+    work = []
+    for n, m in zip(lengths, new_tokens):
+        seq = new(n, n - m, [free.pop() for _ in range(blocks_needed(n, size))])
+        past = torch.tensor([seq.block_table[p // size]*size + p % size for p in range(n - m)], dtype=torch.int64)
+        for x in slots_of(cache, layer): x[past] = torch.randn(n - m, kv_heads, dim, generator=g)
+        work.append(Chunk(seq, m))
+    total = sum(new_tokens)
+    q, k, v = (torch.randn(total, h, dim, generator=g) for h in (kv_heads*group, kv_heads, kv_heads))
+    return make_batch(work, size), cache, q, k, v, layer
+
+
+def attend(backend, batch, cache, q, k, v, layer):
+    "(output, the cache afterwards); the arguments are checked to be as they were."
+    cache, before = cache.clone(), [x.clone() for x in (q, k, v)]
+    out = backend(batch, cache, 0.3)(q, k, v, layer)
+    assert all(torch.equal(x, y) for x, y in zip((q, k, v), before)), "law 7: an input was written to"
+    assert out.shape == q.shape and out.dtype == q.dtype
+    return out, cache
+
+
+slow = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+
+
+@slow
+@given(cases())
+def test_agrees_with_the_reference(case):
+    (slow_out, slow_cache), (out, cache) = (attend(b, *case) for b in (ReferenceAttention, TorchAttention))
+    torch.testing.assert_close(out, slow_out, atol=1e-5, rtol=1e-5)   # NaN differs from any number
+    torch.testing.assert_close(cache, slow_cache, atol=0, rtol=0, equal_nan=True)
+
+
+@slow
+@given(cases())
+def test_agrees_in_bfloat16(case):
+    """The oracle runs in float32 on the same rounded inputs, so only the operator's own rounding is measured.
+
+    bfloat16 keeps 8 bits: one rounding moves a number by at most u = 2**-8 of its size. An output is an average of values,
+    whose sizes bound it; weights and output are rounded once each, and a weight by its score, too, if the scores are rounded:
+    a score of size s is off by u*s, which scales the weight by as much. So the error is below (2 + 2*s) * u * max|v|.
+    """
+    batch, cache, q, k, v, layer = case
+    low = [x.bfloat16() for x in (cache, q, k, v)]
+    exact, whole = attend(ReferenceAttention, batch, *(x.float() for x in low), layer)
+    out, _ = attend(TorchAttention, batch, *low, layer)
+    keys, values = slots_of(whole, layer)
+    score = 0.3 * q.norm(dim=-1).max() * keys.nan_to_num().norm(dim=-1).max()
+    bound = float((2 + 2*score) * 2**-8 * values.nan_to_num().abs().max())
+    assert not out.isnan().any()
+    assert float((out.float() - exact).abs().max()) <= bound
+
+
+@slow
+@given(cases(), st.randoms())
+def test_a_text_gets_the_same_whoever_shares_its_batch(case, rng):
+    batch, cache, q, k, v, layer = case
+    both, _ = attend(TorchAttention, *case)
+    row = rng.randrange(len(batch.query_lens))
+    start = sum(batch.query_lens[:row])
+    span = slice(start, start + batch.query_lens[row])
+    alone = type(batch)(batch.token_ids[span], batch.positions[span], batch.slot_mapping[span], batch.block_tables[row:row+1],
+                        [batch.query_lens[row]], [batch.context_lens[row]], batch.logits_rows[:0])
+    out, _ = attend(TorchAttention, alone, cache, q[span], k[span], v[span], layer)
+    torch.testing.assert_close(out, both[span], atol=1e-5, rtol=1e-5)
