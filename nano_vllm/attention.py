@@ -171,5 +171,5 @@ BACKENDS: dict[str, type] = {"reference": ReferenceAttention, "torch": TorchAtte
 def attention_backend(name: str = "auto") -> type:
     "The backend called `name` ('auto': the fastest that runs here), or ValueError."
     names = {"auto": TorchAttention} | BACKENDS
-    if name in names: return names[name]
+    if isinstance(name, str) and name in names: return names[name]
     raise ValueError(f"attention_backend is {name!r}, must be one of {list(names)}")

@@ -52,9 +52,9 @@ def allocate_kv_cache(config: ModelConfig, num_blocks: int, block_size: int,
         return torch.frombuffer(pages, dtype=dtype).view(shape)
     except (MemoryError, OSError, torch.OutOfMemoryError):
         raise ValueError(
-            f"num_kv_blocks is {num_blocks}: the KV cache needs {needed / gib:,.2f} "
-            f"GiB ({block:,} bytes a block), but {device} has {free / gib:,.2f} GiB free; "
-            f"ask for at most {free // block} blocks or a smaller block_size") from None
+            f"num_kv_blocks is {num_blocks}: the KV cache needs {needed / gib:,.2f} GiB"
+            f" ({block:,} bytes a block), but {device} has {free / gib:,.2f} GiB free; "
+            f"ask for at most {free // block} blocks, or lower block_size") from None
 
 # %% ../nbs/08_cuda_graphs.ipynb #9235ce78
 class ModelRunner:

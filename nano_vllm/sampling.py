@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MAX_N', 'MAX_LOGPROBS', 'LIMITS', 'KINDS', 'OPTIONAL', 'GREEDY_BELOW', 'ROUNDS', 'PENALTIES', 'LOGIT_STAGES',
-           'SAMPLING_STAGES', 'CHUNK', 'check_number', 'check_list', 'check_params', 'SamplingParams', 'signed',
-           'mix64', 'row_keys', 'hash_bits', 'gumbel', 'gumbel_argmax', 'column', 'divide_by_temperature', 'keep_min_p',
-           'keep_top_k', 'keep_top_p', 'positions', 'penalize', 'forbid_stop_tokens', 'on_rows', 'has_penalty',
-           'run_stages', 'draw', 'choose', 'sample', 'Logprob', 'token_logprobs']
+           'SAMPLING_STAGES', 'CHUNK', 'check_number', 'is_token_id', 'is_stop_string', 'check_list', 'check_params',
+           'SamplingParams', 'signed', 'mix64', 'row_keys', 'hash_bits', 'gumbel', 'gumbel_argmax', 'column',
+           'divide_by_temperature', 'keep_min_p', 'keep_top_k', 'keep_top_p', 'positions', 'penalize',
+           'forbid_stop_tokens', 'on_rows', 'has_penalty', 'run_stages', 'draw', 'choose', 'sample', 'Logprob',
+           'token_logprobs']
 
 # %% ../nbs/02_sampling.ipynb #3a5ec76e
 import math
@@ -39,6 +40,15 @@ def check_number(name, value, kind, low, high):
     raise ValueError(f"{name} must be {noun} {limit}, got {value!r}")
 
 # %% ../nbs/02_sampling.ipynb #cdfeeec3
+def is_token_id(t):
+    return isinstance(t, Integral) and not isinstance(t, bool) and t >= 0
+
+
+def is_stop_string(s):
+    "Is `s` text that can occur in an output? Lone surrogates never do."
+    return isinstance(s, str) and s != "" and s == s.encode("utf-8", "ignore").decode()
+
+
 def check_list(name, value, good, limit):
     "`value` (None, string, collection) as a list; ValueError unless all are `good`."
     items = [] if value is None else [value] if isinstance(value, str) else value
@@ -53,10 +63,10 @@ def check_params(p):
         value = getattr(p, name)
         if value is None and name in OPTIONAL: continue
         setattr(p, name, check_number(name, value, *limits))
-    p.stop = check_list("stop", p.stop, lambda s: isinstance(s, str) and s,
+    p.stop = check_list("stop", p.stop, is_stop_string,
                         "a non-empty string or a list of them")
     p.stop_token_ids = check_list("stop_token_ids", p.stop_token_ids,
-                                  lambda t: type(t) is int and t >= 0,
+                                  is_token_id,
                                   "a list of integers of at least 0")
     if p.top_p == 0: raise ValueError("top_p must be greater than 0, got 0.0")
     if p.max_tokens is not None and p.min_tokens > p.max_tokens:

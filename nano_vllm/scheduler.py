@@ -19,7 +19,7 @@ def check_fits(prompt_len: int, max_tokens: int | None, max_model_len: int, pool
     longest = min(prompt_len + (max_tokens or max_model_len), max_model_len)
     needed = blocks_needed(longest - 1, pool.block_size)
     if needed > pool.num_blocks:
-        raise ValueError(f"prompt ({prompt_len} tokens) and max_tokens={max_tokens} need "
+        raise ValueError(f"{prompt_len} prompt tokens and max_tokens={max_tokens} need "
                          f"{needed} KV blocks, but num_kv_blocks is {pool.num_blocks}")
 
 # %% ../nbs/09_scheduler.ipynb #f0f54d5e

@@ -7,7 +7,7 @@ __all__ = ['PATTERNS', 'weight_files', 'some', 'read_tensors', 'load_weights', '
            'resolve_model']
 
 # %% ../nbs/07_weights.ipynb #72e79f9b
-import re
+import os, re
 from itertools import chain
 from pathlib import Path
 import torch
@@ -25,6 +25,8 @@ def weight_files(path: Path) -> list[Path]:
         raise ValueError(f"model folder {path}: no {single.name} and no {index.name}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict): raise ValueError(f"{index}: no weight_map")
+    if odd := [f for f in weight_map.values() if not isinstance(f, str)]:
+        raise ValueError(f"{index}: weight_map holds {odd[0]!r}, not a file name")
     files = [path/name for name in sorted(set(weight_map.values()))]
     if gone := [f.name for f in files if not f.exists()]:
         raise ValueError(f"model folder {path}: no {some(gone)}, named in {index.name}")
@@ -101,7 +103,7 @@ def resolve_model(name) -> Path:
     "The folder of a model: the demo model's alias, a folder, or a hub id `org/name`."
     name = str(name)
     if name == MODEL_NAME: return fetch()
-    if name and Path(name).is_dir():
+    if os.path.isdir(name):
         if (Path(name)/"config.json").exists(): return Path(name)
         raise ValueError(f"model is {name!r}: this folder has no config.json")
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name): return download(name)

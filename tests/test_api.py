@@ -1,6 +1,7 @@
 "The public interface: scripts written for vLLM and nano-vllm, streams, aborts, seeds, metrics, and what Ctrl-C leaves."
 import gc
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -233,72 +234,78 @@ def test_chat_equals_the_rendered_prompt(smol):
 
 # ---- How an answer ends ----
 
-STORY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+STORY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+FRANCE, ONCE = "The capital of France is", "Once upon a time"
 
 
-def test_end_of_text(smol):
-    out, = smol.generate("The capital of France is", SamplingParams(temperature=0, max_tokens=64), use_tqdm=False)
+@pytest.fixture(scope="module")
+def wholes(smol):
+    "Greedy answers of 40 and 24 tokens that nothing ends early."
+    params = [SamplingParams(temperature=0, max_tokens=40, ignore_eos=True), STORY]
+    return dict(zip((FRANCE, ONCE), smol.generate([FRANCE, ONCE], params, use_tqdm=False)))
+
+
+def test_end_of_text(smol, wholes):
+    on = wholes[FRANCE]
+    out, shown = smol.generate([FRANCE] * 2, [SamplingParams(temperature=0, max_tokens=64), SamplingParams(
+        temperature=0, max_tokens=40, ignore_eos=True, skip_special_tokens=False)], use_tqdm=False)
     assert (out["finish_reason"], out["stop_reason"], out["token_ids"][-1]) == ("stop", None, 2) and 2 not in out["token_ids"][:-1]
-    assert "<|im_end|>" not in out["text"]
-    on, = smol.generate("The capital of France is", STORY, use_tqdm=False)
     n = len(out["token_ids"])
-    assert on["token_ids"][:n] == out["token_ids"] and len(on["token_ids"]) == 40 and on["finish_reason"] == "length"
-    assert "<|im_end|>" not in on["text"]
-    shown, = smol.generate("The capital of France is", SamplingParams(
-        temperature=0, max_tokens=40, ignore_eos=True, skip_special_tokens=False), use_tqdm=False)
+    assert n < 40 and on["token_ids"][:n] == out["token_ids"] and len(on["token_ids"]) == 40 and on["finish_reason"] == "length"
     assert "<|im_end|>" in shown["text"] and shown["token_ids"] == on["token_ids"]
+    assert "<|im_end|>" not in out["text"] + on["text"]
 
 
-@pytest.mark.parametrize("start", [1, 7, 20])
-@pytest.mark.parametrize("length", [1, 5, 12])
-def test_stop_strings(smol, start, length):
-    whole, = smol.generate("Once upon a time", STORY, use_tqdm=False)
+@pytest.mark.parametrize("start,length", [(1, 1), (1, 5), (7, 12), (20, 5), (30, 20)])
+def test_stop_strings(smol, wholes, start, length):
+    whole = wholes[ONCE]
     stop = whole["text"][start:start + length]
-    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, stop=["not in there", stop])
-    out, = smol.generate("Once upon a time", params, use_tqdm=False)
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, stop=["not in there", stop])
+    out, = smol.generate(ONCE, params, use_tqdm=False)
     assert out["text"] == whole["text"][:whole["text"].index(stop)]
     assert (out["finish_reason"], out["stop_reason"]) == ("stop", stop)
     n = len(out["token_ids"])
     assert out["token_ids"] == whole["token_ids"][:n] and stop in smol.tokenizer.decode(out["token_ids"])
     assert stop not in smol.tokenizer.decode(out["token_ids"][:-1])  # it went no further than it had to
-    pieces = list(smol.stream("Once upon a time", params))
+    pieces = list(smol.stream(ONCE, params))
     assert "".join(texts(pieces)) == out["text"] and sum(tokens(pieces), []) == out["token_ids"]
     assert (pieces[-1]["finish_reason"], pieces[-1]["stop_reason"]) == ("stop", stop)
 
 
-def test_stop_string_that_never_completes(smol):
-    whole, = smol.generate("Once upon a time", STORY, use_tqdm=False)
-    almost = whole["text"][-6:] + "never"  # held back to the last token, then given out
-    out, = smol.generate("Once upon a time", SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, stop=almost), use_tqdm=False)
+def test_stop_string_that_never_completes(smol, wholes):
+    whole = wholes[ONCE]
+    params = replace(STORY, stop=whole["text"][-6:] + "never")  # held back to the last token, then given out
+    out, = smol.generate(ONCE, params, use_tqdm=False)
     assert out["text"] == whole["text"] and out["finish_reason"] == "length" and out["stop_reason"] is None
+    *_, last = smol.stream(ONCE, params)
+    assert last["text"].endswith(whole["text"][-6:])
 
 
-def test_stop_token_ids(smol):
-    whole, = smol.generate("Once upon a time", STORY, use_tqdm=False)
+def test_stop_token_ids(smol, wholes):
+    whole = wholes[ONCE]
     stop = whole["token_ids"][9]
     n = whole["token_ids"].index(stop) + 1
-    out, = smol.generate("Once upon a time", SamplingParams(temperature=0, max_tokens=40, stop_token_ids=[stop]), use_tqdm=False)
+    out, = smol.generate(ONCE, replace(STORY, stop_token_ids=[stop]), use_tqdm=False)
     assert out["token_ids"] == whole["token_ids"][:n] and (out["finish_reason"], out["stop_reason"]) == ("stop", stop)
     assert out["text"] == smol.tokenizer.decode(whole["token_ids"][:n - 1])
 
 
-def test_min_tokens(smol):
+def test_min_tokens(smol, wholes):
     "No end of text, stop token or stop string counts before so many tokens."
-    prompt = "The capital of France is"
-    out, = smol.generate(prompt, SamplingParams(temperature=0, max_tokens=64, min_tokens=40), use_tqdm=False)
-    assert len(out["token_ids"]) >= 40 and 2 not in out["token_ids"][:39]
-    whole, = smol.generate(prompt, STORY, use_tqdm=False)
-    first = whole["token_ids"][0]
-    out, = smol.generate(prompt, SamplingParams(temperature=0, max_tokens=20, min_tokens=10, stop_token_ids=[first]), use_tqdm=False)
-    assert first not in out["token_ids"][:10] and len(out["token_ids"]) >= 10
-    out, = smol.generate(prompt, SamplingParams(temperature=0, max_tokens=20, min_tokens=10, stop=" Paris"), use_tqdm=False)
-    assert len(out["token_ids"]) >= 10  # vLLM looks for stop strings only after min_tokens
+    first = wholes[FRANCE]["token_ids"][0]
+    late, no_token, no_string = smol.generate([FRANCE] * 3, [
+        SamplingParams(temperature=0, max_tokens=64, min_tokens=40),
+        SamplingParams(temperature=0, max_tokens=20, min_tokens=10, stop_token_ids=[first]),
+        SamplingParams(temperature=0, max_tokens=20, min_tokens=10, stop=" Paris")], use_tqdm=False)
+    assert len(late["token_ids"]) >= 40 and 2 not in late["token_ids"][:39]
+    assert len(no_token["token_ids"]) >= 10 and first not in no_token["token_ids"][:10]
+    assert len(no_string["token_ids"]) >= 10 and no_string["text"].startswith(" Paris")  # as in vLLM
 
 
 @pytest.mark.parametrize("max_tokens", [None, 10**6, 10**30])
 def test_room_is_the_last_limit(llm, max_tokens):
     params = SamplingParams(temperature=.9, seed=1, max_tokens=max_tokens, ignore_eos=True)
-    for n in (1, 500, 511):
+    for n in (400, 500, 511):
         out, = llm.generate([[7] * n], params, use_tqdm=False)
         assert n + len(out["token_ids"]) == 512 and out["finish_reason"] == "length"
 
@@ -323,11 +330,11 @@ def check_logprobs(theirs, llm, out, k, prompt_k):
     for (entry, num), token, row in zip(entries, ids[1:], expected):
         assert num <= len(entry) <= num + 1 and token in entry
         best = row.topk(num).indices.tolist() if num else []
-        assert set(entry) == {token, *best}
+        assert {token} <= set(entry) and all(t in entry or row[t] < row[token] + 1e-4 for t in best)
         for t, logprob in entry.items():
             assert type(t) is int and type(logprob.rank) is int and type(logprob.logprob) is float
             assert abs(logprob.logprob - row[t].item()) < 1e-4
-            assert logprob.rank == (row > row[t]).sum().item() + 1
+            assert (row > row[t] + 1e-4).sum() < logprob.rank <= (row > row[t] - 1e-4).sum() + 1
             assert logprob.decoded_token == llm.tokenizer.decode([t], skip_special_tokens=False)
     assert abs(completion.cumulative_logprob - sum(e[t].logprob for e, t in zip(completion.logprobs, completion.token_ids))) < 1e-4
 
@@ -383,7 +390,7 @@ def company(i):
 def test_the_same_whoever_shares_the_batch(folder, llm, params):
     prompt, params = "In a hole in the ground there lived a", SamplingParams(max_tokens=24, ignore_eos=True, **params)
     expected = tokens(llm.generate(prompt, params, use_tqdm=False))
-    tight = LLM(folder, num_kv_blocks=40, block_size=4, max_model_len=100, max_num_batched_tokens=13, max_num_seqs=6)
+    tight = LLM(folder, num_kv_blocks=20, block_size=4, max_model_len=80, max_num_batched_tokens=13, max_num_seqs=6)
     for engine in (llm, tight):
         for place in (0, 4, 9):
             prompts, all_params = [f"Companion {i} says " * (1 + i % 3) for i in range(9)], [company(i) for i in range(9)]
@@ -613,8 +620,16 @@ class Trap:
         return result
 
 
-PLACES = ["runner.execute", "sample", "scheduler.schedule", "scheduler.update", "scheduler.finish", "receive", "with_text", "note_start",
-          "pool.register", "pool.start", "completion"]
+PLACES = ["runner.execute", "sample", "scheduler.schedule", "note_start", "pool.start", "completion",  # before a step is booked
+          "scheduler.update", "scheduler.finish", "receive", "pool.register"]                          # while it is
+
+
+@pytest.fixture
+def engine(folder, made={}):
+    "An engine for rough handling; a new one if the last test has left something behind."
+    try: assert_idle(made["llm"])
+    except (KeyError, AssertionError): made["llm"] = LLM(folder, num_kv_blocks=100)
+    return made["llm"]
 
 
 def set_trap(monkeypatch, llm, place, at, after, error=KeyboardInterrupt):
@@ -626,36 +641,38 @@ def set_trap(monkeypatch, llm, place, at, after, error=KeyboardInterrupt):
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("at", [1, 3])
-def test_interrupt_leaves_nothing_behind(llm, monkeypatch, place, after, at):
-    prompts, params = ["A cat " * 20, "A dog", "A cow"], SamplingParams(temperature=.8, seed=3, n=2, max_tokens=12, logprobs=1, ignore_eos=True)
-    expected = llm.generate(prompts, params, use_tqdm=False)
-    with monkeypatch.context() as m:
-        set_trap(m, llm, place, at, after)
-        with pytest.raises(KeyboardInterrupt): llm.generate([p + "!" for p in prompts], params, use_tqdm=False)
-    assert_idle(llm)
-    outs = llm.generate(prompts, params, use_tqdm=False)
-    assert tokens(outs) == tokens(expected) and texts(outs) == texts(expected)
+@pytest.mark.parametrize("n", [1, 2])
+def test_interrupt_leaves_nothing_behind(engine, monkeypatch, place, after, n):
+    prompts, params = ["A cat " * 20, "A dog", "A cow"], SamplingParams(temperature=.8, seed=3, n=n, max_tokens=6, logprobs=1, ignore_eos=True)
+    expected = engine.generate(prompts, params, use_tqdm=False)
+    for at in (1, 3):
+        with monkeypatch.context() as m:
+            set_trap(m, engine, place, at, after)
+            with pytest.raises(KeyboardInterrupt): engine.generate([p + "!" * at for p in prompts], params, use_tqdm=False)
+        assert_idle(engine)
+        outs = engine.generate(prompts, params, use_tqdm=False)
+        assert tokens(outs) == tokens(expected) and texts(outs) == texts(expected)
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("place", PLACES)
-def test_interrupt_does_not_touch_a_stream_beside_it(llm, monkeypatch, place, after):
-    params = SamplingParams(temperature=.9, seed=1, max_tokens=40, logprobs=1, ignore_eos=True)
-    whole, = llm.generate("A cat", params, use_tqdm=False)
-    stream = llm.stream("A cat", params)
+@pytest.mark.parametrize("place", PLACES[:6])
+def test_interrupt_does_not_touch_a_stream_beside_it(engine, monkeypatch, place, after):
+    params = SamplingParams(temperature=.9, seed=1, max_tokens=20, logprobs=1, ignore_eos=True)
+    whole, = engine.generate("A cat", params, use_tqdm=False)
+    stream = engine.stream("A cat", params)
     pieces = [next(stream)]
     with monkeypatch.context() as m:
-        set_trap(m, llm, place, 4, after)
-        with pytest.raises(KeyboardInterrupt): llm.generate(["A dog", "A cow"], SHORT, use_tqdm=False)
+        set_trap(m, engine, place, 2 if place == "pool.start" else 4, after)
+        with pytest.raises(KeyboardInterrupt): engine.generate(["A dog", "A cow"], SHORT, use_tqdm=False)
     pieces += stream
     assert sum(tokens(pieces), []) == whole["token_ids"] and "".join(texts(pieces)) == whole["text"]
-    assert sum((p["logprobs"] for p in pieces), []) == whole["logprobs"]
+    rated = sum((p["logprobs"] for p in pieces), [])
+    assert [set(entry) for entry in rated] == [set(entry) for entry in whole["logprobs"]]
 
 
-def test_an_error_inside_a_step(llm, monkeypatch):
+def test_an_error_inside_a_step(engine, monkeypatch):
     with monkeypatch.context() as m:
-        set_trap(m, llm, "runner.execute", 2, False, RuntimeError("out of memory"))
-        with pytest.raises(RuntimeError, match="out of memory"): llm.generate(["A cat", "A dog"], LONG)
-    assert_idle(llm)
-    assert len(llm.generate("A cat", use_tqdm=False)) == 1
+        set_trap(m, engine, "runner.execute", 2, False, RuntimeError("out of memory"))
+        with pytest.raises(RuntimeError, match="out of memory"): engine.generate(["A cat", "A dog"], LONG)
+    assert_idle(engine)
+    assert len(engine.generate("A cat", use_tqdm=False)) == 1

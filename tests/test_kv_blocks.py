@@ -55,6 +55,17 @@ def test_blocks_are_reused_in_the_order_they_became_free():
     assert [pool.allocate() for _ in range(4)] == [3, 2, 1, 0]  # b's last block first, a's first block last
 
 
+def test_a_free_block_that_is_shared_is_free_no_more():
+    pool = BlockPool(2, 4)
+    pool.share(0)
+    assert list(pool.free_blocks) == [1] and pool.ref_counts == [1, 0]
+    pool.share(0)
+    pool.release(0)
+    assert 0 not in pool.free_blocks
+    pool.release(0)
+    assert list(pool.free_blocks) == [1, 0]
+
+
 class PoolMachine(RuleBasedStateMachine):
     "Sequences come, grow, fork (sharing all full blocks) and leave; law 1 must hold after every step."
 

@@ -131,6 +131,7 @@ class CacheMachine(RuleBasedStateMachine):
     def preempt(self, i):
         seq = self.running.pop(i % len(self.running))
         self.pool.free(seq)
+        assert (seq.block_table, seq.cache_entries, seq.num_computed_tokens) == ([], [], 0)
         self.gone.append(seq)
 
     @precondition(lambda self: self.gone)
