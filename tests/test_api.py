@@ -451,6 +451,16 @@ def test_prefix_cache_on_and_off(folder, llm):
     assert_idle(off)
 
 
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 31, 32, 33, 48])
+def test_prompts_that_end_at_the_end_of_a_block(llm, n):
+    "A prompt that stands in the cache as a whole still has its last token computed."
+    params, ids = SamplingParams(temperature=.8, seed=2, n=2, max_tokens=20, logprobs=1, ignore_eos=True), [1000 + n, *range(n - 1)]
+    first, again, longer = (llm.generate([ids + more], params, use_tqdm=False)[0] for more in ([], [], [7]))
+    assert tokens([first]) == tokens([again]) and longer.num_cached_tokens == n // 16 * 16
+    assert (first.num_cached_tokens, again.num_cached_tokens) == (0, (n - 1) // 16 * 16)
+    for a, b in zip(first.outputs, again.outputs): assert a.cumulative_logprob == pytest.approx(b.cumulative_logprob, abs=1e-3)
+
+
 # ---- Streams ----
 
 @pytest.mark.parametrize("params", [
