@@ -18,6 +18,7 @@ demo: venv       ## fetch the small model and let it answer a question
 
 test: export NANO_VLLM_TEST_START := $(shell date +%s)
 test: export HF_HUB_OFFLINE := 1
+test: export OMP_WAIT_POLICY := PASSIVE
 test: venv       ## the export is in sync, every notebook runs, pytest passes
 	$(BIN)/python tools/check_export.py
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --timing
