@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import chain
 from numbers import Integral, Real
 import torch
+from .tokenizer import is_unicode
 
 # %% ../nbs/02_sampling.ipynb #2531c9e1
 MAX_N, MAX_LOGPROBS = 16384, 20  # vLLM's: completions of a prompt, logprobs of a token
@@ -46,7 +47,7 @@ def is_token_id(t):
 
 def is_stop_string(s):
     "Is `s` text that can occur in an output? Lone surrogates never do."
-    return isinstance(s, str) and s != "" and s == s.encode("utf-8", "ignore").decode()
+    return is_unicode(s) and s != ""
 
 
 def check_list(name, value, good, limit):
