@@ -2,7 +2,8 @@
 import json
 import pytest
 import torch
-from nano_vllm.model import ARCHITECTURES, Decoder, ModelConfig, checkpoint_views, rope_settings
+from helpers import checkpoint_views
+from nano_vllm.model import ARCHITECTURES, Decoder, ModelConfig, rope_settings
 from nano_vllm.weights import load_model
 from nano_vllm.workbench import fetch
 

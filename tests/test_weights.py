@@ -4,8 +4,9 @@ import struct
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from helpers import checkpoint_views
 from nano_vllm import weights
-from nano_vllm.model import ModelConfig, checkpoint_views
+from nano_vllm.model import ModelConfig
 from nano_vllm.weights import empty_model, load_model, load_weights, read_tensors, resolve_model, weight_files
 from nano_vllm.workbench import fetch
 from test_model import make, our_logits
