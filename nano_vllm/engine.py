@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['ENGINE_LIMITS', 'DTYPES', 'CompletionOutput', 'since', 'RequestMetrics', 'RequestOutput', 'Completion', 'Request',
            'is_token_list', 'split_prompts', 'unwrap', 'read_prompt', 'read_params', 'EngineArgs', 'choose_dtype',
-           'choose_device', 'count_blocks', 'rank_device', 'EngineParts', 'serve', 'RequestMaker', 'with_text',
-           'rate_prompt', 'Stepper', 'Engine', 'under_way', 'pieces', 'tell', 'pieces_for_all', 'followed', 'LLM']
+           'choose_device', 'count_blocks', 'rank_device', 'make_ranks', 'EngineParts', 'serve', 'RequestMaker',
+           'with_text', 'rate_prompt', 'Stepper', 'Engine', 'under_way', 'pieces', 'tell', 'pieces_for_all', 'followed',
+           'LLM']
 
 # %% ../nbs/10_engine.ipynb #342515a2
 import os, random, time
@@ -18,9 +19,9 @@ import torch
 from tqdm import tqdm
 from .attention import attention_backend, logits_positions, make_batch
 from .kv_blocks import Chunk, Sequence, blocks_needed
+from .layers import LAUNCHERS, Ranks
 from .model import ModelConfig, share_heads
 from .model_runner import ModelRunner, kv_block_bytes, kv_memory
-from .parallel import Ranks, make_ranks
 from .prefix_cache import PrefixCachingPool
 from .sampling import (Logprob, SamplingParams, check_number, sample,
                                 token_logprobs)
@@ -262,6 +263,13 @@ def rank_device(device: torch.device, ranks: Ranks) -> torch.device:
     return choose_device(f"cuda:{os.environ.get('LOCAL_RANK', ranks.rank)}")
 
 # %% ../nbs/10_engine.ipynb #74750e84
+def make_ranks(args: EngineArgs, device: torch.device) -> Ranks:
+    "The group of processes that compute the model; each other one runs `serve`."
+    if args.tensor_parallel_size == 1: return Ranks()
+    return LAUNCHERS["processes"](args.tensor_parallel_size, device.type,
+                                  "nano_vllm.engine.serve", args)
+
+# %% ../nbs/10_engine.ipynb #0595c68e
 class EngineParts:
     "Tokenizer, block pool, model runner and scheduler, built from the arguments."
     def __init__(self, args: EngineArgs, ranks: Ranks | None = None):
@@ -278,8 +286,7 @@ class EngineParts:
         self.vocab_size = config.vocab_size
         eos = {self.tokenizer.eos_token_id} - {None}
         self.eos_token_ids = config.eos_token_ids | eos
-        self.ranks = ranks or make_ranks(args.tensor_parallel_size, device.type,
-                                         "nano_vllm.engine.serve", args)
+        self.ranks = ranks or make_ranks(args, device)
         with self.ranks.together():
             self.runner = self.load(args, config, dtype, backend,
                                     rank_device(device, self.ranks))

@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import torch
 from torch import nn
-from .layers import (ColumnParallelLinear, Piece, RMSNorm, Rotary,
+from .layers import (ColumnParallelLinear, Piece, Ranks, RMSNorm, Rotary,
                               RowParallelLinear, Share, SwiGLU, VocabParallelEmbedding,
                               rope_frequencies, rotate, share, whole_pieces)
-from .parallel import Ranks
 
 # %% ../nbs/07_model.ipynb #9d5f4ba7
 def read_json(file: Path) -> dict:
@@ -196,7 +195,8 @@ class Decoder(nn.Module):
         super().__init__()
         c = self.config = config
         self.num_kv_heads = share_heads(c, ranks)[1].length   # of this rank
-        def vocabulary(): return VocabParallelEmbedding(c.vocab_size, c.hidden_size, ranks)
+        def vocabulary():
+            return VocabParallelEmbedding(c.vocab_size, c.hidden_size, ranks)
         layers = (DecoderLayer(c, ranks, i) for i in range(c.num_layers))
         self.model = nn.ModuleDict(dict(
             embed_tokens=vocabulary(), layers=nn.ModuleList(layers),

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from .attention import Batch
+from .layers import Ranks
 from .model import Decoder, ModelConfig
-from .parallel import Ranks
 
 # %% ../nbs/08_cuda_graphs.ipynb #3d6d49c9
 def kv_block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from .layers import Ranks
 from .model import Decoder, ModelConfig, checkpoint_pieces, read_json
-from .parallel import Ranks
 from .workbench import MODEL_NAME, fetch
 
 # %% ../nbs/07_weights.ipynb #39c0de05
