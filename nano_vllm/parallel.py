@@ -139,7 +139,8 @@ def find_failure(store, processes: list[subprocess.Popen]) -> str | None:
         codes = {rank: p.poll() for rank, p in enumerate(processes, 1)}
         ends = {rank: code for rank, code in codes.items() if code is not None}
         for rank, code in ends.items():
-            if code < 0: return f"rank {rank} was killed by {signal.Signals(-code).name}"
+            name = signal.Signals(-code).name if code < 0 else None
+            if name: return f"rank {rank} was killed by {name}"
         if store.check(["failure"]): return store.get("failure").decode()
         for rank, code in ends.items(): return f"rank {rank} ended with status {code}"
         time.sleep(0.02)
@@ -182,7 +183,8 @@ class StartedRanks(ProcessRanks):
         try:
             with uninterrupted(): yield
         except Exception as e:   # torch.distributed raises RuntimeError
-            other = find_failure(self.store, self.processes) if isinstance(e, RuntimeError) else None
+            of_group = isinstance(e, RuntimeError)
+            other = of_group and find_failure(self.store, self.processes)
             self.failure = other or f"rank 0 failed: {e}"
             self.close()
             if other: raise RuntimeError(other) from e

@@ -132,7 +132,7 @@ def test_several_eos_ids(tmp_path):
 
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel.*LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"),
+    (dict(architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel.*LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"),
     (dict(architectures=None), "architectures"),
     (dict(quantization_config=dict(quant_method="awq", bits=4)), "quantization_config"),
     (dict(use_sliding_window=True, sliding_window=8, max_window_layers=1), "use_sliding_window"),
