@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['ENGINE_LIMITS', 'DTYPES', 'CompletionOutput', 'since', 'RequestMetrics', 'RequestOutput', 'Completion', 'Request',
            'is_token_list', 'split_prompts', 'unwrap', 'read_prompt', 'read_params', 'EngineArgs', 'choose_dtype',
-           'choose_device', 'count_blocks', 'EngineParts', 'RequestMaker', 'with_text', 'rate_prompt', 'Stepper',
-           'Engine', 'under_way', 'pieces', 'LLM']
+           'choose_device', 'count_blocks', 'rank_device', 'make_ranks', 'EngineParts', 'serve', 'RequestMaker',
+           'with_text', 'rate_prompt', 'Stepper', 'Engine', 'under_way', 'pieces', 'tell', 'pieces_for_all', 'followed',
+           'LLM']
 
 # %% ../nbs/10_engine.ipynb #342515a2
-import random, time
+import os, random, time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Integral
@@ -18,7 +19,8 @@ import torch
 from tqdm import tqdm
 from .attention import attention_backend, logits_positions, make_batch
 from .kv_blocks import Chunk, Sequence, blocks_needed
-from .model import ModelConfig
+from .layers import LAUNCHERS, Ranks
+from .model import ModelConfig, share_heads
 from .model_runner import ModelRunner, kv_block_bytes, kv_memory
 from .prefix_cache import PrefixCachingPool
 from .sampling import (Logprob, SamplingParams, check_number, sample,
@@ -186,7 +188,7 @@ def read_params(sampling_params, num_prompts: int) -> list[SamplingParams]:
 
 # %% ../nbs/10_engine.ipynb #884466a6
 ENGINE_LIMITS = dict(
-    tensor_parallel_size=(int, 1, 1), block_size=(int, 1, 2**20),
+    tensor_parallel_size=(int, 1, 2**10), block_size=(int, 1, 2**20),
     max_num_seqs=(int, 1, 2**20), max_num_batched_tokens=(int, 1, 2**30),
     gpu_memory_utilization=(float, 0.01, 1.0),
     num_kv_blocks=(int, 1, 2**40), max_model_len=(int, 2, 2**40),
@@ -200,7 +202,7 @@ class EngineArgs:
     tokenizer: str | Path | None = None   # a folder, if not the model's
     dtype: str | torch.dtype = "auto"     # "auto" is the checkpoint's
     device: str = "auto"                  # a GPU if there is one
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: int = 1         # processes that share the model
     block_size: int = 16                  # tokens in a KV block
     max_model_len: int | None = None      # longest prompt plus output
     max_num_seqs: int = 256               # sequences that may hold KV at a time
@@ -247,20 +249,35 @@ def count_blocks(args: EngineArgs, config: ModelConfig, dtype, device) -> int:
     "How many KV blocks the engine gets; ValueError if memory has no room for one."
     if args.num_kv_blocks is not None: return args.num_kv_blocks
     block_bytes = kv_block_bytes(config, args.block_size, dtype)
-    room = kv_memory(device, args.gpu_memory_utilization) // block_bytes
+    sharers = args.tensor_parallel_size if device.type == "cpu" else 1
+    room = kv_memory(device, args.gpu_memory_utilization) // sharers // block_bytes
     most = args.max_num_seqs * blocks_needed(config.max_position, args.block_size)
     if room >= 1: return min(room, most)
     raise ValueError(f"gpu_memory_utilization={args.gpu_memory_utilization} leaves no "
                      f"memory for a KV block of {block_bytes} bytes")
 
 # %% ../nbs/10_engine.ipynb #3ab975d4
+def rank_device(device: torch.device, ranks: Ranks) -> torch.device:
+    "The device of this rank, if the engine is to run on `device`."
+    if ranks.size == 1 or device.type == "cpu": return device
+    return choose_device(f"cuda:{os.environ.get('LOCAL_RANK', ranks.rank)}")
+
+# %% ../nbs/10_engine.ipynb #74750e84
+def make_ranks(args: EngineArgs, device: torch.device) -> Ranks:
+    "The group of processes that compute the model; each other one runs `serve`."
+    if args.tensor_parallel_size == 1: return Ranks()
+    return LAUNCHERS["processes"](args.tensor_parallel_size, device.type,
+                                  "nano_vllm.engine.serve", args)
+
+# %% ../nbs/10_engine.ipynb #0595c68e
 class EngineParts:
     "Tokenizer, block pool, model runner and scheduler, built from the arguments."
-    def __init__(self, args: EngineArgs):
+    def __init__(self, args: EngineArgs, ranks: Ranks | None = None):
         backend = attention_backend(args.attention_backend)
         device = choose_device(args.device)
         self.model_path = resolve_model(args.model)
         config = ModelConfig.from_folder(self.model_path)
+        share_heads(config, Ranks(0, args.tensor_parallel_size))
         dtype, longest = choose_dtype(args.dtype, config), config.max_position
         self.max_model_len = check_number(
             "max_model_len", args.max_model_len or longest, int, 2, longest)
@@ -269,12 +286,27 @@ class EngineParts:
         self.vocab_size = config.vocab_size
         eos = {self.tokenizer.eos_token_id} - {None}
         self.eos_token_ids = config.eos_token_ids | eos
-        model = load_model(self.model_path, config, dtype, device, args.load_format)
-        num_blocks = count_blocks(args, config, dtype, device)
-        self.runner = ModelRunner(model, backend, num_blocks, args.block_size)
+        self.ranks = ranks or make_ranks(args, device)
+        with self.ranks.together():
+            self.runner = self.load(args, config, dtype, backend,
+                                    rank_device(device, self.ranks))
+        num_blocks = self.runner.kv_cache.shape[2]
         self.pool = PrefixCachingPool(num_blocks, args.block_size)
         self.scheduler = Scheduler(
             self.pool, args.max_num_seqs, args.max_num_batched_tokens)
+
+    def load(self, args: EngineArgs, config, dtype, backend, device) -> ModelRunner:
+        "The model, or this rank's part, with as many KV blocks as all have room for."
+        model = load_model(self.model_path, config, dtype, device, args.load_format,
+                           self.ranks)
+        mine = replace(config, num_kv_heads=model.num_kv_heads)
+        num_blocks = self.ranks.minimum(count_blocks(args, mine, dtype, device))
+        return ModelRunner(model, backend, num_blocks, args.block_size, self.ranks)
+
+
+def serve(ranks: Ranks, args: EngineArgs):
+    "What a process started for one of the ranks runs: it follows rank 0."
+    EngineParts(args, ranks).runner.follow()
 
 # %% ../nbs/10_engine.ipynb #e22d4c1f
 class RequestMaker(EngineParts):
@@ -426,6 +458,27 @@ def pieces(engine: Engine, requests: list[Request]):
             if unfinished: engine.step()
 
 # %% ../nbs/10_engine.ipynb #fca48153
+def tell(ranks: Ranks, output):
+    "The output, sent to the ranks that made the same call."
+    if ranks.shares_script: ranks.send(output)
+    return output
+
+
+def pieces_for_all(engine: Engine, requests: list[Request]):
+    "The `pieces`, each told to the ranks that made the same call; None ends them."
+    try:
+        for piece in pieces(engine, requests): yield tell(engine.ranks, piece)
+    finally: tell(engine.ranks, None)
+
+
+def followed(runner: ModelRunner):
+    "The pieces that rank 0 tells; a reader who leaves early computes on to the end."
+    try:
+        while (piece := runner.follow()) is not None: yield piece
+    finally:
+        while piece is not None: piece = runner.follow()
+
+# %% ../nbs/10_engine.ipynb #ed0e1fac
 class LLM(Engine):
     """A model, ready to answer; the options are the fields of `EngineArgs`.
 
@@ -436,12 +489,13 @@ class LLM(Engine):
     def generate(self, prompts, sampling_params=None, *, use_tqdm=True):
         "A RequestOutput for each prompt (string, token ids, or dict), in order."
         requests = self.make_requests(prompts, sampling_params)
+        if self.ranks.rank: return self.runner.follow()
         bar = tqdm(total=len(requests), desc="requests", disable=not use_tqdm)
         with under_way(self, requests), bar:
             while not all(r.finished for r in requests):
                 self.step()
                 bar.update(sum(r.finished for r in requests) - bar.n)
-        return [r.output() for r in requests]
+        return tell(self.ranks, [r.output() for r in requests])
 
     def chat(self, messages, sampling_params=None, *, use_tqdm=True):
         "The same for a conversation (dicts of 'role', 'content') or a list of them."
@@ -449,7 +503,9 @@ class LLM(Engine):
 
     def stream(self, prompts, sampling_params=None):
         "Iterate over RequestOutputs that hold only what is new, as the text comes."
-        return pieces(self, self.make_requests(prompts, sampling_params))
+        requests = self.make_requests(prompts, sampling_params)
+        if self.ranks.rank: return followed(self.runner)
+        return pieces_for_all(self, requests)
 
     def render(self, messages) -> list[dict]:
         "Prompts made of one conversation or several by the model's chat template."

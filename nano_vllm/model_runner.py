@@ -7,10 +7,12 @@ __all__ = ['kv_block_bytes', 'free_memory', 'kv_memory', 'allocate_kv_cache', 'M
 
 # %% ../nbs/08_cuda_graphs.ipynb #a8be4c8b
 import math, mmap, os, re
+from dataclasses import replace
 from pathlib import Path
 import torch
 from torch import Tensor
 from .attention import Batch
+from .layers import Ranks
 from .model import Decoder, ModelConfig
 
 # %% ../nbs/08_cuda_graphs.ipynb #3d6d49c9
@@ -59,17 +61,31 @@ def allocate_kv_cache(config: ModelConfig, num_blocks: int, block_size: int,
 # %% ../nbs/08_cuda_graphs.ipynb #9235ce78
 class ModelRunner:
     "Owns the model and its KV cache, and computes batches."
-    def __init__(self, model: Decoder, backend: type, num_blocks: int, block_size: int):
+    def __init__(self, model: Decoder, backend: type, num_blocks: int, block_size: int,
+                 ranks: Ranks = Ranks()):
         config, weight = model.config, next(model.parameters())
-        self.model, self.backend = model, backend
+        self.model, self.backend, self.ranks = model, backend, ranks
         self.device, self.scale = weight.device, config.head_dim ** -0.5
-        self.kv_cache = allocate_kv_cache(config, num_blocks, block_size,
+        mine = replace(config, num_kv_heads=model.num_kv_heads)
+        self.kv_cache = allocate_kv_cache(mine, num_blocks, block_size,
                                           weight.dtype, weight.device)
 
-    @torch.inference_mode()
     def execute(self, batch: Batch) -> Tensor:
-        "Compute a step and store its KV; the wanted logits (R, vocab_size), float32."
+        "Compute a step on all ranks; the wanted logits (R, vocab_size), float32."
+        with self.ranks.together():
+            self.ranks.send(batch)
+            return self.compute(batch)
+
+    def follow(self):
+        "On other ranks than 0: compute each batch sent; the first other message."
+        while isinstance(message := self.ranks.receive(), Batch): self.compute(message)
+        return message
+
+    @torch.inference_mode()
+    def compute(self, batch: Batch) -> Tensor:
+        "This rank's part of a step: store its KV, give the logits if it is rank 0."
         batch = batch.to(self.device)
-        attend = self.backend(batch, self.kv_cache, self.scale)
+        attend = self.backend(batch, self.kv_cache, self.scale,
+                              self.model.config.sliding_window)
         hidden = self.model(batch.token_ids, batch.positions, attend)
         return self.model.compute_logits(hidden[batch.logits_rows]).float()

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from .model import Decoder, ModelConfig, checkpoint_views, read_json
+from .layers import Ranks
+from .model import Decoder, ModelConfig, checkpoint_pieces, read_json
 from .workbench import MODEL_NAME, fetch
 
 # %% ../nbs/07_weights.ipynb #39c0de05
@@ -40,32 +41,34 @@ def some(names) -> str:
 
 # %% ../nbs/07_weights.ipynb #3a0575b2
 def read_tensors(file: Path):
-    "Each (name, tensor) of a safetensors file; the tensors are views of the map."
+    "Each (name, slice) of a safetensors file; indexing a slice reads that part."
     try:
         with safe_open(file, "pt") as f:
-            for name in f.keys(): yield name, f.get_tensor(name)
+            for name in f.keys(): yield name, f.get_slice(name)
     except (SafetensorError, OSError) as e: raise ValueError(f"{file}: {e}") from e
 
 # %% ../nbs/07_weights.ipynb #58f869e5
 def load_weights(model: Decoder, path: Path):
     "Copy each tensor of a checkpoint to its place; ValueError unless all fit, once."
-    places, surplus = checkpoint_views(model), []
+    open_pieces, surplus = checkpoint_pieces(model), []
     for name, tensor in chain.from_iterable(map(read_tensors, weight_files(path))):
-        place = places.pop(name, None)
-        if place is None: surplus.append(name)
-        elif place.shape == tensor.shape: place.copy_(tensor)
-        else: raise ValueError(f"{name}: shape in the checkpoint is "
-                               f"{list(tensor.shape)}, expected {list(place.shape)}")
+        if name not in open_pieces: surplus.append(name); continue
+        place, shape, index = open_pieces.pop(name)
+        if tensor.get_shape() != list(shape):
+            raise ValueError(f"{name}: shape in the checkpoint is "
+                             f"{tensor.get_shape()}, expected {list(shape)}")
+        place.copy_(tensor[index])
     surplus = [n for n in surplus if not n.endswith("rotary_emb.inv_freq")
                and not (model.config.tied and n == "lm_head.weight")]
-    for kind, names in (("missing", places), ("surplus", surplus)):
+    for kind, names in (("missing", open_pieces), ("surplus", surplus)):
         if names: raise ValueError(f"model folder {path}: {len(names)} tensors are "
                                    f"{kind}: {some(names)}")
 
 # %% ../nbs/07_weights.ipynb #7f355d53
-def empty_model(config: ModelConfig, dtype: torch.dtype, device) -> Decoder:
+def empty_model(config: ModelConfig, dtype: torch.dtype, device,
+                ranks: Ranks = Ranks()) -> Decoder:
     "A decoder on `device` whose parameters have memory, allocated once, and no values."
-    with torch.device("meta"): model = Decoder(config)
+    with torch.device("meta"): model = Decoder(config, ranks)
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):
             memory = torch.empty_like(p, dtype=dtype, device=device)
@@ -74,11 +77,11 @@ def empty_model(config: ModelConfig, dtype: torch.dtype, device) -> Decoder:
 
 # %% ../nbs/07_weights.ipynb #b3d57f01
 def load_model(path, config: ModelConfig, dtype: torch.dtype, device,
-               load_format: str = "auto") -> Decoder:
-    "The model in folder `path`; load_format 'dummy' draws the weights and reads none."
+               load_format: str = "auto", ranks: Ranks = Ranks()) -> Decoder:
+    "This rank's part of the model in folder `path`; 'dummy' draws random weights."
     if load_format not in ("auto", "dummy"):
         raise ValueError(f"load_format is {load_format!r}, supported: 'auto', 'dummy'")
-    model = empty_model(config, dtype, device)
+    model = empty_model(config, dtype, device, ranks)
     if load_format == "auto": load_weights(model, Path(path))
     else:
         rng = torch.Generator(device).manual_seed(0)

@@ -2,7 +2,13 @@
 import shutil
 
 import torch
+from nano_vllm.model import checkpoint_pieces
 from nano_vllm.workbench import fetch
+
+
+def checkpoint_views(model):
+    "Checkpoint name -> the place of this tensor in `model`."
+    return {name: piece.place for name, piece in checkpoint_pieces(model).items()}
 
 
 def assert_idle(llm):

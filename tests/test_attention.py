@@ -4,7 +4,7 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from nano_vllm.attention import (BACKENDS, ReferenceAttention, TorchAttention, attention_backend, length_groups,
-                                 logits_positions, make_batch, slot_table, slots_of)
+                                 logits_positions, make_batch, reach, slot_table, slots_of)
 from nano_vllm.kv_blocks import Chunk, Sequence, blocks_needed
 from nano_vllm.sampling import SamplingParams
 
@@ -53,6 +53,14 @@ def test_logits_positions(seq, n, wanted): assert list(logits_positions(Chunk(se
 def test_slot_table_repeats_the_last_written_slot():
     got = slot_table(torch.tensor([[2, 0], [3, 0]]), torch.tensor([6, 2]), 4, 6)
     assert got.tolist() == [[8, 9, 10, 11, 0, 1], [12, 13, 13, 13, 13, 13]]
+    got = slot_table(torch.tensor([[2, 0], [3, 0]]), torch.tensor([6, 2]), 4, 3, start=torch.tensor([[3], [0]]))
+    assert got.tolist() == [[11, 0, 1], [12, 13, 13]]
+
+
+@given(st.integers(1, 50), st.none() | st.integers(1, 60))
+def test_reach_counts_the_keys_of_the_last_token(length, window):
+    p = length - 1
+    assert reach(length, window) == sum(window is None or p - window < j <= p for j in range(length))
 
 
 @given(st.lists(st.integers(1, 9000), max_size=40))
@@ -72,7 +80,7 @@ def test_backends_by_name():
 
 @st.composite
 def cases(draw):
-    "(batch, its cache with NaN in every slot that no text has written, q, k, v, scale), float32."
+    "(batch, its cache with NaN in every slot that no text has written, q, k, v, layer, window), float32."
     size = draw(st.sampled_from([1, 2, 3, 5, 16, 64]) | st.integers(1, 64))
     edges = st.sampled_from([1, max(size - 1, 1), size, size + 1, 2*size, 2*size + 1]) | st.integers(1, 70)
     lengths = draw(st.lists(edges, min_size=1, max_size=5))
@@ -91,13 +99,14 @@ def cases(draw):
         work.append(Chunk(seq, m))
     total = sum(new_tokens)
     q, k, v = (torch.randn(total, h, dim, generator=g) for h in (kv_heads*group, kv_heads, kv_heads))
-    return make_batch(work, size), cache, q, k, v, layer
+    window = draw(st.none() | st.sampled_from([1, 2, size, size + 1]) | st.integers(1, 80))
+    return make_batch(work, size), cache, q, k, v, layer, window
 
 
-def attend(backend, batch, cache, q, k, v, layer):
+def attend(backend, batch, cache, q, k, v, layer, window=None):
     "(output, the cache afterwards); the arguments are checked to be as they were."
     cache, before = cache.clone(), [x.clone() for x in (q, k, v)]
-    out = backend(batch, cache, 0.3)(q, k, v, layer)
+    out = backend(batch, cache, 0.3, window)(q, k, v, layer)
     assert all(torch.equal(x, y) for x, y in zip((q, k, v), before)), "law 7: an input was written to"
     assert out.shape == q.shape and out.dtype == q.dtype
     return out, cache
@@ -123,10 +132,10 @@ def test_agrees_in_bfloat16(case):
     whose sizes bound it; weights and output are rounded once each, and a weight by its score, too, if the scores are rounded:
     a score of size s is off by u*s, which scales the weight by as much. So the error is below (2 + 2*s) * u * max|v|.
     """
-    batch, cache, q, k, v, layer = case
+    batch, cache, q, k, v, layer, window = case
     low = [x.bfloat16() for x in (cache, q, k, v)]
-    exact, whole = attend(ReferenceAttention, batch, *(x.float() for x in low), layer)
-    out, _ = attend(TorchAttention, batch, *low, layer)
+    exact, whole = attend(ReferenceAttention, batch, *(x.float() for x in low), layer, window)
+    out, _ = attend(TorchAttention, batch, *low, layer, window)
     keys, values = slots_of(whole, layer)
     score = 0.3 * q.norm(dim=-1).max() * keys.nan_to_num().norm(dim=-1).max()
     bound = float((2 + 2*score) * 2**-8 * values.nan_to_num().abs().max())
@@ -137,12 +146,59 @@ def test_agrees_in_bfloat16(case):
 @slow
 @given(cases(), st.randoms())
 def test_a_text_gets_the_same_whoever_shares_its_batch(case, rng):
-    batch, cache, q, k, v, layer = case
+    batch, cache, q, k, v, layer, window = case
     both, _ = attend(TorchAttention, *case)
     row = rng.randrange(len(batch.query_lens))
     start = sum(batch.query_lens[:row])
     span = slice(start, start + batch.query_lens[row])
     alone = type(batch)(batch.token_ids[span], batch.positions[span], batch.slot_mapping[span], batch.block_tables[row:row+1],
                         [batch.query_lens[row]], [batch.context_lens[row]], batch.logits_rows[:0])
-    out, _ = attend(TorchAttention, alone, cache, q[span], k[span], v[span], layer)
+    out, _ = attend(TorchAttention, alone, cache, q[span], k[span], v[span], layer, window)
     torch.testing.assert_close(out, both[span], atol=1e-5, rtol=1e-5)
+
+
+# ---- sliding windows
+
+@pytest.mark.parametrize("window", [1, 2, 5, 11, 12, 13, 40, None])
+@pytest.mark.parametrize("chunk", [12, 5, 1])
+def test_the_reference_sees_what_transformers_mask_shows(window, chunk):
+    "A text of 12 in chunks, against dense attention under the mask of transformers' sliding window."
+    from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
+    p = torch.arange(12)
+    shown = (causal_mask_function if window is None else sliding_window_causal_mask_function(window))(0, 0, p[:, None], p)
+    q, k, v = torch.randn(3, 12, 2, 4, generator=torch.Generator().manual_seed(0))
+    scores = torch.einsum("qhd,khd->hqk", q, k)*0.3
+    expected = torch.einsum("hqk,khd->qhd", scores.masked_fill(~shown, float("-inf")).softmax(-1), v)
+    for backend in (ReferenceAttention, TorchAttention):
+        cache = torch.full((1, 2, 4, 5, 2, 4), torch.nan)
+        for start in range(0, 12, chunk):
+            span = slice(start, start + chunk)
+            batch = make_batch([Chunk(new(12, start, [3, 0, 2]), len(p[span]))], 5)
+            out = backend(batch, cache, 0.3, window)(q[span], k[span], v[span], 0)
+            torch.testing.assert_close(out, expected[span], atol=1e-5, rtol=1e-5)
+
+
+@slow
+@given(cases())
+def test_nothing_before_the_window_is_read(case):
+    "Every slot that no query of its text may see is poisoned: what comes out is a number all the same."
+    batch, cache, q, k, v, layer, window = case
+    cache, size = cache.clone(), cache.shape[3]
+    for table, n, context in zip(batch.block_tables.tolist(), batch.query_lens, batch.context_lens):
+        first = context - n + 1
+        for p in range(first - reach(first, window)): cache[layer, :, table[p // size], p % size] = torch.nan
+    out, _ = attend(TorchAttention, batch, cache, q, k, v, layer, window)
+    assert not out.isnan().any()
+
+
+def test_a_decode_gathers_its_window_only():
+    seq = new(1000, 999, list(range(63)))
+    cache = torch.zeros(1, 2, 63, 16, 1, 4)
+    part, = TorchAttention(make_batch([Chunk(seq, 1)], 16), cache, 1., window=24).parts
+    assert part.slots.tolist() == [list(range(976, 1000))]
+    work = [Chunk(seq, 1), Chunk(new(30, 29, [61, 62]), 1)]  # far apart in length, alike in reach: one group
+    part, = TorchAttention(make_batch(work, 16), cache, 1., window=24).parts
+    assert part.slots.shape == (2, 24)
+    seq.num_computed_tokens = 990
+    part, = TorchAttention(make_batch([Chunk(seq, 10)], 16), cache, 1., window=24).parts
+    assert part.slots.tolist() == list(range(967, 1000))

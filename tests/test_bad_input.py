@@ -229,7 +229,7 @@ def test_a_refusal_beside_a_stream(llm, answer, bad):
     (dict(num_kv_blocks=10**30), "num_kv_blocks", "10{30}"), (dict(num_kv_blocks=None, block_size=2**20, gpu_memory_utilization=.01), "gpu_memory_utilization", "0.01", "bytes"),
     (dict(gpu_memory_utilization=0), "gpu_memory_utilization", "0"), (dict(gpu_memory_utilization=1.1), "gpu_memory_utilization", "1.1"),
     (dict(gpu_memory_utilization=NAN), "gpu_memory_utilization", "nan"), (dict(gpu_memory_utilization="90%"), "gpu_memory_utilization", "90%"),
-    (dict(tensor_parallel_size=0), "tensor_parallel_size", "0"), (dict(tensor_parallel_size=2), "tensor_parallel_size", "2"), (dict(tensor_parallel_size=None), "tensor_parallel_size", "None"),
+    (dict(tensor_parallel_size=0), "tensor_parallel_size", "0"), (dict(tensor_parallel_size=5), "tensor_parallel_size", "5"), (dict(tensor_parallel_size=1025), "tensor_parallel_size", "1025"), (dict(tensor_parallel_size=None), "tensor_parallel_size", "None"),
     (dict(dtype="float8"), "dtype", "'float8'", "float32"), (dict(dtype=None), "dtype", "None"), (dict(dtype=torch.int8), "dtype", "int8"), (dict(dtype=[]), "dtype", r"\[\]"),
     (dict(dtype=float), "dtype", "float"), (dict(device="tpu"), "device", "'tpu'", "cpu"), (dict(device="cuda:99"), "device", "cuda:99"), (dict(device=None), "device", "None"),
     (dict(device="meta"), "device", "'meta'"), (dict(device=""), "device", "''"), (dict(attention_backend="flash"), "attention_backend", "'flash'", "torch"),

@@ -1,8 +1,9 @@
 """layers: each one against an independent computation, and against transformers' own modules."""
 import pytest
 import torch
-from nano_vllm.layers import (RMSNorm, Rotary, SwiGLU, Linear, MergedLinear, Embedding,
-                              rope_frequencies, rotate)
+from nano_vllm.layers import (ColumnParallelLinear, Linear, RMSNorm, Rotary, RowParallelLinear, Share, SwiGLU,
+                              VocabParallelEmbedding, rope_frequencies, rotate, share)
+from nano_vllm.parallel import Ranks
 
 ROPES = {
     "default": dict(rope_type="default", rope_theta=10000.0),
@@ -55,8 +56,9 @@ def test_no_layer_writes_to_its_inputs(dtype):  # law 7
     cos, sin = rope(ids)
     filled(RMSNorm(12)).to(dtype)(x)
     out = filled(RMSNorm(12)).to(dtype)(x, r)
-    SwiGLU()(x), filled(Linear(12, 5, True)).to(dtype)(x), filled(MergedLinear(12, dict(a=2, b=3))).to(dtype)(x)
-    filled(Embedding(4, 3))(ids), rotate(heads, cos, sin)
+    SwiGLU()(x), filled(Linear(12, 5, True)).to(dtype)(x), filled(ColumnParallelLinear(12, dict(a=Share(0, 2, 2)))).to(dtype)(x)
+    for size in (1, 2): filled(VocabParallelEmbedding(4, 3, Ranks(0, size)))(ids), filled(RowParallelLinear(Share(0, 12, 24), 5, Ranks(0, size), True)).to(dtype)(x)
+    rotate(heads, cos, sin)
     for t, b in zip(inputs, before): assert torch.equal(t, b)
     assert not {o.data_ptr() for o in out} & {x.data_ptr(), r.data_ptr()}
 
@@ -120,8 +122,8 @@ def test_rope_refuses_odd_head_dim():
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_merged_linear_equals_its_parts(bias):
-    merged = filled(MergedLinear(6, dict(q_proj=5, k_proj=3, v_proj=3), bias))
-    views = merged.checkpoint_views("model.layers.0.self_attn.qkv_proj")
+    merged = filled(ColumnParallelLinear(6, dict(q_proj=share(5, Ranks()), k_proj=share(3, Ranks()), v_proj=share(3, Ranks())), bias))
+    views = {n: p.place for n, p in merged.checkpoint_pieces("model.layers.0.self_attn.qkv_proj").items()}
     kinds = ["weight", "bias"] if bias else ["weight"]
     assert set(views) == {f"model.layers.0.self_attn.{p}.{k}" for p in ("q_proj", "k_proj", "v_proj") for k in kinds}
     x = torch.randn(4, 6)

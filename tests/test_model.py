@@ -2,7 +2,8 @@
 import json
 import pytest
 import torch
-from nano_vllm.model import ARCHITECTURES, Decoder, ModelConfig, checkpoint_views, rope_settings
+from helpers import checkpoint_views
+from nano_vllm.model import ARCHITECTURES, Decoder, ModelConfig, rope_settings
 from nano_vllm.weights import load_model
 from nano_vllm.workbench import fetch
 
@@ -131,7 +132,7 @@ def test_several_eos_ids(tmp_path):
 
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel.*LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"),
+    (dict(architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel.*LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"),
     (dict(architectures=None), "architectures"),
     (dict(quantization_config=dict(quant_method="awq", bits=4)), "quantization_config"),
     (dict(use_sliding_window=True, sliding_window=8, max_window_layers=1), "use_sliding_window"),

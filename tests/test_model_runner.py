@@ -5,10 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from helpers import checkpoint_views
 from nano_vllm import model_runner
 from nano_vllm.attention import ReferenceAttention, TorchAttention, make_batch
 from nano_vllm.kv_blocks import BlockPool, Chunk, Sequence
-from nano_vllm.model import ModelConfig, checkpoint_views
+from nano_vllm.model import ModelConfig
 from nano_vllm.model_runner import ModelRunner, allocate_kv_cache, free_memory, kv_block_bytes, kv_memory
 from nano_vllm.sampling import SamplingParams
 from nano_vllm.weights import load_model

@@ -1,0 +1,230 @@
+"""Tensor parallelism: a model cut into N ranks gives TP=1's logits and tokens, and no process outlives its engine."""
+import gc
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from helpers import assert_idle, tiny_folder
+from nano_vllm import LLM, SamplingParams
+from nano_vllm.attention import Batch, make_batch
+from nano_vllm.kv_blocks import BlockPool, Chunk, Sequence
+from nano_vllm.parallel import StartedRanks
+from nano_vllm.workbench import fetch
+from test_model import make
+
+PROMPTS = ["The capital of France is", "Once upon a time there was a", "One, two, three, four,", "Water boils at"]
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+LIMITS = dict(device="cpu", max_model_len=256, num_kv_blocks=64)
+ROOT = Path(__file__).parent.parent
+
+
+def children(): return {p.pid for p in psutil.Process().children(recursive=True)}
+
+
+def wait_until(condition, seconds=10):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline: time.sleep(0.05)
+    return condition()
+
+
+def tokens(outs): return [list(out["token_ids"]) for out in outs]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    "TP=1's greedy and sampled tokens of the demo model."
+    llm = LLM("smollm2-135m", **LIMITS)
+    seeded = SamplingParams(temperature=0.9, seed=5, max_tokens=16)
+    return {"greedy": tokens(llm.generate(PROMPTS, GREEDY, use_tqdm=False)),
+            "seeded": tokens(llm.generate(PROMPTS, seeded, use_tqdm=False))}, seeded
+
+
+@pytest.mark.parametrize("family, heads, kv_heads, size, changes", [
+    ("Llama", 6, 3, 2, {}), ("Llama", 6, 3, 3, dict(tie_word_embeddings=False)), ("Llama", 8, 2, 4, dict(attention_bias=True, mlp_bias=True)),
+    ("Mistral", 4, 2, 2, dict(sliding_window=5)), ("Mistral", 6, 1, 3, dict(sliding_window=None)),
+    ("Qwen2", 6, 3, 2, {}), ("Qwen2", 3, 3, 3, dict(tie_word_embeddings=True)), ("Qwen3", 4, 2, 2, {}), ("Qwen3", 9, 3, 3, dict(attention_bias=True))])
+def test_logits_of_each_family_equal_transformers(family, heads, kv_heads, size, changes, tmp_path):
+    "In chunks of 5 and 7 tokens and in single ones; vocabulary and MLP do not divide by the number of ranks."
+    theirs = make(family, tmp_path, num_attention_heads=heads, num_key_value_heads=kv_heads, intermediate_size=43, vocab_size=97, **changes)
+    for name in ("tokenizer.json", "tokenizer_config.json"): (tmp_path/name).write_bytes((fetch()/name).read_bytes())
+    ids = [(7 * i + i * i) % 97 for i in range(16)]
+    with torch.inference_mode(): expected = theirs(torch.tensor([ids])).logits[0]
+    llm = LLM(tmp_path, tensor_parallel_size=size, block_size=4, num_kv_blocks=8, device="cpu", max_model_len=32)
+    seq = Sequence("a", ids, SamplingParams())
+    BlockPool(8, 4).grow(seq, len(ids))
+    for n in (5, 7, 1, 1, 2):
+        seq.prompt_token_ids = ids[:seq.num_computed_tokens + n]
+        logits = llm.runner.execute(make_batch([Chunk(seq, n)], 4))
+        seq.num_computed_tokens += n
+        assert logits.shape == (1, 97)
+        torch.testing.assert_close(logits[0], expected[seq.num_computed_tokens - 1], atol=1e-4, rtol=0)
+    llm.ranks.close()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_demo_model_gives_the_same_tokens(size, alone):
+    expected, seeded = alone
+    before = children()
+    llm = LLM("smollm2-135m", tensor_parallel_size=size, block_size=8, max_num_batched_tokens=16, **LIMITS)
+    assert len(children() - before) == size - 1
+    assert tokens(llm.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected["greedy"]
+    assert tokens(llm.generate(PROMPTS, seeded, use_tqdm=False)) == expected["seeded"]
+    assert_idle(llm)
+    del llm
+    gc.collect()
+    assert children() == before
+
+
+def test_a_killed_rank_ends_the_engine_with_its_name(tmp_path):
+    folder = tiny_folder(tmp_path, hidden_size=48, num_attention_heads=6, num_key_value_heads=3)
+    llm = LLM(folder, tensor_parallel_size=3, device="cpu", num_kv_blocks=100)
+    llm.generate("Hello", SamplingParams(max_tokens=2), use_tqdm=False)
+    threading.Timer(0.5, os.kill, (llm.ranks.processes[1].pid, signal.SIGKILL)).start()
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="rank 2 was killed by SIGKILL"):
+        for _ in range(1000): llm.generate("Hello", SamplingParams(max_tokens=200, ignore_eos=True), use_tqdm=False)
+    assert time.monotonic() - start < 10
+    assert all(p.poll() is not None for p in llm.ranks.processes)
+    with pytest.raises(RuntimeError, match="this engine has ended: rank 2"): llm.generate("Hello", use_tqdm=False)
+    assert_idle(llm)
+
+
+def test_a_rank_that_fails_tells_its_traceback(tmp_path):
+    llm = LLM(tiny_folder(tmp_path), tensor_parallel_size=2, device="cpu", num_kv_blocks=100)
+    with pytest.raises(RuntimeError, match="(?s)rank 1 failed:.*Traceback.*TypeError"), llm.ranks.together():
+        llm.ranks.send(Batch(*[None] * 7))
+        llm.ranks.all_reduce(torch.ones(1))
+    assert wait_until(lambda: all(p.poll() is not None for p in llm.ranks.processes))
+
+
+def test_what_cannot_be_cut_is_refused_before_any_process_starts():
+    before = children()
+    with pytest.raises(ValueError, match="tensor_parallel_size is 4, supported for 9 heads with 3 KV heads"):
+        LLM("smollm2-135m", tensor_parallel_size=4, device="cpu")
+    assert children() == before
+
+
+def test_engines_come_and_go_without_a_trace(tmp_path):
+    folder = tiny_folder(tmp_path)
+    def once():
+        llm = LLM(folder, tensor_parallel_size=2, device="cpu", num_kv_blocks=50)
+        return llm.generate("Hello", SamplingParams(max_tokens=3, temperature=0), use_tqdm=False)[0]["token_ids"]
+    first, threads = once(), torch.get_num_threads()
+    gc.collect()
+    me = psutil.Process()
+    files, processes, shared = me.num_fds(), children(), set(os.listdir("/dev/shm"))
+    for _ in range(9): assert once() == first
+    gc.collect()
+    assert (me.num_fds(), children(), set(os.listdir("/dev/shm")), torch.get_num_threads()) == (files, processes, shared, threads)
+
+
+def test_two_engines_in_one_process(tmp_path):
+    folder, greedy = tiny_folder(tmp_path), SamplingParams(max_tokens=8, temperature=0)
+    options = dict(device="cpu", num_kv_blocks=50)
+    expected = LLM(folder, **options).generate("Hello", greedy, use_tqdm=False)[0]["text"]
+    streams = [LLM(folder, tensor_parallel_size=2, **options).stream("Hello", greedy) for _ in range(2)]
+    texts = ["", ""]
+    for pieces in zip(*streams): texts = [t + p["text"] for t, p in zip(texts, pieces)]
+    assert texts == [expected] * 2
+
+
+def test_a_step_may_be_of_any_size():
+    ranks = StartedRanks(2, "cpu", "rank_targets.echo", None)
+    n = 64 * 4096
+    batch = Batch(*[torch.arange(n) for _ in range(3)], torch.zeros(64, 256, dtype=torch.int64), [4096] * 64, [4096] * 64, torch.arange(64))
+    with ranks.together():
+        ranks.send(batch)
+        assert ranks.gather(torch.zeros(2, dtype=torch.int64)).tolist() == [0, 0, n * (n - 1) // 2, n]
+    ranks.close()
+
+
+def test_a_rank_loads_no_more_than_its_share():
+    "Anonymous memory at the peak, in a process of its own: the share, and not another tensor's worth."
+    code = '''
+        import ctypes, threading, torch
+        from nano_vllm.model import ModelConfig
+        from nano_vllm.parallel import Ranks
+        from nano_vllm.weights import load_model
+        from nano_vllm.workbench import fetch
+        def anonymous(): return 1024 * int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1])
+        config, readings, done = ModelConfig.from_folder(fetch()), [anonymous()], threading.Event()
+        def watch():
+            while not done.wait(0.001): readings.append(anonymous())
+        (watcher := threading.Thread(target=watch)).start()
+        model = load_model(fetch(), config, torch.float32, "cpu", ranks=Ranks(1, 2))
+        done.set(), watcher.join()
+        print(max(readings) - readings[0], sum(p.nbytes for p in model.parameters()), sum(b.nbytes for b in model.buffers()))
+    '''
+    peak, share, tables = map(int, subprocess.check_output([sys.executable, "-c", textwrap.dedent(code)]).split())
+    largest = 49152 // 2 * 576 * 4
+    assert share < peak < share + largest + tables + 2e7
+
+
+SCRIPT = '''
+import sys, time
+from nano_vllm import LLM, SamplingParams
+llm = LLM(sys.argv[1], tensor_parallel_size=2, device="cpu", num_kv_blocks=100)
+print("ready", flush=True)
+if sys.argv[2] == "raise": raise KeyError("on purpose")
+while True: llm.generate("Hello", SamplingParams(max_tokens=50), use_tqdm=False)
+'''
+
+
+@pytest.mark.parametrize("end", ["raise", "SIGINT", "SIGKILL"])
+def test_no_process_outlives_the_program(end, tmp_path):
+    "Nor does the script need an `if __name__ == '__main__'`."
+    (tmp_path/"script.py").write_text(SCRIPT)
+    program = subprocess.Popen([sys.executable, tmp_path/"script.py", tiny_folder(tmp_path/"model"), end], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert program.stdout.readline() == "ready\n"
+    family = psutil.Process(program.pid).children() if end != "raise" else []
+    assert len(family) == (end != "raise")
+    time.sleep(0.5)
+    if end == "SIGINT": os.killpg(program.pid, signal.SIGINT)
+    if end == "SIGKILL": program.kill()
+    _, errors = program.communicate(timeout=20)
+    assert program.returncode != 0
+    assert {"raise": "KeyError: 'on purpose'", "SIGINT": "KeyboardInterrupt", "SIGKILL": ""}[end] in errors
+    assert wait_until(lambda: not any(p.is_running() and p.status() != "zombie" for p in family))
+
+
+UNDER_TORCHRUN = '''
+import os, sys
+from nano_vllm import LLM, SamplingParams
+llm = LLM("smollm2-135m", tensor_parallel_size=2, device="cpu", max_model_len=256, num_kv_blocks=64)
+greedy = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+outs = llm.generate(PROMPTS, greedy, use_tqdm=False)
+stream = llm.stream(PROMPTS[0], greedy)
+next(stream), stream.close()
+text = "".join(piece["text"] for piece in llm.stream(PROMPTS[0], greedy))
+assert text == outs[0]["text"]
+try: llm.generate("", use_tqdm=False)
+except ValueError: pass
+with open(f"{sys.argv[1]}/{os.environ['RANK']}", "w") as f: print([list(o["token_ids"]) for o in outs], file=f)
+'''
+
+
+@pytest.mark.parametrize("num_hosts", [1, 2])
+def test_torchrun_on_one_host_and_on_two(num_hosts, alone, tmp_path):
+    "Two agents on the loopback stand for two hosts; every rank runs the same script and gets TP=1's tokens."
+    (tmp_path/"script.py").write_text(f"PROMPTS = {PROMPTS!r}\n" + UNDER_TORCHRUN)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    agents = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes", str(num_hosts), "--node-rank", str(i),
+                                "--nproc-per-node", str(2 // num_hosts), "--master-addr", "127.0.0.1", "--master-port", str(port),
+                                tmp_path/"script.py", tmp_path], cwd=ROOT) for i in range(num_hosts)]
+    try:
+        for agent in agents: assert agent.wait(timeout=200) == 0
+    finally:
+        for agent in agents: agent.kill()
+    for rank in range(2): assert eval((tmp_path/str(rank)).read_text()) == alone[0]["greedy"]
