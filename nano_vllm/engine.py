@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ENGINE_LIMITS', 'DTYPES', 'CompletionOutput', 'since', 'RequestMetrics', 'RequestOutput', 'Completion', 'Request',
-           'is_token_list', 'split_prompts', 'unwrap', 'read_prompt', 'read_params', 'EngineArgs', 'choose_dtype',
-           'choose_device', 'count_blocks', 'rank_device', 'make_ranks', 'EngineParts', 'serve', 'RequestMaker',
-           'with_text', 'rate_prompt', 'Stepper', 'Engine', 'under_way', 'pieces', 'tell', 'pieces_for_all', 'followed',
-           'LLM']
+           'is_token_list', 'split_prompts', 'unwrap', 'read_prompt', 'read_params', 'read_default_params',
+           'EngineArgs', 'choose_dtype', 'choose_device', 'count_blocks', 'rank_device', 'make_ranks', 'EngineParts',
+           'serve', 'RequestMaker', 'with_text', 'rate_prompt', 'Stepper', 'Engine', 'under_way', 'pieces', 'tell',
+           'pieces_for_all', 'followed', 'LLM']
 
 # %% ../nbs/10_engine.ipynb #342515a2
 import os, random, time
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from .attention import attention_backend, logits_positions, make_batch
 from .kv_blocks import Chunk, Sequence, blocks_needed
 from .layers import LAUNCHERS, Ranks
-from .model import ModelConfig, share_heads
+from .model import ModelConfig, read_json, share_heads
 from .model_runner import ModelRunner, kv_block_bytes, kv_memory
 from .prefix_cache import PrefixCachingPool
 from .sampling import (Logprob, SamplingParams, check_number, sample,
@@ -174,9 +174,10 @@ def read_prompt(prompt, tokenizer: Tokenizer, vocab_size: int) -> tuple:
     return text, [int(t) for t in ids]
 
 # %% ../nbs/10_engine.ipynb #3f94e6b3
-def read_params(sampling_params, num_prompts: int) -> list[SamplingParams]:
+def read_params(sampling_params, num_prompts: int,
+                default=SamplingParams()) -> list[SamplingParams]:
     "One checked copy of SamplingParams for each prompt."
-    params = SamplingParams() if sampling_params is None else sampling_params
+    params = default if sampling_params is None else sampling_params
     if not isinstance(params, (list, tuple)): params = [params] * num_prompts
     if len(params) != num_prompts:
         raise ValueError(f"sampling_params must be one or a list of {num_prompts}, "
@@ -185,6 +186,17 @@ def read_params(sampling_params, num_prompts: int) -> list[SamplingParams]:
         if not isinstance(p, SamplingParams):
             raise ValueError(f"sampling_params must be SamplingParams, got {p!r}")
     return [replace(p) for p in params]
+
+# %% ../nbs/10_engine.ipynb #da123243
+def read_default_params(path: Path) -> SamplingParams:
+    "What `generation_config.json` of a model folder recommends; else the defaults."
+    file = path/"generation_config.json"
+    given = read_json(file) if file.exists() else {}
+    given["max_tokens"] = given.get("max_new_tokens")
+    names = "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens"
+    found = {n: given[n] for n in names if given.get(n) is not None}
+    try: return SamplingParams(**found)
+    except ValueError as e: raise ValueError(f"{file}: {e}") from None
 
 # %% ../nbs/10_engine.ipynb #884466a6
 ENGINE_LIMITS = dict(
@@ -283,6 +295,7 @@ class EngineParts:
             "max_model_len", args.max_model_len or longest, int, 2, longest)
         folder = self.model_path if args.tokenizer is None else args.tokenizer
         self.tokenizer = Tokenizer(folder)
+        self.default_params = read_default_params(self.model_path)
         self.vocab_size = config.vocab_size
         eos = {self.tokenizer.eos_token_id} - {None}
         self.eos_token_ids = config.eos_token_ids | eos
@@ -319,7 +332,7 @@ class RequestMaker(EngineParts):
     def make_requests(self, prompts, sampling_params=None) -> list[Request]:
         "A request for each prompt; if one is bad, none: ValueError says which and why."
         prompts, checked = split_prompts(prompts), []
-        params = read_params(sampling_params, len(prompts))
+        params = read_params(sampling_params, len(prompts), self.default_params)
         for i, (prompt, p) in enumerate(zip(prompts, params)):
             try:
                 text, ids = read_prompt(prompt, self.tokenizer, self.vocab_size)
@@ -517,3 +530,7 @@ class LLM(Engine):
     def get_tokenizer(self):
         "The Hugging Face tokenizer."
         return self.tokenizer.hf
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        "A copy of what a call without parameters uses."
+        return replace(self.default_params)

@@ -9,6 +9,7 @@ __all__ = ['ARCHITECTURES', 'SIZES', 'read_json', 'llama', 'mistral', 'qwen2', '
 
 # %% ../nbs/07_model.ipynb #7d159f7f
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
@@ -85,6 +86,9 @@ def refuse_unsupported(hf):
         value = getattr(hf, name, supported)
         if value != supported:
             raise ValueError(f"{name} is {value!r}, supported: {supported!r}")
+    window = getattr(hf, "sliding_window", None)
+    if window is not None and not (isinstance(window, int) and window >= 1):
+        raise ValueError(f"sliding_window is {window!r}, supported: None or from 1")
     if hf.num_attention_heads % hf.num_key_value_heads:
         raise ValueError(f"num_attention_heads is {hf.num_attention_heads}, supported: "
                          f"multiples of num_key_value_heads, {hf.num_key_value_heads}")
@@ -108,6 +112,7 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    mlp: Callable | None = None         # makes a layer's MLP, if not the class `MLP`
     sliding_window: int | None = None   # how many tokens one sees, itself included
     dtype: torch.dtype = torch.float32  # of the weights in the checkpoint
     eos_token_ids: set = field(default_factory=set)  # each of them ends an answer
@@ -180,7 +185,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.self_attn = Attention(c, ranks, layer)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.mlp = MLP(c, ranks)
+        self.mlp = (c.mlp or MLP)(c, ranks)
 
     def forward(self, delta, stream, cos, sin, attend):
         x, stream = self.input_layernorm(delta, stream)

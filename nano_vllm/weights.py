@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from .layers import Ranks
 from .model import Decoder, ModelConfig, checkpoint_pieces, read_json
-from .workbench import MODEL_NAME, fetch
+from .workbench import MODEL_NAME, fetch, from_gguf
 
 # %% ../nbs/07_weights.ipynb #39c0de05
 def weight_files(path: Path) -> list[Path]:
@@ -103,12 +103,13 @@ def download(name: str) -> Path:
 
 
 def resolve_model(name) -> Path:
-    "The folder of a model: the demo model's alias, a folder, or a hub id `org/name`."
+    "The folder of a model: the demo's alias, a folder or GGUF file, or a hub id."
     name = str(name)
     if name == MODEL_NAME: return fetch()
     if os.path.isdir(name):
         if (Path(name)/"config.json").exists(): return Path(name)
         raise ValueError(f"model is {name!r}: this folder has no config.json")
+    if name.endswith(".gguf") and os.path.isfile(name): return from_gguf(Path(name))
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name): return download(name)
     raise ValueError(f"model is {name!r}, supported: {MODEL_NAME!r}, the path of a "
-                     "model folder, or the hub's name of a model, such as 'org/name'")
+                     "model folder or GGUF file, or a hub model's name, such as 'org/name'")

@@ -686,3 +686,17 @@ def test_an_error_inside_a_step(engine, monkeypatch):
         with pytest.raises(RuntimeError, match="out of memory"): engine.generate(["A cat", "A dog"], LONG)
     assert_idle(engine)
     assert len(engine.generate("A cat", use_tqdm=False)) == 1
+
+
+def test_a_call_without_parameters_follows_generation_config(tmp_path):
+    "As in vLLM: the recommendation stands for the whole of sampling_params, and is not mixed with a user's own."
+    folder = tiny_folder(tmp_path)
+    (folder/"generation_config.json").write_text('{"temperature": 0.0, "max_new_tokens": 3, "top_k": 7, "eos_token_id": [2, 4], "do_sample": true}')
+    llm = LLM(folder, num_kv_blocks=20)
+    assert llm.get_default_sampling_params() == SamplingParams(temperature=0.0, max_tokens=3, top_k=7)
+    expected = llm.generate("A cat", SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True), use_tqdm=False)[0]["token_ids"]
+    assert llm.generate("A cat", use_tqdm=False)[0]["token_ids"] == expected[:3]
+    assert [t for piece in llm.stream("A cat") for t in piece["token_ids"]] == expected[:3]
+    assert len(llm.generate("A cat", SamplingParams(ignore_eos=True), use_tqdm=False)[0]["token_ids"]) == 16
+    llm.get_default_sampling_params().max_tokens = 9   # a copy
+    assert llm.get_default_sampling_params().max_tokens == 3

@@ -335,6 +335,7 @@ FOLDERS = {
                                         rope_scaling={"rope_type": "spiral"}), "rope", "spiral"),
     "quantized": (config(quantization_config={"quant_method": "awq", "bits": 4}), "quantization_config", "awq"),
     "generation config is no JSON": (write("generation_config.json", "{"), "generation_config.json"),
+    "generation config recommends nonsense": (write("generation_config.json", '{"temperature": -1}'), "generation_config.json: temperature", "-1"),
     "tokenizer is no JSON": (write("tokenizer.json", "{"), "tokenizer"),
     "tokenizer is empty": (write("tokenizer.json", ""), "tokenizer"),
 }

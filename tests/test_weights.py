@@ -11,6 +11,8 @@ from nano_vllm.weights import empty_model, load_model, load_weights, read_tensor
 from nano_vllm.workbench import fetch
 from test_model import make, our_logits
 
+DEMO = fetch()
+
 
 @pytest.fixture
 def folder(tmp_path):
@@ -267,3 +269,63 @@ def test_demo_model_loads_quickly():
     assert time.perf_counter() - start < 20
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     assert len(checkpoint_views(model)) == 272
+
+
+def write_gguf(file, model, architecture="llama"):
+    "A Llama of transformers as llama.cpp would write it: its names, rotary pairs side by side, the demo model's tokenizer."
+    import gguf
+    from nano_vllm.workbench import HF_NAMES, WHOLE_NAMES
+    c, writer = model.config, gguf.GGUFWriter(file, architecture)
+    entries = dict(context_length=c.max_position_embeddings, embedding_length=c.hidden_size, block_count=c.num_hidden_layers,
+                   feed_forward_length=c.intermediate_size, head_count=c.num_attention_heads, head_count_kv=c.num_key_value_heads,
+                   key_length=c.head_dim, layer_norm_rms_eps=c.rms_norm_eps, rope_freq_base=c.rope_parameters["rope_theta"])
+    for name, value in entries.items(): getattr(writer, f"add_{name}")(value)
+    vocab = json.loads((fetch()/"tokenizer.json").read_text())["model"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(sorted(vocab["vocab"], key=vocab["vocab"].get))
+    writer.add_token_types([3 if i < 17 else 1 for i in range(len(vocab["vocab"]))])
+    writer.add_token_merges([" ".join(pair) for pair in vocab["merges"]])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    theirs = {v: k for k, v in HF_NAMES.items()}
+    whole = {v: k for k, v in WHOLE_NAMES.items()}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and c.tie_word_embeddings: continue
+        if name not in whole:
+            _, _, layer, part, kind = name.split(".", 4) if "layernorm" not in name else (*name.split(".")[:3], name.split(".")[3], "weight")
+            part, kind = f"{part}.{kind}".rsplit(".", 1)
+            heads = dict(q_proj=c.num_attention_heads, k_proj=c.num_key_value_heads).get(part.split(".")[-1])
+            if heads: tensor = tensor.view(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+            name = f"blk.{layer}.{theirs[part]}.{kind}"
+        writer.add_tensor(whole.get(name, name), tensor.contiguous().numpy())
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+    return file
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_gguf_file_goes_through_the_demo_models_door(tied, tmp_path, monkeypatch):
+    monkeypatch.setenv("NANO_VLLM_CACHE", str(tmp_path/"cache"))
+    (tmp_path/"cache").mkdir()
+    (tmp_path/"cache/smollm2-135m").symlink_to(DEMO)
+    theirs = make("Llama", tmp_path/"hf", tie_word_embeddings=tied, vocab_size=49152)
+    file, ids = write_gguf(tmp_path/"tiny.gguf", theirs), [5, 600, 7000, 8, 9, 10, 11]
+    folder = resolve_model(file)
+    with torch.inference_mode(): expected = theirs(torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(our_logits(load(folder), ids), expected, atol=1e-4, rtol=0)
+    ours, demos = (json.loads((path/"tokenizer.json").read_text()) for path in (folder, DEMO))
+    assert ours["model"] == demos["model"] and ours["pre_tokenizer"] == demos["pre_tokenizer"]
+    assert resolve_model(file) == folder and len(list((tmp_path/"cache").iterdir())) == 2
+    write_gguf(file, make("Llama", tmp_path/"hf2", tie_word_embeddings=tied, vocab_size=49152, hidden_size=24))
+    assert ModelConfig.from_folder(resolve_model(file)).hidden_size == 24   # another file under the same name
+
+
+def test_gguf_files_that_are_refused(tmp_path, monkeypatch):
+    file = write_gguf(tmp_path/"other.gguf", make("Llama", tmp_path/"hf", vocab_size=49152), "mamba")
+    with pytest.raises(ValueError, match="other.gguf: architecture is mamba, supported: llama"): resolve_model(file)
+    file = write_gguf(tmp_path/"bias.gguf", make("Llama", tmp_path/"hf2", vocab_size=49152))
+    whole = file.read_bytes()
+    for broken in (whole[:len(whole) // 2], whole[:100], b""):
+        file.write_bytes(broken)
+        with pytest.raises(ValueError, match="bias.gguf: "): resolve_model(file)
+    with pytest.raises(ValueError, match="model is 'nowhere.gguf'"): resolve_model("nowhere.gguf")
