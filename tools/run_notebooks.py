@@ -28,7 +28,7 @@ class Client(NotebookClient):
 def run(path: Path):
     "Execute the notebook at `path` and store its outputs, unless a cell fails."
     start, nb = time.perf_counter(), nbformat.read(path, as_version=4)
-    Client(nb, timeout=900, resources={"metadata": {"path": path.parent}}).execute()
+    Client(nb, timeout=900, coalesce_streams=True, resources={"metadata": {"path": path.parent}}).execute()
     nbformat.write(nb, path)
     nbdev_clean.__wrapped__(str(path))
     print(f"{path}: {time.perf_counter() - start:.0f} s", flush=True)
