@@ -125,11 +125,10 @@ def start_workers(store, size: int) -> list[subprocess.Popen]:
             for rank in range(1, size)]
 
 
-def stop_workers(processes: list[subprocess.Popen], threads: int):
-    "End the processes, whatever they are doing, and take their threads back."
+def stop_workers(processes: list[subprocess.Popen]):
+    "End the processes, whatever they are doing."
     for process in processes: process.kill()
     for process in processes: process.wait()
-    torch.set_num_threads(threads)
 
 # %% ../nbs/14_ranks.ipynb #8cf84943
 def find_failure(store, processes: list[subprocess.Popen]) -> str | None:
@@ -165,9 +164,8 @@ class StartedRanks(ProcessRanks):
         store.set("job", pickle.dumps((size, device_type, target, payload)))
         self.store, self.failure = store, None
         self.processes = start_workers(store, size)
-        threads = torch.get_num_threads()
-        self.close = weakref.finalize(self, stop_workers, self.processes, threads)
-        torch.set_num_threads(max(1, threads // size))
+        self.size = size
+        self.close = weakref.finalize(self, stop_workers, self.processes)
         with self.together():
             while store.add("present", 0) < size - 1:
                 if any(p.poll() is not None for p in self.processes):
@@ -180,6 +178,8 @@ class StartedRanks(ProcessRanks):
         "A context in which all ranks take part; RuntimeError says which one failed."
         if not self.close.alive:
             raise RuntimeError(f"this engine has ended: {self.failure or 'closed'}")
+        threads = torch.get_num_threads()
+        torch.set_num_threads(max(1, threads // self.size))
         try:
             with uninterrupted(): yield
         except Exception as e:   # torch.distributed raises RuntimeError
@@ -189,6 +189,7 @@ class StartedRanks(ProcessRanks):
             self.close()
             if other: raise RuntimeError(other) from e
             raise
+        finally: torch.set_num_threads(threads)
 
 # %% ../nbs/14_ranks.ipynb #a81d1978
 num_joined = 0   # engines of this script that ran under torchrun

@@ -131,7 +131,9 @@ def test_two_engines_in_one_process(tmp_path):
     folder, greedy = tiny_folder(tmp_path), SamplingParams(max_tokens=8, temperature=0)
     options = dict(device="cpu", num_kv_blocks=50)
     expected = LLM(folder, **options).generate("Hello", greedy, use_tqdm=False)[0]["text"]
+    threads = torch.get_num_threads()
     streams = [LLM(folder, tensor_parallel_size=2, **options).stream("Hello", greedy) for _ in range(2)]
+    assert torch.get_num_threads() == threads
     texts = ["", ""]
     for pieces in zip(*streams): texts = [t + p["text"] for t, p in zip(texts, pieces)]
     assert texts == [expected] * 2
