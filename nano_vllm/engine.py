@@ -27,7 +27,7 @@ from .sampling import (Logprob, SamplingParams, check_number, sample,
                                 token_logprobs)
 from .scheduler import Scheduler, check_fits
 from .tokenizer import Detokenizer, Tokenizer
-from .weights import load_model, resolve_model
+from .weights import FORMS, load_model, resolve_model
 
 # %% ../nbs/10_engine.ipynb #2a2ec3a4
 @dataclass
@@ -225,6 +225,7 @@ class EngineArgs:
     enforce_eager: bool = False           # no CUDA graphs
     attention_backend: str = "auto"
     load_format: str = "auto"             # "dummy": random weights, for benchmarks
+    quantization: str | None = None       # how the weights are held
     seed: int = 0                         # of requests that bring none
 
     def __post_init__(self):
@@ -236,6 +237,9 @@ class EngineArgs:
             value = getattr(self, name)
             if isinstance(value, bool): continue
             raise ValueError(f"{name} must be True or False, got {value!r}")
+        if self.quantization in list(FORMS): return
+        raise ValueError(f"quantization must be one of {list(FORMS)}, "
+                         f"got {self.quantization!r}")
 
 # %% ../nbs/10_engine.ipynb #a6eaf2e6
 DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
@@ -285,8 +289,8 @@ def make_ranks(args: EngineArgs, device: torch.device) -> Ranks:
 class EngineParts:
     "Tokenizer, block pool, model runner and scheduler, built from the arguments."
     def __init__(self, args: EngineArgs, ranks: Ranks | None = None):
-        backend = attention_backend(args.attention_backend)
         device = choose_device(args.device)
+        backend = attention_backend(args.attention_backend, device.type)
         self.model_path = resolve_model(args.model)
         config = ModelConfig.from_folder(self.model_path)
         share_heads(config, Ranks(0, args.tensor_parallel_size))
@@ -312,6 +316,7 @@ class EngineParts:
         "The model, or this rank's part, with as many KV blocks as all have room for."
         model = load_model(self.model_path, config, dtype, device, args.load_format,
                            self.ranks)
+        FORMS[args.quantization](model)
         mine = replace(config, num_kv_heads=model.num_kv_heads)
         num_blocks = self.ranks.minimum(count_blocks(args, mine, dtype, device))
         return ModelRunner(model, backend, num_blocks, args.block_size, self.ranks)

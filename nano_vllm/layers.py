@@ -41,12 +41,13 @@ class RMSNorm(nn.Module):
 # %% ../nbs/06_tp_layers.ipynb #fda14040
 class Linear(nn.Module):
     "`y = x @ weight.T + bias`: (..., in_features) to (..., out_features)."
+    product = staticmethod(F.linear)   # of x, weight, and bias or nothing
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__()
         self.weight = empty(out_features, in_features)
         self.bias = empty(out_features) if bias else None
 
-    def forward(self, x): return F.linear(x, self.weight, self.bias)
+    def forward(self, x): return self.product(x, self.weight, self.bias)
 
 # %% ../nbs/06_tp_layers.ipynb #f546f981
 class Ranks:
@@ -138,7 +139,7 @@ class RowParallelLinear(Linear):
 
     def forward(self, x):
         if self.ranks.size == 1: return super().forward(x)
-        y = self.ranks.all_reduce(F.linear(x, self.weight))
+        y = self.ranks.all_reduce(self.product(x, self.weight))
         return y if self.bias is None else y + self.bias
 
     def checkpoint_pieces(self, name: str) -> dict[str, Piece]:
@@ -157,6 +158,7 @@ class SwiGLU(nn.Module):
 # %% ../nbs/06_tp_layers.ipynb #8db3b6c8
 class VocabParallelEmbedding(nn.Module):
     "Rows of `weight` (num_embeddings, dim) for token ids; logits by the same rows."
+    product = staticmethod(F.linear)
     def __init__(self, num_embeddings: int, dim: int, ranks: Ranks):
         super().__init__()
         rows, self.ranks = -(-num_embeddings // ranks.size), ranks
@@ -173,7 +175,7 @@ class VocabParallelEmbedding(nn.Module):
 
     def logits(self, hidden):
         "Logits (R, num_embeddings) of `hidden` (R, dim), complete on rank 0 only."
-        local = F.linear(hidden, self.weight)
+        local = self.product(hidden, self.weight)
         return self.ranks.gather(local)[..., :self.share.total]
 
     def checkpoint_pieces(self, name: str) -> dict[str, Piece]:
