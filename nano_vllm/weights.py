@@ -115,4 +115,4 @@ def resolve_model(name) -> Path:
     if name.endswith(".gguf") and os.path.isfile(name): return from_gguf(Path(name))
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name): return download(name)
     raise ValueError(f"model is {name!r}, supported: {MODEL_NAME!r}, the path of a "
-                     "model folder or GGUF file, or a hub model's name, such as 'org/name'")
+                     "model folder or GGUF file, or a hub name such as 'org/name'")

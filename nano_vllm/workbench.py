@@ -114,7 +114,8 @@ def convert_gguf(gguf_path: Path, folder: Path):
     from tqdm import tqdm
     reader = GGUFReader(gguf_path)
     header = {name: entry.contents() for name, entry in reader.fields.items()}
-    config = make_config(header, "output.weight" not in {t.name for t in reader.tensors})
+    names = [t.name for t in reader.tensors]
+    config = make_config(header, tied="output.weight" not in names)
     heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
     tensors = {}
     for t in tqdm(reader.tensors, desc="expanding the weights", unit="tensor"):
