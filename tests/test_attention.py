@@ -79,14 +79,14 @@ def test_backends_by_name():
 # ---- against the oracle
 
 @st.composite
-def cases(draw):
+def cases(draw, dims=(1, 4, 12, 20), groups=(1, 2, 3, 5, 7)):
     "(batch, its cache with NaN in every slot that no text has written, q, k, v, layer, window), float32."
     size = draw(st.sampled_from([1, 2, 3, 5, 16, 64]) | st.integers(1, 64))
     edges = st.sampled_from([1, max(size - 1, 1), size, size + 1, 2*size, 2*size + 1]) | st.integers(1, 70)
     lengths = draw(st.lists(edges, min_size=1, max_size=5))
     new_tokens = [draw(st.sampled_from([1, n]) | st.integers(1, n)) for n in lengths]
-    kv_heads, group = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3, 5, 7]))
-    dim, layer = draw(st.sampled_from([1, 4, 12, 20])), draw(st.integers(0, 1))
+    kv_heads, group = draw(st.integers(1, 3)), draw(st.sampled_from(groups))
+    dim, layer = draw(st.sampled_from(dims)), draw(st.integers(0, 1))
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     num_blocks = sum(blocks_needed(n, size) for n in lengths) + 2
     free = torch.randperm(num_blocks, generator=g).tolist()

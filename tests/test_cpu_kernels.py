@@ -1,0 +1,152 @@
+"""The CPU's own ways: packed matrices give the plain ones' numbers, and attention in place agrees with the slow oracle."""
+import ctypes
+import shutil
+import threading
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+from helpers import assert_idle, tiny_folder
+from nano_vllm import LLM, SamplingParams, cpu_kernels
+from nano_vllm.attention import FASTEST, DecodeGroup, ReferenceAttention, TorchAttention, attention_backend, make_batch, reach
+from nano_vllm.cpu_kernels import InPlaceAttention, InPlaceDecodes, build, kernels, pack
+from nano_vllm.kv_blocks import Chunk
+from nano_vllm.model import ModelConfig
+from nano_vllm.weights import load_model
+from test_attention import attend, cases, new, slow
+from test_model import make, our_logits
+
+compiled = pytest.mark.skipif(FASTEST["cpu"] != "in_place", reason="no g++ for x86-64 Linux here")
+CASES = cases(dims=(16, 64), groups=(1, 3, 7))   # each triple of numbers is compiled once
+
+
+# ---- packed matrices
+
+@pytest.mark.parametrize("family, changes", [
+    ("Llama", dict(tie_word_embeddings=True)), ("Llama", dict(tie_word_embeddings=False, attention_bias=True, mlp_bias=True)),
+    ("Qwen2", {}), ("Qwen3", {})])
+def test_a_packed_model_gives_the_plain_models_logits(family, changes, tmp_path):
+    make(family, tmp_path, **changes)
+    config, ids = ModelConfig.from_folder(tmp_path), [(7*i + i*i) % 90 for i in range(40)]
+    plain, packed = (load_model(tmp_path, config, torch.float32, "cpu") for _ in range(2))
+    pack(packed)
+    for n in (1, 2, 40): torch.testing.assert_close(our_logits(packed, ids[:n]), our_logits(plain, ids[:n]), atol=1e-5, rtol=0)
+    left = {n for n, p in packed.named_parameters() if p.dim() == 2}
+    assert left == {"model.embed_tokens.weight"}   # no matrix is held twice, but for the embedding
+
+
+def test_other_number_types_stay_as_they_are(tmp_path):
+    make("Llama", tmp_path)
+    model = load_model(tmp_path, ModelConfig.from_folder(tmp_path), torch.bfloat16, "cpu")
+    names = [n for n, _ in model.named_parameters()]
+    pack(model)
+    assert [n for n, _ in model.named_parameters()] == names and our_logits(model, [1, 2, 3]).dtype == torch.bfloat16
+
+
+# ---- attention in place
+
+@compiled
+@slow
+@given(CASES)
+def test_agrees_with_the_reference(case):
+    (slow_out, slow_cache), (out, cache) = (attend(b, *case) for b in (ReferenceAttention, InPlaceAttention))
+    torch.testing.assert_close(out, slow_out, atol=1e-5, rtol=1e-5)   # NaN differs from any number
+    torch.testing.assert_close(cache, slow_cache, atol=0, rtol=0, equal_nan=True)
+
+
+@compiled
+@slow
+@given(CASES)
+def test_nothing_before_the_window_is_read(case):
+    batch, cache, q, k, v, layer, window = case
+    cache, size = cache.clone(), cache.shape[3]
+    for table, n, context in zip(batch.block_tables.tolist(), batch.query_lens, batch.context_lens):
+        first = context - n + 1
+        for p in range(first - reach(first, window)): cache[layer, :, table[p // size], p % size] = torch.nan
+    out, _ = attend(InPlaceAttention, batch, cache, q, k, v, layer, window)
+    assert not out.isnan().any()
+
+
+@compiled
+@given(st.integers(0, 2**31), st.integers(1, 70))
+@slow
+def test_a_decode_is_the_same_to_the_bit_whoever_shares_its_batch(seed, length):
+    g = torch.Generator().manual_seed(seed)
+    seqs = [new(n, n - 1, range(10*i, 10*i + 10)) for i, n in enumerate((length, 33, 90))]
+    cache = torch.randn(1, 2, 30, 10, 3, 64, generator=g)
+    q, k, v = (torch.randn(3, h, 64, generator=g) for h in (9, 3, 3))
+    both, _ = attend(InPlaceAttention, make_batch([Chunk(s, 1) for s in seqs], 10), cache, q, k, v, 0)
+    alone, _ = attend(InPlaceAttention, make_batch([Chunk(seqs[0], 1)], 10), cache, q[:1], k[:1], v[:1], 0)
+    assert torch.equal(both[:1], alone)
+
+
+@compiled
+def test_large_scores_do_not_overflow():
+    batch = make_batch([Chunk(new(50, 49, range(5)), 1)], 10)
+    cache, q = torch.randn(1, 2, 5, 10, 1, 16) * 100, torch.randn(1, 1, 16) * 100
+    k, v = torch.randn(2, 1, 1, 16)
+    expected, out = (attend(b, batch, cache, q, k, v, 0)[0] for b in (ReferenceAttention, InPlaceAttention))
+    assert out.isfinite().all()
+    torch.testing.assert_close(out, expected, atol=1e-3, rtol=1e-4)
+
+
+def parts(dtype, dim):
+    batch = make_batch([Chunk(new(50, 49, range(5)), 1), Chunk(new(9, 0, [5]), 9)], 10)
+    return InPlaceAttention(batch, torch.zeros(1, 2, 6, 10, 1, dim, dtype=dtype), 1.0).parts
+
+
+def test_what_the_kernel_cannot_do_is_pytorchs():
+    assert [type(p) for p in parts(torch.float32, 32)][0] is InPlaceDecodes
+    for dtype, dim in ((torch.bfloat16, 32), (torch.float32, 20)): assert type(parts(dtype, dim)[0]) is DecodeGroup
+
+
+def test_the_choice_of_a_backend(monkeypatch):
+    assert attention_backend("in_place") is InPlaceAttention and attention_backend("torch") is TorchAttention
+    assert attention_backend("auto", "cpu") is (InPlaceAttention if shutil.which("g++") else TorchAttention)
+    assert attention_backend("auto", "cuda") is not InPlaceAttention
+
+
+# ---- compiling
+
+@compiled
+def test_a_library_is_compiled_once_and_found_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANO_VLLM_CACHE", str(tmp_path))
+    load = kernels.__wrapped__
+    threads = [threading.Thread(target=load, args=(32, 2, 2)) for _ in range(3)]   # at once, as ranks do
+    for t in threads: t.start()
+    for t in threads: t.join()
+    file, = (tmp_path/"kernels").iterdir()
+    written = file.stat().st_mtime_ns
+    monkeypatch.setattr(cpu_kernels, "build", None)   # to be called no more
+    assert load(32, 2, 2).decode and file.stat().st_mtime_ns == written
+    monkeypatch.setattr(cpu_kernels, "SOURCE", cpu_kernels.SOURCE + "\n")
+    with pytest.raises(TypeError): load(32, 2, 2)      # another source is another library
+
+
+@compiled
+def test_a_compiler_that_fails_says_why(tmp_path):
+    with pytest.raises(RuntimeError, match="(?s)g.. could not compile.*nonsense"): build("nonsense;", [], tmp_path/"a.so")
+    assert list(tmp_path.iterdir()) == []
+    build('extern "C" float tiny() { volatile float x = 1e-38f; return x / 64; }', [], tmp_path/"b.so")
+    library = ctypes.CDLL(str(tmp_path/"b.so"))
+    library.tiny.restype = ctypes.c_float
+    assert library.tiny() > 0 and torch.tensor(1e-38) / 64 > 0   # loading it leaves denormal numbers alone
+
+
+# ---- in the engine
+
+def test_the_engine_answers_as_with_the_plain_path(tmp_path):
+    folder = tiny_folder(tmp_path, hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
+    prompts = ["Hello", "Once upon a time there was a cat", "1 2 3 " * 20]
+    params = [SamplingParams(temperature=t, seed=3, max_tokens=30, ignore_eos=True) for t in (0.0, 0.8, 0.0)]
+    answers = []
+    for backend in ("torch", "auto"):
+        llm = LLM(folder, attention_backend=backend, num_kv_blocks=40, max_num_batched_tokens=32)
+        answers.append([o["token_ids"] for o in llm.generate(prompts, params, use_tqdm=False)])
+        assert_idle(llm)
+    assert answers[0] == answers[1]
+
+
+def test_a_quantization_that_nobody_knows():
+    with pytest.raises(ValueError, match="quantization must be one of .None.*, got 'int3'"): LLM("smollm2-135m", quantization="int3")
+    with pytest.raises(ValueError, match="quantization"): LLM("smollm2-135m", quantization=["int8"])
