@@ -5,7 +5,7 @@ BIN := .venv/bin
 NB ?= nbs/*.ipynb
 FUZZ ?= 50000
 
-.PHONY: help venv demo test bench fuzz lab notebooks lines book
+.PHONY: help venv demo test bench peers fuzz lab notebooks lines book
 
 help:            ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -26,6 +26,9 @@ test: venv       ## the export is in sync, every notebook runs, pytest passes
 
 bench: venv      ## throughput on this machine
 	$(BIN)/nano-vllm bench
+
+peers: venv      ## this engine beside vLLM on this machine (fetches several GB the first time)
+	$(BIN)/python tools/peers.py
 
 fuzz: venv       ## the fuzz tests for longer: FUZZ=number of workloads
 	NANO_VLLM_FUZZ=$(FUZZ) $(BIN)/python -m pytest -k fuzz --timeout 0

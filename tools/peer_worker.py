@@ -1,0 +1,48 @@
+"""One engine in a process of its own: reads a line of JSON for each run, writes a line of JSON with the result.
+
+    python tools/peer_worker.py nano_vllm|vllm MODEL_FOLDER [OPTION=VALUE ...]
+
+It imports nothing but the engine it measures, so it runs in a peer's environment as well."""
+import json
+import os
+import random
+import resource
+import sys
+import time
+
+def start(engine: str, folder: str, **options):
+    "(the engine, its SamplingParams)"
+    if engine == "vllm":
+        from vllm import LLM, SamplingParams
+        return LLM(folder, dtype="float32", max_model_len=2048, disable_log_stats=True, **options), SamplingParams
+    from nano_vllm import LLM, SamplingParams
+    return LLM(folder, max_model_len=2048, **options), SamplingParams
+
+
+def run(llm, params_class, requests: int, prompt: list[int], output: list[int], seed: int, vocab_size: int = 49152) -> dict:
+    "Generate once: fresh random prompts with lengths uniform in `prompt`, answers with lengths uniform in `output`."
+    rng = random.Random(seed)
+    prompts = [[rng.randrange(100, vocab_size) for _ in range(rng.randint(*prompt))] for _ in range(requests)]
+    params = [params_class(temperature=0.6, max_tokens=rng.randint(*output), ignore_eos=True) for _ in prompts]
+    start = time.perf_counter()
+    outs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    seconds = time.perf_counter() - start
+    tokens = sum(len(o.outputs[0].token_ids) for o in outs)
+    assert tokens == sum(p.max_tokens for p in params)
+    return dict(seconds=seconds, output_tokens=tokens, output_tokens_per_second=tokens / seconds)
+
+
+def main(engine, folder, *options):
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)   # what engines and their processes print is not for the one who reads our answers
+    def answer(data): print(json.dumps(data), file=answers, flush=True)
+    begin = time.perf_counter()
+    started = start(engine, folder, **dict(o.split("=") for o in options))
+    run(*started, requests=2, prompt=[8, 8], output=[4, 4], seed=10**6)
+    answer(dict(start_up=time.perf_counter() - begin))
+    for line in sys.stdin: answer(run(*started, **json.loads(line)))
+    who = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
+    answer(dict(peak_memory=max(1024 * resource.getrusage(w).ru_maxrss for w in who)))
+
+
+if __name__ == "__main__": main(*sys.argv[1:])   # vLLM's own processes import this file once more

