@@ -9,14 +9,14 @@ __all__ = ['TURN', 'SHRINK', 'GROW', 'quantize', 'turn', 'group_size', 'ends', '
 import ctypes, functools
 import torch
 from torch import Tensor
-from .cpu_kernels import CAN_BUILD, VECTOR_TYPES, load_library
+from .cpu_kernels import CAN_BUILD, VECTOR_TYPES, fuse, load_library
 from .layers import Linear
 from .model import Decoder
 from .weights import FORMS
 
 # %% ../nbs/12_quantization.ipynb #f80270c4
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    "(int8 numbers, scales (..., 1)) of the rows of `x`, whose largest becomes 127."
+    "(int8 numbers, scales (..., 1)) of float32 rows `x`, whose largest becomes 127."
     scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
     return (x / scale).round().to(torch.int8), scale
 
@@ -99,7 +99,7 @@ def ends(n: int) -> ctypes.CDLL:
 def turned_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     "`quantize(turn(x))` of rows `x` (N, inputs)."
     fits = CAN_BUILD and x.dtype == torch.float32 and x.shape[1] % 16 == 0
-    if not fits: return quantize(turn(x))
+    if not fits: return quantize(turn(x.float()))
     q, scale = torch.empty(x.shape, dtype=torch.int8), x.new_empty(len(x), 1)
     x = x.contiguous()
     ends(x.shape[1]).shrink(x.data_ptr(), q.data_ptr(), scale.data_ptr(), len(x))
@@ -135,6 +135,7 @@ def to_int8(model: Decoder):
     if not embedding.weight.is_cpu:
         raise ValueError("quantization='int8' is for device 'cpu', the model is on "
                          f"{str(embedding.weight.device)!r}")
+    fuse(model)
     head = model.lm_head or embedding
     head.product = Int8Product(head.weight)
     if model.lm_head: head.weight = None

@@ -9,8 +9,9 @@ from hypothesis import given, strategies as st
 from helpers import assert_idle, tiny_folder
 from nano_vllm import LLM, SamplingParams, cpu_kernels
 from nano_vllm.attention import FASTEST, DecodeGroup, ReferenceAttention, TorchAttention, attention_backend, make_batch, reach
-from nano_vllm.cpu_kernels import InPlaceAttention, InPlaceDecodes, build, kernels, pack
+from nano_vllm.cpu_kernels import InPlaceAttention, InPlaceDecodes, build, fused_norm, fused_swiglu, kernels, pack, prepare
 from nano_vllm.kv_blocks import Chunk
+from nano_vllm.layers import RMSNorm, SwiGLU
 from nano_vllm.model import ModelConfig
 from nano_vllm.weights import load_model
 from test_attention import attend, cases, new, slow
@@ -150,3 +151,46 @@ def test_the_engine_answers_as_with_the_plain_path(tmp_path):
 def test_a_quantization_that_nobody_knows():
     with pytest.raises(ValueError, match="quantization must be one of .None.*, got 'int3'"): LLM("smollm2-135m", quantization="int3")
     with pytest.raises(ValueError, match="quantization"): LLM("smollm2-135m", quantization=["int8"])
+
+
+# ---- the small kernels
+
+@compiled
+@slow
+@given(st.integers(0, 2**31), st.integers(1, 9), st.sampled_from([1, 7, 64, 576, 100]), st.floats(1e-3, 1e4), st.booleans())
+def test_the_fused_norm_is_the_norm(seed, rows, dim, size, has_residual):
+    g = torch.Generator().manual_seed(seed)
+    x, residual = torch.randn(2, rows, dim, generator=g) * size
+    layer = RMSNorm(dim)
+    layer.weight.copy_(torch.randn(dim, generator=g))
+    before, arguments = (x.clone(), residual.clone()), (x, residual) if has_residual else (x,)
+    ours, expected = fused_norm(layer, *arguments), layer(*arguments)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5 * size if has_residual else 1e-5)
+    assert torch.equal(x, before[0]) and torch.equal(residual, before[1])   # law 7
+    if rows > 1: assert torch.equal(fused_norm(layer, x[:1]), fused_norm(layer, x)[:1])
+
+
+@compiled
+def test_the_fused_norm_takes_views_and_heads():
+    layer, x = RMSNorm(16), torch.randn(5, 3, 40)[..., 3:19]   # as q_norm sees queries within q, k and v
+    layer.weight.fill_(2.0)
+    torch.testing.assert_close(fused_norm(layer, x), layer(x), rtol=1e-5, atol=1e-5)
+
+
+@compiled
+@slow
+@given(st.integers(0, 2**31), st.integers(1, 9), st.sampled_from([3, 16, 48, 43, 1536]), st.floats(1e-3, 200))
+def test_the_fused_activation_is_the_activation(seed, rows, dim, size):
+    x = torch.randn(rows, 2*dim, generator=torch.Generator().manual_seed(seed)) * size
+    before = x.clone()
+    torch.testing.assert_close(fused_swiglu(x), SwiGLU()(x), rtol=1e-5, atol=1e-5)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
+def test_a_prepared_model_gives_the_plain_models_logits(family, tmp_path):
+    make(family, tmp_path)
+    config, ids = ModelConfig.from_folder(tmp_path), [(7*i + i*i) % 90 for i in range(40)]
+    plain, ours = (load_model(tmp_path, config, torch.float32, "cpu") for _ in range(2))
+    prepare(ours)
+    torch.testing.assert_close(our_logits(ours, ids), our_logits(plain, ids), atol=1e-5, rtol=0)

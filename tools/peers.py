@@ -1,9 +1,10 @@
 """Measure this engine beside its peers: `make peers`. It makes an environment for the peers under .peers/, starts the engines
 one after the other, lets them take turns at the same work, and writes results/<machine>-peers.json.
 
-Each engine's process sleeps while another one runs. The prompts are random and new for each run, so no prefix cache helps."""
+While another engine runs, an engine's processes are stopped: some of vLLM's keep a core busy while they wait. The prompts are random and new for each run, so no prefix cache helps."""
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -35,10 +36,14 @@ class Engine:
     def __init__(self, name: str, python, *arguments, **environment):
         command = [python, ROOT/"tools/peer_worker.py", arguments[0], fetch(), *arguments[1:]]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                        env=os.environ | environment, stderr=open(PEERS/f"{name}.log", "w"))
+                                        env=os.environ | environment, stderr=open(PEERS/f"{name}.log", "w"),
+                                        start_new_session=True)
         self.name = name
         self.results = dict(self.read(), runs={})
         print(f"{name}: ready in {self.results['start_up']:.0f} s", flush=True)
+        self.signal(signal.SIGSTOP)
+
+    def signal(self, number: int): os.killpg(self.process.pid, number)
 
     def read(self) -> dict:
         line = self.process.stdout.readline()
@@ -46,12 +51,15 @@ class Engine:
         return json.loads(line)
 
     def run(self, work: str, seed: int):
+        self.signal(signal.SIGCONT)
         print(json.dumps(WORK[work] | dict(seed=seed)), file=self.process.stdin, flush=True)
         result = self.read()
+        self.signal(signal.SIGSTOP)
         self.results["runs"].setdefault(work, []).append(result)
         print(f"{self.name}, {work}: {result['output_tokens_per_second']:.1f} output tokens/s", flush=True)
 
     def close(self):
+        self.signal(signal.SIGCONT)
         self.process.stdin.close()
         self.results |= self.read()
         self.process.wait()
