@@ -2,9 +2,12 @@
 __version__ = "0.1.0"
 
 # The chapters, in the book's order: what a later one adds to an earlier one's tables is added here.
-from . import (workbench, tiny, tokenizer, sampling, kv_blocks, prefix_cache, attention, layers,  # noqa: F401
-               model, weights, model_runner, scheduler, engine, benchmark, cli, cpu_kernels,
-               quantization, moe, parallel)
+from . import workbench, tiny, tokenizer, sampling, kv_blocks, prefix_cache, attention  # noqa: F401
+try: from . import triton_attention  # noqa: F401
+except ModuleNotFoundError as e:  # where Triton is not to be had, attention is PyTorch's
+    if e.name != "triton": raise
+from . import (layers, model, weights, model_runner, scheduler, engine, benchmark, cli,  # noqa: F401
+               cpu_kernels, quantization, moe, parallel)
 from .engine import LLM, CompletionOutput, RequestMetrics, RequestOutput
 from .sampling import Logprob, SamplingParams
 

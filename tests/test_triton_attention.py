@@ -1,0 +1,389 @@
+"""The Triton kernels, interpreted: each against `ReferenceAttention` over random mixed batches, and compiled where no GPU is."""
+import mmap
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+import nano_vllm.triton_attention as module
+from helpers import tiny_folder
+from nano_vllm.attention import BACKENDS, ReferenceAttention, attention_backend, make_batch, slots_of
+from nano_vllm.kv_blocks import Chunk, Sequence, blocks_needed
+from nano_vllm.sampling import SamplingParams
+from nano_vllm.triton_attention import MIN_DOT, Plan, Tiles, TritonAttention, count_items, store_kv
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted where there is no GPU; make gpu runs them on one")
+SIZES = [1, 8, 16, 32, 64, 128, 256]
+DTYPES = {torch.float32: 2**-20, torch.float16: 2**-11, torch.bfloat16: 2**-8}     # and what one rounding may change
+
+
+def few(n): return settings(max_examples=n, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    "torch.empty gives NaN: whatever a kernel should have written and did not is seen."
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all() and torch.ones(2).new_empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def mixed(lengths, new_tokens, size, kv_heads, group, dim, seed=0, dtype=torch.float32, layers=2):
+    "(batch, its cache with NaN in every slot that no text has written, q, k, v); texts stored in the last layer."
+    g = torch.Generator().manual_seed(seed)
+    num_blocks = sum(blocks_needed(n, size) for n in lengths) + 2
+    free = torch.randperm(num_blocks, generator=g).tolist()
+    cache = torch.full((layers, 2, num_blocks, size, kv_heads, dim), torch.nan)
+    work = []
+    for n, m in zip(lengths, new_tokens):
+        seq = Sequence("test", list(range(n)), SamplingParams())
+        seq.num_computed_tokens, seq.block_table = n - m, [free.pop() for _ in range(blocks_needed(n, size))]
+        past = torch.tensor([seq.block_table[p // size]*size + p % size for p in range(n - m)], dtype=torch.int64)
+        for x in slots_of(cache, layers - 1): x[past] = torch.randn(n - m, kv_heads, dim, generator=g)
+        work.append(Chunk(seq, m))
+    q, k, v = (torch.randn(sum(new_tokens), h, dim, generator=g) for h in (kv_heads*group, kv_heads, kv_heads))
+    return make_batch(work, size), *(x.to(dtype) for x in (cache, q, k, v))
+
+
+@st.composite
+def cases(draw, sizes=SIZES, dtypes=(torch.float32,)):
+    "(batch, cache, q, k, v, tiles, window)."
+    size = draw(st.sampled_from(sizes))
+    dim = draw(st.sampled_from([32, 32, 64, 64, 80, 96, 128, 20]))
+    edges = {1, size - 1, size, size + 1, 2*size, 63, 64, 65, 127, 128, 129, 257} - {0}
+    lengths = draw(st.lists(st.sampled_from(sorted(edges)) | st.integers(1, 300), min_size=1, max_size=3))
+    new_tokens = [draw(st.sampled_from([1, min(n, 40)]) | st.integers(1, min(n, 40))) for n in lengths]
+    kv_heads, group = draw(st.sampled_from([(1, 1), (2, 1), (1, 2), (3, 2), (2, 3), (1, 5), (1, 7), (1, 17)]))
+    tiles = Tiles(kv_heads, group, dim, split=draw(st.sampled_from([64, 128, 256])), chunk=draw(st.sampled_from([64, 64, 32])))
+    window = draw(st.none() | st.sampled_from([1, 63, 64, 65]) | st.integers(1, 300))
+    return (*mixed(lengths, new_tokens, size, kv_heads, group, dim, draw(st.integers(0, 2**31)), draw(st.sampled_from(dtypes))),
+            tiles, window)
+
+
+def attend(batch, cache, q, k, v, tiles=None, window=None, layer=1, plan=None):
+    "(output, the cache afterwards); the arguments are checked to be as they were."
+    cache, before = cache.clone(), [x.clone() for x in (q, k, v)]
+    plan = plan or tiles and Plan.of(batch, tiles, window)
+    out = TritonAttention(batch, cache, 0.3, window, plan)(q, k, v, layer)
+    assert all(torch.equal(x, y) for x, y in zip((q, k, v), before)), "law 7: an input was written to"
+    assert out.shape == q.shape and out.dtype == q.dtype and out.is_contiguous()
+    return out, cache
+
+
+def reference(batch, cache, q, k, v, window=None, layer=1):
+    cache = cache.clone()
+    return ReferenceAttention(batch, cache, 0.3, window)(q, k, v, layer), cache
+
+
+def permuted(cache):
+    "The same numbers, laid out with each page contiguous for a KV head."
+    return cache.transpose(3, 4).contiguous().transpose(3, 4)
+
+
+# ---- storing
+
+@few(40)
+@given(st.sampled_from(SIZES + [3]), st.integers(1, 5), st.sampled_from([1, 20, 64, 80]), st.integers(1, 9),
+       st.sampled_from(list(DTYPES)), st.booleans(), st.randoms(use_true_random=False))
+def test_store_kv(size, heads, dim, n, dtype, by_head, rng):
+    "Split and transposed inputs, both layouts; padded rows write nothing, and nothing else is touched."
+    num_blocks = -(-n // size) + 1
+    cache = torch.full((2, 2, num_blocks, size, heads, dim), torch.nan, dtype=dtype)
+    slots = torch.tensor(rng.sample(range(num_blocks*size), n))
+    padded = torch.tensor([rng.random() < 0.3 for _ in range(n)])
+    slots[padded] = rng.choice([-1, num_blocks*size, 2**40])
+    qkv = torch.randn(n, 5*heads*dim).to(dtype)
+    v = qkv[:, 3*heads*dim:4*heads*dim].view(n, heads, dim)             # as a split of one matrix product gives it
+    k = torch.randn(dim, heads, n).to(dtype).permute(2, 1, 0)
+    expected, before = cache.clone(), (k.clone(), v.clone())
+    for x, new in zip(slots_of(expected, 1), (k, v)): x[slots[~padded]] = new[~padded]
+    if by_head: cache = permuted(cache)
+    store_kv(cache, 1, k, v, slots)
+    torch.testing.assert_close(cache, expected, atol=0, rtol=0, equal_nan=True)
+    assert torch.equal(k, before[0]) and torch.equal(v, before[1])
+
+
+def test_offsets_beyond_32_bits():
+    "A cache of 2**32 and more numbers, of which only the touched pages exist: its last block is written and read."
+    size, heads, dim = 16, 1, 64
+    num_blocks = 2**31 // (size*heads*dim) + 3
+    shape = (1, 2, num_blocks, size, heads, dim)
+    numbers = 2 * num_blocks * size * heads * dim
+    try: pages = mmap.mmap(-1, numbers*2, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON | getattr(mmap, "MAP_NORESERVE", 0))
+    except OSError: pytest.skip("no address space for it")
+    cache = torch.frombuffer(pages, dtype=torch.float16).view(shape)
+    seq = Sequence("test", list(range(20)), SamplingParams())
+    seq.block_table = [num_blocks - 1, num_blocks - 2]
+    batch = make_batch([Chunk(seq, 20)], size)
+    q, k, v = (torch.randn(20, h, dim).half() for h in (2, heads, heads))
+    out = TritonAttention(batch, cache, 0.3)(q, k, v, 0)
+    assert torch.equal(cache[0, 0, num_blocks-1], k[:16]) and torch.equal(cache[0, 1, num_blocks-2, :4], v[16:])
+    small = torch.zeros(1, 2, 2, size, heads, dim).half()
+    near = replace(batch, block_tables=torch.tensor([[1, 0]]), slot_mapping=batch.slot_mapping - (num_blocks - 2)*size)
+    assert torch.equal(out, TritonAttention(near, small, 0.3)(q, k, v, 0))
+
+
+# ---- against the oracle
+
+@few(50)
+@given(cases())
+def test_agrees_with_the_reference(case):
+    batch, cache, q, k, v, tiles, window = case
+    expected, stored = reference(batch, cache, q, k, v, window)
+    out, after = attend(*case)
+    torch.testing.assert_close(out, expected, atol=2e-5, rtol=1e-5)           # NaN differs from any number
+    torch.testing.assert_close(after, stored, atol=0, rtol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dim", [32, 64, 80, 96, 112, 128, 192, 256])
+@pytest.mark.parametrize("size", [1, 16, 256])
+def test_every_head_dim(dim, size):
+    case = mixed([65, 300, 17], [30, 1, 17], size, 1, 3, dim)
+    torch.testing.assert_close(attend(*case)[0], reference(*case)[0], atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", SIZES + [3, 48])
+def test_the_lengths_where_paging_goes_wrong(size):
+    lengths = [n for n in (1, size - 1, size, size + 1, 2*size) if n] * 2
+    new_tokens = [1]*(len(lengths) // 2) + [min(n, 130) for n in lengths[len(lengths) // 2:]]
+    case = mixed(lengths, new_tokens, size, 2, 3, 32)
+    torch.testing.assert_close(attend(*case)[0], reference(*case)[0], atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("length", [255, 256, 257, 511, 513, 1300, 4500])
+def test_long_decodes_with_the_default_tiles(length):
+    "4,500 tokens make more splits than one turn of the reduction takes."
+    case = mixed([length, 40], [1, 1], 64, 1, 2, 64)
+    torch.testing.assert_close(attend(*case)[0], reference(*case)[0], atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("grow", [8., -8.])
+@pytest.mark.parametrize("new_tokens", [1, 20])
+def test_scores_that_grow_or_fall_along_the_context(grow, new_tokens):
+    "Each tile's, split's and turn's top is far above or below the last one's: whatever is not rescaled is seen."
+    batch, cache, q, k, v = mixed([4500], [new_tokens], 64, 1, 2, 32, layers=1)
+    along = torch.linspace(0, grow, 4500) + torch.randn(4500)*0.1
+    q.zero_()[..., 0], k[..., 0] = 10., along[-new_tokens:, None]
+    slots = torch.tensor([int(batch.block_tables[0, p // 64])*64 + p % 64 for p in range(4500 - new_tokens)])
+    slots_of(cache, 0)[0][slots, :, 0] = along[:4500-new_tokens, None]
+    out, expected = attend(batch, cache, q, k, v, layer=0)[0], reference(batch, cache, q, k, v, layer=0)[0]
+    torch.testing.assert_close(out, expected, atol=2e-5, rtol=1e-4)
+
+
+@few(30)
+@given(cases(dtypes=(torch.float16, torch.bfloat16)))
+def test_agrees_in_half_precision(case):
+    """The oracle runs in float32 on the same rounded inputs, so only the operator's own rounding is measured: scores stay
+    float32, a weight and an output are rounded once each, and an output is an average of values. So it is off by 2u max|v|."""
+    batch, cache, q, k, v, tiles, window = case
+    expected, stored = reference(batch, *(x.float() for x in (cache, q, k, v)), window)
+    out, _ = attend(*case)
+    largest = float(slots_of(stored, 1)[1].nan_to_num().abs().max())
+    assert not out.isnan().any()
+    assert float((out.float() - expected).abs().max()) <= 2.1 * DTYPES[q.dtype] * largest
+
+
+@few(20)
+@given(cases())
+def test_nothing_before_the_window_is_read(case):
+    batch, cache, q, k, v, tiles, window = case
+    cache, size = cache.clone(), cache.shape[3]
+    for table, n, context in zip(batch.block_tables.tolist(), batch.query_lens, batch.context_lens):
+        for p in range(max(context - n - window + 1, 0) if window else 0): cache[1, :, table[p // size], p % size] = torch.nan
+    assert not attend(batch, cache, q, k, v, tiles, window)[0].isnan().any()
+
+
+@few(15)
+@given(cases(dtypes=list(DTYPES)))
+def test_the_layout_makes_no_difference(case):
+    batch, cache, q, k, v, tiles, window = case
+    by_head = permuted(cache)
+    assert by_head.shape == cache.shape and (by_head.stride() != cache.stride() or 1 in by_head.shape[3:5])
+    out, expected = (TritonAttention(batch, c, 0.3, window)(q, k, v, 1) for c in (by_head, cache.clone()))
+    assert torch.equal(out, expected)
+
+
+def test_split_and_transposed_inputs():
+    batch, cache, q, k, v = mixed([70, 20, 5], [1, 20, 3], 16, 2, 3, 32)
+    qkv = torch.cat([x.flatten(1) for x in (q, k, v)], 1)
+    views = [x.view(len(q), -1, 32) for x in qkv.split([6*32, 2*32, 2*32], 1)]
+    views[0] = views[0].permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    assert not any(x.is_contiguous() for x in views)
+    assert torch.equal(attend(batch, cache, *views)[0], attend(batch, cache, q, k, v)[0])
+
+
+@few(20)
+@given(cases(dtypes=list(DTYPES)), st.randoms(use_true_random=False))
+def test_a_sequence_gets_the_same_bits_whoever_shares_its_batch(case, rng):
+    batch, cache, q, k, v, tiles, window = case
+    both, _ = attend(*case)
+    row = rng.randrange(len(batch.query_lens))
+    start = sum(batch.query_lens[:row])
+    span = slice(start, start + batch.query_lens[row])
+    alone = type(batch)(batch.token_ids[span], batch.positions[span], batch.slot_mapping[span], batch.block_tables[row:row+1],
+                        [batch.query_lens[row]], [batch.context_lens[row]], batch.logits_rows[:0])
+    assert torch.equal(attend(alone, cache, q[span], k[span], v[span], tiles, window)[0], both[span])
+
+
+# ---- the plan
+
+@few(200)
+@given(st.lists(st.tuples(st.sampled_from([0, 1, 1]) | st.integers(0, 300), st.integers(0, 900)), min_size=1, max_size=9), st.none() | st.integers(1, 600),
+       st.sampled_from([1, 2, 3, 17, 40]))
+def test_count_items(pairs, window, group):
+    tiles = Tiles(2, group, 64)
+    new, context = torch.tensor([(n, max(n, c) if n else 0) for n, c in pairs], dtype=torch.int32).T
+    for n, c, got in zip(new.tolist(), context.tolist(), count_items(new, context, tiles, window).tolist()):
+        seen = range(max(c - window, 0) if window else 0, c)
+        if n == 1: assert got == len({p // tiles.split for p in seen})
+        else: assert got == len({token*group // (tiles.chunk_rows // group * group) for token in range(n)})
+
+
+def static_plan(rows, tiles, window=None, width=40, capacity=60):
+    "A plan for decodes such as a CUDA graph keeps: `rows` rows, all of them padding."
+    return Plan(torch.arange(rows + 1, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32),
+                torch.zeros(rows, width, dtype=torch.int64), torch.full((rows,), -1), tiles, capacity, window)
+
+
+def fill(plan, batch):
+    "What a replay writes before it starts: the step's numbers into the first rows, padding into the others."
+    n, w = batch.block_tables.shape
+    plan.context_lens.zero_()[:n] = torch.tensor(batch.context_lens)
+    plan.block_tables[:n, :w] = batch.block_tables
+    plan.slot_mapping.fill_(-1)[:n] = batch.slot_mapping
+    plan.refill()
+
+
+@few(12)
+@given(st.lists(st.lists(st.integers(1, 400), min_size=1, max_size=6), min_size=2, max_size=3), st.none() | st.integers(1, 400),
+       st.integers(0, 99))
+def test_a_static_plan_serves_step_after_step(steps, window, seed):
+    "Padded rows give zeros and store nothing, stale tables do no harm, and the bits are those of a plan made anew."
+    tiles = Tiles(1, 3, 32, split=64)
+    plan = static_plan(6, tiles, window)
+    for lengths in steps:
+        batch, cache, q, k, v = mixed(lengths, [1]*len(lengths), 16, 1, 3, 32, seed)
+        fill(plan, batch)
+        wide = [torch.cat([x, torch.full((6 - len(x), *x.shape[1:]), torch.nan)]) for x in (q, k, v)]
+        (q6, k6, v6), stored = wide, cache.clone()
+        out = TritonAttention(None, stored, 0.3, window, plan)(q6, k6, v6, 1)
+        expected, after = attend(batch, cache, q, k, v, tiles, window)
+        assert torch.equal(out[:len(q)], expected) and not out[len(q):].any()
+        torch.testing.assert_close(stored, after, atol=0, rtol=0, equal_nan=True)
+
+
+def test_sequences_without_new_tokens_do_no_harm():
+    batch, cache, q, k, v = mixed([30, 50, 9], [1, 20, 9], 16, 2, 2, 32)
+    start = torch.tensor([0, 0, 1, 1, 21, 30, 30], dtype=torch.int32)
+    context = torch.tensor([0, 30, 0, 50, 9, 0], dtype=torch.int32)
+    tables = torch.full((6, batch.block_tables.shape[1]), 10**9)
+    tables[[1, 3, 4]] = batch.block_tables
+    plan = Plan(start, context, tables, batch.slot_mapping, Tiles(2, 2, 32), 20, has_chunks=True)
+    assert torch.equal(attend(batch, cache, q, k, v, plan=plan)[0], attend(batch, cache, q, k, v)[0])
+
+
+def test_nothing_in_a_launch_changes_from_step_to_step(monkeypatch):
+    "Every tensor at its address, every number the same: then a CUDA graph may repeat the launches. None is read back."
+    launches = []
+
+    class Spy:
+        def __init__(self, kernel): self.kernel = kernel
+        def __getitem__(self, grid): return lambda *args, **kwargs: launches[-1].append((grid, *map(known, args), kwargs))
+
+    def known(x): return (x.data_ptr(), x.shape, x.stride()) if torch.is_tensor(x) else x
+
+    for name in ("store_kv_kernel", "attention_kernel", "reduce_kernel"):
+        monkeypatch.setattr(module, name, Spy(getattr(module, name)))
+    plan = static_plan(4, Tiles(1, 2, 32))
+    cache, q, k, v, out = torch.zeros(1, 2, 90, 16, 1, 32), *(torch.zeros(4, h, 32) for h in (2, 1, 1, 2))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *_: out)
+    for lengths in ([1], [40, 300, 7], [1200, 3, 5, 90]):
+        fill(plan, mixed(lengths, [1]*len(lengths), 16, 1, 2, 32)[0]) if max(lengths) < 600 else plan.context_lens.fill_(600)
+        launches.append([])
+        with monkeypatch.context() as m:
+            for name in ("item", "tolist", "__int__", "__bool__", "cpu", "numpy"): m.setattr(torch.Tensor, name, None)
+            plan.refill()
+            TritonAttention(None, cache, 0.3, None, plan)(q, k, v, 0)
+    assert len(launches[0]) == 3 and launches[0] == launches[1] == launches[2]
+
+
+def test_a_short_context_writes_no_partial_results():
+    batch = mixed([256, 30, 300], [1, 1, 70], 16, 1, 1, 32)[0]
+    assert Plan.of(batch, Tiles(1, 1, 32)).part.numel() == 0
+    assert not Plan.of(batch, Tiles(1, 1, 32)).has_splits
+    longer = mixed([257, 30], [1, 1], 16, 1, 1, 32)
+    plan = Plan.of(longer[0], Tiles(1, 1, 32))
+    assert plan.part.shape[0] == 3
+    attend(*longer, plan=plan)
+    assert plan.part[:2].isfinite().all() and plan.part[2].isnan().all()        # of 30 tokens nothing was written
+
+
+def test_tiles_respect_the_least_sizes_of_dot():
+    for group in range(1, 65):
+        for dim in (1, 16, 20, 32, 64, 80, 128, 192, 256, 512):
+            t = Tiles(1, group, dim)
+            assert min(t.keys, t.width, t.decode_rows, t.chunk_rows) >= MIN_DOT == 16
+            assert t.decode_rows >= group and t.chunk_rows >= group and t.width >= dim and t.split % t.keys == 0
+
+
+# ---- in the engine, and on the way to a GPU
+
+def test_backends_by_name():
+    assert BACKENDS["triton"] is TritonAttention is attention_backend("triton")
+
+
+def test_the_engine_gives_the_same_tokens(tmp_path):
+    from nano_vllm import LLM
+    folder = tiny_folder(tmp_path/"m", num_attention_heads=6, num_key_value_heads=2, hidden_size=192)
+    prompts = [{"prompt_token_ids": list(range(5, 5 + n))} for n in (3, 40, 17)]
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    tokens = [[o["token_ids"] for o in LLM(str(folder), num_kv_blocks=40, max_num_batched_tokens=32, attention_backend=name)
+               .generate(prompts, params, use_tqdm=False)] for name in ("torch", "triton")]
+    assert tokens[0] == tokens[1]
+
+
+COMPILE = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import nano_vllm.triton_attention as module
+from nano_vllm.triton_attention import Tiles, TritonAttention
+try: TritonAttention(None, torch.zeros(1, 2, 1, 16, 1, 32), 1.)
+except ValueError as e: assert "attention_backend is 'triton'" in str(e) and "TRITON_INTERPRET" in str(e)
+else: raise AssertionError("neither a GPU nor the interpreter, and no error")
+
+def compiled(name, types, constants):
+    kernel = getattr(module, name)
+    types = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
+    places = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
+    asm = triton.compile(ASTSource(kernel, types, places), target=GPUTarget("cuda", 90, 32)).asm
+    assert len(asm["cubin"]) > 1000
+    return asm["ptx"]
+
+floats = dict.fromkeys(["part", "part_top", "part_total"], "*fp32")
+ints = dict.fromkeys(["query_start", "context_lens", "first_item", "item_seq"], "*i32")
+for dtype, t, chunks, window in (("bf16", Tiles(8, 2, 128), 0, 0), ("fp16", Tiles(3, 3, 80), 1, 4096)):
+    data = dict.fromkeys(["q", "k", "v", "keys", "values", "out"], "*" + dtype)
+    ptx = compiled("attention_kernel", data | floats | ints | dict(tables="*i64", scale="fp32"), dict(
+        q_dim=1, cache_dim=1, KV_HEADS=t.kv_heads, GROUP=t.group, DECODE_ROWS=t.decode_rows, CHUNK_ROWS=chunks*t.chunk_rows,
+        SPLIT=t.split, WINDOW=window, SIZE=16, DIM=t.dim, D=t.width, TILE=t.keys, WIDEN=False))
+    assert "mma" in ptx
+    compiled("reduce_kernel", data | floats | ints, dict(HEADS=t.kv_heads*t.group, DIM=t.dim, D=t.width, SPLITS=16))
+    compiled("store_kv_kernel", data | dict(slot_mapping="*i64"), dict(
+        k_dim=1, v_dim=1, cache_dim=1, SIZE=16, HEADS=t.kv_heads, DIM=t.dim, WIDTH=1024))
+print("compiled")
+"""
+
+
+def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path):
+    "The interpreter takes more Python than the compiler does; the compiler and its assembler need no GPU."
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    script = tmp_path/"compile.py"
+    script.write_text(COMPILE)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env | {"PYTHONPATH": os.getcwd()})
+    assert done.stdout == "compiled\n", done.stderr
