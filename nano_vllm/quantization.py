@@ -39,7 +39,8 @@ template <int half> static inline void pair(v16* y) {
   i16 partner;
   v16 sign;
   for (int i = 0; i < 16; i++) { partner[i] = i ^ half; sign[i] = i & half ? -1 : 1; }
-  for (int i = 0; i < N / 16; i++) y[i] = __builtin_shuffle(y[i], partner) + sign * y[i];
+  for (int i = 0; i < N / 16; i++)
+    y[i] = __builtin_shuffle(y[i], partner) + sign * y[i];
 }
 static inline void turn(v16* y) {
   if (SIZE > 1) pair<1>(y);
@@ -74,7 +75,7 @@ extern "C" void shrink(const float* x, int8_t* q, float* scale, int64_t rows) {
 }
 """
 
-# %% ../nbs/12_quantization.ipynb #bcb8db73
+# %% ../nbs/12_quantization.ipynb #4783f9fb
 GROW = r"""
 // out = y * scale * weight_scale (+ bias), for y (rows, outputs)
 extern "C" void grow(const int32_t* y, const float* scale, const float* weight_scale,
@@ -86,7 +87,7 @@ extern "C" void grow(const int32_t* y, const float* scale, const float* weight_s
 }
 """
 
-
+# %% ../nbs/12_quantization.ipynb #97f38917
 @functools.cache
 def ends(n: int) -> ctypes.CDLL:
     "The compiled `shrink` and `grow` for rows of `n` inputs."

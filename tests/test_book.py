@@ -243,7 +243,7 @@ def test_outputs_are_stored_and_clean(chapter):
 
 def imported(tree):
     "(module, names) of every import in `tree`; relative ones become absolute."
-    for node in ast.walk(tree):
+    for node in sorted(ast.walk(tree), key=lambda node: getattr(node, "lineno", 0)):
         if isinstance(node, ast.Import): yield from ((alias.name, []) for alias in node.names)
         if isinstance(node, ast.ImportFrom):
             module = ".".join(filter(None, ["nano_vllm" if node.level else "", node.module]))
