@@ -6,7 +6,6 @@ It imports nothing but the engine it measures, so it runs in a peer's environmen
 import json
 import os
 import random
-import resource
 import sys
 import time
 
@@ -41,8 +40,6 @@ def main(engine, folder, *options):
     run(*started, requests=2, prompt=[8, 8], output=[4, 4], seed=10**6)
     answer(dict(start_up=time.perf_counter() - begin))
     for line in sys.stdin: answer(run(*started, **json.loads(line)))
-    who = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
-    answer(dict(peak_memory=max(1024 * resource.getrusage(w).ru_maxrss for w in who)))
 
 
 if __name__ == "__main__": main(*sys.argv[1:])   # vLLM's own processes import this file once more

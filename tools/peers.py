@@ -61,7 +61,6 @@ class Engine:
     def close(self):
         self.signal(signal.SIGCONT)
         self.process.stdin.close()
-        self.results |= self.read()
         self.process.wait()
 
 
