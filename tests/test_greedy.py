@@ -152,5 +152,7 @@ def test_the_same_with_everything_scarce(hf):
 
 def test_each_prompt_alone(hf):
     llm = make_llm(num_tokens=1600, enable_prefix_caching=False)
-    for i, prompt in enumerate(PROMPTS): check(llm.generate(prompt, GREEDY, use_tqdm=False), hf, [i])
+    lengths = [len(r["prompt_token_ids"]) for r in REFERENCE]
+    for i in {*range(0, 32, 4), lengths.index(1), lengths.index(1500)}:
+        check(llm.generate(PROMPTS[i], GREEDY, use_tqdm=False), hf, [i])
     assert_idle(llm)

@@ -22,7 +22,7 @@ from nano_vllm.workbench import fetch
 from test_model import make
 
 PROMPTS = ["The capital of France is", "Once upon a time there was a", "One, two, three, four,", "Water boils at"]
-GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 LIMITS = dict(device="cpu", max_model_len=256, num_kv_blocks=64)
 ROOT = Path(__file__).parent.parent
 
@@ -43,7 +43,7 @@ def tokens(outs): return [list(out["token_ids"]) for out in outs]
 def alone():
     "TP=1's greedy and sampled tokens of the demo model."
     llm = LLM("smollm2-135m", **LIMITS)
-    seeded = SamplingParams(temperature=0.9, seed=5, max_tokens=16)
+    seeded = SamplingParams(temperature=0.9, seed=5, max_tokens=8)
     return {"greedy": tokens(llm.generate(PROMPTS, GREEDY, use_tqdm=False)),
             "seeded": tokens(llm.generate(PROMPTS, seeded, use_tqdm=False))}, seeded
 
@@ -203,7 +203,7 @@ UNDER_TORCHRUN = '''
 import os, sys
 from nano_vllm import LLM, SamplingParams
 llm = LLM("smollm2-135m", tensor_parallel_size=2, device="cpu", max_model_len=256, num_kv_blocks=64)
-greedy = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+greedy = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 outs = llm.generate(PROMPTS, greedy, use_tqdm=False)
 stream = llm.stream(PROMPTS[0], greedy)
 next(stream), stream.close()
