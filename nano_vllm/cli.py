@@ -33,7 +33,9 @@ ENGINE_OPTIONS = dict(
     max_num_batched_tokens=(int, "tokens in a step"),
     num_kv_blocks=(int, "KV blocks in the cache"),
     block_size=(int, "tokens in a KV block"),
-    attention_backend=(str, "auto, torch or reference"))
+    attention_backend=(str, "auto, torch, in_place, triton or reference"),
+    quantization=(str, "int8: matrices in eight bits, on a CPU"),
+    tensor_parallel_size=(int, "processes that share the model"))
 
 # %% ../nbs/11_command_line.ipynb #c17934a5
 def add_options(parser, options: dict):
