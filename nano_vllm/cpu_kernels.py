@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FLAGS', 'CAN_BUILD', 'VECTOR_TYPES', 'SUMS', 'EXP', 'REDUCE', 'SIZES', 'FIND', 'SCORES', 'RESCALE', 'ATTEND',
-           'DECODE', 'SOURCE', 'NORM', 'SWIGLU', 'PackedProduct', 'can_pack', 'pack', 'run_compiler', 'build',
-           'load_library', 'kernels', 'InPlaceDecodes', 'InPlaceAttention', 'small_kernels', 'fused_norm',
-           'fused_swiglu', 'fuse', 'prepare']
+           'DECODE', 'SOURCE', 'NORM', 'SWIGLU', 'PackedProduct', 'can_pack', 'replace_matrices', 'pack',
+           'run_compiler', 'build', 'load_library', 'call', 'kernels', 'InPlaceDecodes', 'InPlaceAttention',
+           'small_kernels', 'fused_norm', 'fused_swiglu', 'fuse', 'prepare']
 
 # %% ../nbs/12_cpu_kernels.ipynb #043fced6
 import ctypes, functools, hashlib, os, platform
@@ -37,15 +37,19 @@ def can_pack(model: Decoder) -> bool:
             and torch.backends.mkldnn.is_available())
 
 
-def pack(model: Decoder):
-    "Hold the matrices of a float32 model on a CPU in oneDNN's order."
-    if not can_pack(model): return
+def replace_matrices(model: Decoder, product):
+    "Each matrix of `model` gives way to its `product(weight)`."
     head = model.lm_head or model.model.embed_tokens
-    head.product = PackedProduct(head.weight)
+    head.product = product(head.weight)
     if model.lm_head: head.weight = None
     for module in model.modules():
         if not isinstance(module, Linear): continue
-        module.product, module.weight = PackedProduct(module.weight), None
+        module.product, module.weight = product(module.weight), None
+
+
+def pack(model: Decoder):
+    "Hold the matrices of a float32 model on a CPU in oneDNN's order."
+    if can_pack(model): replace_matrices(model, PackedProduct)
 
 # %% ../nbs/12_cpu_kernels.ipynb #d21dd706
 FLAGS = ("-O3 -march=native -mprefer-vector-width=512 -ffast-math "
@@ -80,6 +84,14 @@ def load_library(source: str, **numbers: int) -> ctypes.CDLL:
     path = cache_dir()/"kernels"/f"{name}.so"
     if not path.exists(): build(source, defines, path)
     return ctypes.CDLL(str(path))
+
+# %% ../nbs/12_cpu_kernels.ipynb #e15a3b2e
+def call(function, *arguments):
+    "Call a C function, with the address of its first number for each tensor."
+    function(*(ctypes.c_void_p(x.data_ptr()) if isinstance(x, Tensor) else x
+               for x in arguments))
+
+
 
 # %% ../nbs/12_cpu_kernels.ipynb #48e09893
 VECTOR_TYPES = r"""
@@ -246,10 +258,9 @@ class InPlaceDecodes:
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, scale, out: Tensor):
         heads, kv_heads = q.shape[1], keys.shape[1]
-        arrays = (q.contiguous(), keys, values, self.tables, self.tokens, self.starts,
-                  self.ends, out)
-        kernels(q.shape[2], kv_heads, heads // kv_heads).decode(
-            *(x.data_ptr() for x in arrays), *self.tables.shape, self.size, scale)
+        decode = kernels(q.shape[2], kv_heads, heads // kv_heads).decode
+        call(decode, q.contiguous(), keys, values, self.tables, self.tokens,
+             self.starts, self.ends, out, *self.tables.shape, self.size, scale)
 
 # %% ../nbs/12_cpu_kernels.ipynb #10f43526
 class InPlaceAttention(TorchAttention):
@@ -314,9 +325,9 @@ def fused_norm(layer: RMSNorm, x: Tensor, residual: Tensor | None = None):
     x = x.contiguous()
     out, dim = torch.empty_like(x), x.shape[-1]
     stream = out if residual is None else torch.empty_like(x)
-    other = None if residual is None else residual.contiguous().data_ptr()
-    small_kernels().norm(x.data_ptr(), other, layer.weight.data_ptr(), out.data_ptr(),
-                         stream.data_ptr(), x.numel() // dim, dim, layer.eps)
+    other = None if residual is None else residual.contiguous()
+    call(small_kernels().norm, x, other, layer.weight, out, stream,
+         x.numel() // dim, dim, layer.eps)
     return out if residual is None else (out, stream)
 
 
@@ -325,7 +336,7 @@ def fused_swiglu(x: Tensor) -> Tensor:
     if x.shape[-1] % 32: return SwiGLU.forward(None, x)
     x, out = x.contiguous(), x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
     dim = out.shape[-1]
-    small_kernels().swiglu(x.data_ptr(), out.data_ptr(), out.numel() // dim, dim)
+    call(small_kernels().swiglu, x, out, out.numel() // dim, dim)
     return out
 
 # %% ../nbs/12_cpu_kernels.ipynb #65998848

@@ -317,8 +317,8 @@ class EngineParts:
         model = load_model(self.model_path, config, dtype, device, args.load_format,
                            self.ranks)
         FORMS[args.quantization](model)
-        mine = replace(config, num_kv_heads=model.num_kv_heads)
-        num_blocks = self.ranks.minimum(count_blocks(args, mine, dtype, device))
+        num_blocks = count_blocks(args, model.kv_config, dtype, device)
+        num_blocks = self.ranks.minimum(num_blocks)
         return ModelRunner(model, backend, num_blocks, args.block_size, self.ranks)
 
 

@@ -10,7 +10,7 @@ __all__ = ['ARCHITECTURES', 'SIZES', 'read_json', 'llama', 'mistral', 'qwen2', '
 # %% ../nbs/07_model.ipynb #7d159f7f
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 import torch
 from torch import nn
@@ -199,7 +199,8 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, ranks: Ranks = Ranks()):
         super().__init__()
         c = self.config = config
-        self.num_kv_heads = share_heads(c, ranks)[1].length   # of this rank
+        # what this rank's KV cache is sized by
+        self.kv_config = replace(c, num_kv_heads=share_heads(c, ranks)[1].length)
         def vocabulary():
             return VocabParallelEmbedding(c.vocab_size, c.hidden_size, ranks)
         layers = (DecoderLayer(c, ranks, i) for i in range(c.num_layers))

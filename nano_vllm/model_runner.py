@@ -7,7 +7,6 @@ __all__ = ['kv_block_bytes', 'free_memory', 'kv_memory', 'allocate_kv_cache', 'M
 
 # %% ../nbs/08_cuda_graphs.ipynb #a8be4c8b
 import math, mmap, os, re
-from dataclasses import replace
 from pathlib import Path
 import torch
 from torch import Tensor
@@ -66,8 +65,7 @@ class ModelRunner:
         config, weight = model.config, next(model.parameters())
         self.model, self.backend, self.ranks = model, backend, ranks
         self.device, self.scale = weight.device, config.head_dim ** -0.5
-        mine = replace(config, num_kv_heads=model.num_kv_heads)
-        self.kv_cache = allocate_kv_cache(mine, num_blocks, block_size,
+        self.kv_cache = allocate_kv_cache(model.kv_config, num_blocks, block_size,
                                           weight.dtype, weight.device)
 
     def execute(self, batch: Batch) -> Tensor:

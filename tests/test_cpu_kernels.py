@@ -8,13 +8,13 @@ import torch
 from hypothesis import given, strategies as st
 from helpers import assert_idle, tiny_folder
 from nano_vllm import LLM, SamplingParams, cpu_kernels
-from nano_vllm.attention import FASTEST, DecodeGroup, ReferenceAttention, TorchAttention, attention_backend, make_batch, reach
+from nano_vllm.attention import FASTEST, DecodeGroup, ReferenceAttention, TorchAttention, attention_backend, make_batch
 from nano_vllm.cpu_kernels import InPlaceAttention, InPlaceDecodes, build, fused_norm, fused_swiglu, kernels, pack, prepare
 from nano_vllm.kv_blocks import Chunk
 from nano_vllm.layers import RMSNorm, SwiGLU
 from nano_vllm.model import ModelConfig
 from nano_vllm.weights import load_model
-from test_attention import attend, cases, new, slow
+from test_attention import attend, cases, check_against_the_reference, check_nothing_before_the_window_is_read, new, slow
 from test_model import make, our_logits
 
 compiled = pytest.mark.skipif(FASTEST["cpu"] != "in_place", reason="no g++ for x86-64 Linux here")
@@ -49,23 +49,13 @@ def test_other_number_types_stay_as_they_are(tmp_path):
 @compiled
 @slow
 @given(CASES)
-def test_agrees_with_the_reference(case):
-    (slow_out, slow_cache), (out, cache) = (attend(b, *case) for b in (ReferenceAttention, InPlaceAttention))
-    torch.testing.assert_close(out, slow_out, atol=1e-5, rtol=1e-5)   # NaN differs from any number
-    torch.testing.assert_close(cache, slow_cache, atol=0, rtol=0, equal_nan=True)
+def test_agrees_with_the_reference(case): check_against_the_reference(InPlaceAttention, case)
 
 
 @compiled
 @slow
 @given(CASES)
-def test_nothing_before_the_window_is_read(case):
-    batch, cache, q, k, v, layer, window = case
-    cache, size = cache.clone(), cache.shape[3]
-    for table, n, context in zip(batch.block_tables.tolist(), batch.query_lens, batch.context_lens):
-        first = context - n + 1
-        for p in range(first - reach(first, window)): cache[layer, :, table[p // size], p % size] = torch.nan
-    out, _ = attend(InPlaceAttention, batch, cache, q, k, v, layer, window)
-    assert not out.isnan().any()
+def test_nothing_before_the_window_is_read(case): check_nothing_before_the_window_is_read(InPlaceAttention, case)
 
 
 @compiled
