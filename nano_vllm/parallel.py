@@ -49,16 +49,18 @@ class ControlRanks(Ranks):
     "Ranks in processes of their own, that send each other messages."
     def __init__(self, store, rank: int, size: int):
         super().__init__(rank, size)
-        self.control = make_group(dist.ProcessGroupGloo, store, "control", rank, size)
+        control = make_group(dist.ProcessGroupGloo, store, "control", rank, size)
+        self.groups = {"control": control}
+        weakref.finalize(self, self.groups.clear)   # ends the group's threads
         self.least = options(dist.AllreduceOptions, reduceOp=dist.ReduceOp.MIN)
         self.from_0 = options(dist.BroadcastOptions, rootRank=0)
 
     def minimum(self, n):
-        self.control.allreduce([least := torch.tensor([n])], self.least).wait()
+        self.groups["control"].allreduce([least := torch.tensor([n])], self.least).wait()
         return int(least)
 
     def broadcast(self, x: torch.Tensor):
-        self.control.broadcast([x], self.from_0).wait()
+        self.groups["control"].broadcast([x], self.from_0).wait()
 
     def send(self, message):
         data = torch.frombuffer(bytearray(to_bytes(message)), dtype=torch.uint8)
@@ -79,16 +81,16 @@ class ProcessRanks(ControlRanks):
         self.sum = options(dist.AllreduceOptions)
         self.to_0 = options(dist.GatherOptions, rootRank=0)
         on_cpu = device_type == "cpu"
-        self.data = self.control if on_cpu else make_group(
+        self.groups["data"] = self.groups["control"] if on_cpu else make_group(
             dist.ProcessGroupNCCL, store, "data", rank, size)
 
     def all_reduce(self, x):
-        self.data.allreduce([x], self.sum).wait()
+        self.groups["data"].allreduce([x], self.sum).wait()
         return x
 
     def gather(self, x):
         parts = [torch.empty_like(x) for _ in range(self.size)] if not self.rank else []
-        self.data.gather([parts] if parts else [], [x], self.to_0).wait()
+        self.groups["data"].gather([parts] if parts else [], [x], self.to_0).wait()
         return torch.cat(parts, dim=-1) if parts else x
 
 # %% ../nbs/14_ranks.ipynb #163c77fe

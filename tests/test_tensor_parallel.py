@@ -199,6 +199,12 @@ def test_no_process_outlives_the_program(end, tmp_path):
     assert wait_until(lambda: not any(p.is_running() and p.status() != "zombie" for p in family))
 
 
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
 UNDER_TORCHRUN = '''
 import os, sys
 from nano_vllm import LLM, SamplingParams
@@ -219,9 +225,7 @@ with open(f"{sys.argv[1]}/{os.environ['RANK']}", "w") as f: print([list(o["token
 def test_torchrun_on_one_host_and_on_two(num_hosts, alone, tmp_path):
     "Two agents on the loopback stand for two hosts; every rank runs the same script and gets TP=1's tokens."
     (tmp_path/"script.py").write_text(f"PROMPTS = {PROMPTS!r}\n" + UNDER_TORCHRUN)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     agents = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes", str(num_hosts), "--node-rank", str(i),
                                 "--nproc-per-node", str(2 // num_hosts), "--master-addr", "127.0.0.1", "--master-port", str(port),
                                 tmp_path/"script.py", tmp_path], cwd=ROOT) for i in range(num_hosts)]
@@ -230,3 +234,30 @@ def test_torchrun_on_one_host_and_on_two(num_hosts, alone, tmp_path):
     finally:
         for agent in agents: agent.kill()
     for rank in range(2): assert eval((tmp_path/str(rank)).read_text()) == alone[0]["greedy"]
+
+
+LEAVES_AT_ONCE = """
+import sys, time, torch, torch.distributed as dist
+from nano_vllm.parallel import ProcessRanks
+rank, port = int(sys.argv[1]), int(sys.argv[2])
+ranks = ProcessRanks(dist.TCPStore("127.0.0.1", port, is_master=not rank), rank, 2)
+sys.setswitchinterval(10)   # the thread of the group gets Python only once the script has ended
+def listen():
+    for _ in range(50):
+        ranks.broadcast(length := torch.zeros(1, dtype=torch.int64))
+        ranks.broadcast(data := torch.zeros(int(length), dtype=torch.uint8))
+if rank: listen()
+else:
+    for _ in range(50): ranks.send("news")
+time.sleep(0 if rank else 2)
+"""
+
+
+def test_a_rank_may_end_right_after_a_message():
+    "The group's thread lets go of its last tensor before Python ends, or the process would abort."
+    ports = [free_port() for _ in range(4)]
+    ranks = [subprocess.Popen([sys.executable, "-c", LEAVES_AT_ONCE, str(rank), str(port)], cwd=ROOT)
+             for port in ports for rank in range(2)]
+    try: assert [p.wait(timeout=100) for p in ranks] == [0] * len(ranks)
+    finally:
+        for p in ranks: p.kill()
