@@ -56,7 +56,8 @@ class ControlRanks(Ranks):
         self.from_0 = options(dist.BroadcastOptions, rootRank=0)
 
     def minimum(self, n):
-        self.groups["control"].allreduce([least := torch.tensor([n])], self.least).wait()
+        least = torch.tensor([n])
+        self.groups["control"].allreduce([least], self.least).wait()
         return int(least)
 
     def broadcast(self, x: torch.Tensor):
