@@ -158,6 +158,15 @@ static inline void find(const int64_t* table, int64_t size, int64_t first, int n
     at[j] = (table[p / size] * size + p % size) * ROW;
   }
 }
+// ask memory for the rows at `at`, to have them in the second cache soon
+static inline void fetch(const float* keys, const float* values, const int64_t* at,
+                         int n) {
+  for (int j = 0; j < n; j++)
+    for (int i = 0; i < V; i++) {
+      __builtin_prefetch(keys + at[j] + 16 * i, 0, 2);
+      __builtin_prefetch(values + at[j] + 16 * i, 0, 2);
+    }
+}
 """
 
 # %% ../nbs/12_cpu_kernels.ipynb #c249b4e0
@@ -165,11 +174,14 @@ SCORES = r"""
 // for each query head of the group, the scores of n tokens
 static inline void score(const v16 Q[G][V], const float* keys, const int64_t* at,
                          int n, v16* scores) {
-  v16 dots[G][16] = {};
+  v16 dots[G][16];
   for (int j = 0; j < n; j++) {
     const v16* k = (const v16*)(keys + at[j]);
-    for (int g = 0; g < G; g++)
-      for (int i = 0; i < V; i++) dots[g][j] += Q[g][i] * k[i];
+    for (int g = 0; g < G; g++) {
+      v16 dot = {};
+      for (int i = 0; i < V; i++) dot += Q[g][i] * k[i];
+      dots[g][j] = dot;
+    }
   }
   for (int g = 0; g < G; g++) {
     scores[g] = sums(dots[g]);
@@ -203,6 +215,9 @@ static void attend(const float* q, const float* keys, const float* values,
     for (int i = 0; i < V; i++) Q[g][i] = scale * ((const v16*)q)[g * V + i];
   for (int64_t first = start, at[16]; first < end; first += 16) {
     int n = std::min<int64_t>(16, end - first);
+    int next = std::min<int64_t>(16, end - first - 16);   // none if negative
+    find(table, size, first + 16, next, at);
+    fetch(keys, values, at, next);
     find(table, size, first, n, at);
     score(Q, keys, at, n, weights);
     for (int g = 0; g < G; g++) rescale(weights[g], best[g], mass[g], sum[g]);
@@ -265,11 +280,16 @@ class InPlaceDecodes:
 # %% ../nbs/12_cpu_kernels.ipynb #10f43526
 class InPlaceAttention(TorchAttention):
     "PyTorch's path, but decodes read their pages in place: on a CPU, in float32."
-    def decode_parts(self, batch, rows, first, size, window):
+    @property
+    def in_place(self) -> bool:
+        "Is the cache one that the kernels can read?"
         cache = self.kv_cache
-        fits = (cache.is_cpu and cache.dtype == torch.float32
+        return (cache.is_cpu and cache.dtype == torch.float32
                 and cache.shape[-1] % 16 == 0)
-        if not fits: return super().decode_parts(batch, rows, first, size, window)
+
+    def decode_parts(self, batch, rows, first, size, window):
+        if not self.in_place:
+            return super().decode_parts(batch, rows, first, size, window)
         tokens = [first[r] for r in rows]
         return [InPlaceDecodes(batch, rows, tokens, size, window)] if rows else []
 
