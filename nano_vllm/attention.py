@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from .kv_blocks import Chunk, Sequence
+from .sampling import send
 
 # %% ../nbs/05_attention_kernel.ipynb #5e3a0337
 @dataclass
@@ -28,7 +29,7 @@ class Batch:
 
     def to(self, device) -> "Batch":
         "The same batch with its tensors on `device`."
-        return replace(self, **{k: v.to(device) for k, v in vars(self).items()
+        return replace(self, **{k: send(v, device) for k, v in vars(self).items()
                                 if isinstance(v, Tensor)})
 
 # %% ../nbs/05_attention_kernel.ipynb #68f13dc3

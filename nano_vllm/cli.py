@@ -11,7 +11,7 @@ __all__ = ['SAMPLING_OPTIONS', 'ENGINE_OPTIONS', 'CHAT_DEFAULTS', 'COMMANDS', 'a
 import argparse, json, sys
 from pathlib import Path
 from .benchmark import random_workload, throughput
-from .engine import LLM
+from .llm import LLM
 from .sampling import SamplingParams
 from .workbench import MODEL_NAME, fetch
 

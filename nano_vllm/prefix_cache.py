@@ -66,8 +66,9 @@ def hash_blocks(seq: Sequence, block_size: int) -> list[int]:
     "Chained hashes of the full blocks of `seq`, kept in `seq.block_hashes`."
     hashes = seq.block_hashes
     for i in range(len(hashes), seq.num_tokens // block_size):
-        parent = hashes[-1] if hashes else seq.cache_salt
-        hashes.append(hash_block(parent, seq.tokens(i*block_size, (i+1)*block_size)))
+        tokens = seq.tokens(i*block_size, (i+1)*block_size)
+        if tokens[-1] < 0: break      # stands for a token that is still being computed
+        hashes.append(hash_block(hashes[-1] if hashes else seq.cache_salt, tokens))
     return hashes
 
 # %% ../nbs/04_prefix_cache.ipynb #351855a1
@@ -109,7 +110,8 @@ class PrefixCachingPool(RememberingPool):
     def register(self, seq: Sequence):
         "Make the blocks of `seq` that were completed by its last step findable."
         entries, size = seq.cache_entries, self.block_size
-        for i in range(len(entries), seq.num_computed_tokens // size):
+        known = len(hash_blocks(seq, size))
+        for i in range(len(entries), min(known, seq.num_computed_tokens // size)):
             hash, tokens = self.block(seq, i)
             if self.pending.get(hash) is seq: del self.pending[hash]
             parent = entries[-1] if entries else ~seq.cache_salt

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['MAX_N', 'MAX_LOGPROBS', 'LIMITS', 'KINDS', 'OPTIONAL', 'GREEDY_BELOW', 'ROUNDS', 'PENALTIES', 'LOGIT_STAGES',
            'SAMPLING_STAGES', 'CHUNK', 'check_number', 'is_token_id', 'is_stop_string', 'check_list', 'check_params',
-           'SamplingParams', 'signed', 'mix64', 'row_keys', 'hash_bits', 'gumbel', 'gumbel_argmax', 'column',
-           'divide_by_temperature', 'keep_min_p', 'keep_top_k', 'keep_top_p', 'positions', 'penalize',
-           'forbid_stop_tokens', 'on_rows', 'has_penalty', 'run_stages', 'draw', 'choose', 'sample', 'Logprob',
-           'token_logprobs']
+           'SamplingParams', 'signed', 'mix64', 'make_keys', 'key_parts', 'row_keys', 'hash_bits', 'gumbel',
+           'gumbel_argmax', 'send', 'column', 'divide_by_temperature', 'keep_min_p', 'keep_top_k', 'keep_top_p',
+           'positions', 'penalize', 'forbid_stop_tokens', 'on_rows', 'has_penalty', 'run_stages', 'draw', 'choose',
+           'sample', 'is_plain', 'pick', 'Logprob', 'token_logprobs']
 
 # %% ../nbs/02_sampling.ipynb #3a5ec76e
 import math
@@ -119,10 +119,17 @@ def mix64(z):
     return z
 
 # %% ../nbs/02_sampling.ipynb #d5d607b8
-def row_keys(rows):
-    "Each row's key, a hash of its seed and its number of output tokens: (B, 2) int32."
-    seeds, steps = torch.tensor([[r.seed, len(r.output_token_ids)] for r in rows]).T
-    return mix64(mix64(seeds) + steps).view(torch.int32).view(-1, 2)
+def make_keys(seeds, positions):
+    "Hash seeds and positions, (B,) int64 each on any device, to keys (B, 2) int32."
+    return mix64(mix64(seeds) + positions).view(torch.int32).view(-1, 2)
+
+
+def key_parts(rows):
+    "Each row's seed and its number of output tokens: (2, B) int64."
+    return torch.tensor([[r.seed for r in rows], [len(r.output_token_ids) for r in rows]])
+
+
+def row_keys(rows): return make_keys(*key_parts(rows))
 
 # %% ../nbs/02_sampling.ipynb #993c6dc5
 ROUNDS = ((0xed5ad4bb, 11), (0xac4c1b51, 15), (0x31848bab, 14))  # Wellons 2018
@@ -144,15 +151,21 @@ def gumbel(keys, vocab_size):
     return minus_u.log1p_().neg_().log_().neg_()
 
 # %% ../nbs/02_sampling.ipynb #5a79bcb1
-def gumbel_argmax(x, rows):
-    "A draw from softmax(x) for each row, by its seed and position: (B, V) -> (B,)."
-    return gumbel(row_keys(rows).to(x.device), x.shape[1]).add_(x).argmax(-1)
+def gumbel_argmax(x, keys):
+    "A draw from softmax(x) for each row, by its key: x (B, V), keys (B, 2) -> (B,)."
+    return gumbel(keys, x.shape[1]).add_(x).argmax(-1)
 
 # %% ../nbs/02_sampling.ipynb #46b1eda6
+def send(x, device):
+    "The tensor `x` on `device`, without waiting for what the device is doing."
+    if torch.device(device).type == "cpu": return x
+    return x.pin_memory().to(device, non_blocking=True)
+
+
 def column(rows, name, x):
     "Parameter `name` of all rows as a (B, 1) tensor beside `x`."
     values = [[getattr(r.params, name)] for r in rows]
-    return torch.tensor(values, dtype=x.dtype, device=x.device)
+    return send(torch.tensor(values, dtype=x.dtype), x.device)
 
 
 def divide_by_temperature(x, rows):
@@ -169,7 +182,7 @@ def keep_min_p(x, rows):
 def keep_top_k(x, rows):
     "-inf for tokens below the top_k-th best (Fan et al. 2018); ties with it stay."
     ks = [min(r.params.top_k, x.shape[1]) for r in rows]
-    last = torch.tensor(ks, device=x.device).unsqueeze(1) - 1
+    last = send(torch.tensor(ks), x.device).unsqueeze(1) - 1
     return x.masked_fill(x < x.topk(max(ks)).values.gather(1, last), -math.inf)
 
 # %% ../nbs/02_sampling.ipynb #846bf754
@@ -188,7 +201,7 @@ def positions(lists, device):
     lengths = torch.tensor([len(tokens) for tokens in lists])
     row = torch.arange(len(lists)).repeat_interleave(lengths)
     token = torch.tensor(list(chain.from_iterable(lists)), dtype=torch.int64)
-    return row.to(device), token.to(device)
+    return send(row, device), send(token, device)
 
 # %% ../nbs/02_sampling.ipynb #7ccd5dbd
 PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
@@ -217,7 +230,7 @@ def on_rows(asks, change, x, rows, rest=lambda x: x):
     chosen = [i for i, r in enumerate(rows) if asks(r)]
     if not chosen: return rest(x)
     if len(chosen) == len(rows): return change(x, rows)
-    at = torch.tensor(chosen, device=x.device)
+    at = send(torch.tensor(chosen), x.device)
     return rest(x).index_copy(0, at, change(x[at], [rows[i] for i in chosen]))
 
 # %% ../nbs/02_sampling.ipynb #72a4ad77
@@ -242,7 +255,8 @@ def run_stages(stages, x, rows):
 # %% ../nbs/02_sampling.ipynb #4dcf9365
 def draw(x, rows):
     "A token for each row that has a temperature: (B, V) float32 -> (B,) int64."
-    return gumbel_argmax(run_stages(SAMPLING_STAGES, x, rows), rows)
+    keys = send(row_keys(rows), x.device)
+    return gumbel_argmax(run_stages(SAMPLING_STAGES, x, rows), keys)
 
 
 def choose(x, rows):
@@ -263,6 +277,19 @@ def sample(logits, rows):
     step = max(1, CHUNK // V if logits.device.type == "cpu" else B)
     return torch.cat([choose(logits[i:i+step].float(), rows[i:i+step])
                       for i in range(0, max(1, B), step)])
+
+# %% ../nbs/02_sampling.ipynb #d2dae2ad
+def is_plain(r):
+    "Does row `r` ask for a temperature at most?"
+    return not any(asks(r) for asks, _ in LOGIT_STAGES + SAMPLING_STAGES[1:])
+
+
+def pick(x, temperatures, keys):
+    "`sample` for plain rows, by tensors alone: (B, V) float32, (B,), (B, 2) -> (B,)."
+    T = temperatures[:, None]
+    scaled = torch.where(T == 1, x, (x - x.amax(-1, keepdim=True)) / T)
+    drawn = gumbel_argmax(scaled, keys)
+    return torch.where(temperatures < GREEDY_BELOW, x.argmax(-1), drawn)
 
 # %% ../nbs/02_sampling.ipynb #39364677
 @dataclass

@@ -50,7 +50,7 @@ class Scheduler:
         for seq in list(self.running):
             if seq not in self.running or not self.make_room(seq): break   # preempted
             num_new = min(seq.num_tokens - seq.num_computed_tokens, budget)
-            work.append(Chunk(seq, num_new))
+            if num_new: work.append(Chunk(seq, num_new))
             budget -= num_new
         return work
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIN_DOT', 'store_kv_kernel', 'store_kv', 'Tiles', 'load', 'dot', 'see_tile', 'attend', 'count_items', 'reduce_kernel',
-           'Plan', 'attention_kernel', 'TritonAttention']
+           'Plan', 'attention_kernel', 'TritonAttention', 'decode_plans']
 
 # %% ../nbs/05_triton_kernels.ipynb #b1b9376b
 import math
@@ -349,3 +349,22 @@ class TritonAttention:
 
 # %% ../nbs/05_triton_kernels.ipynb #7b230a2b
 BACKENDS["triton"] = TritonAttention
+
+# %% ../nbs/05_triton_kernels.ipynb #b9a5dfbf
+def decode_plans(sizes: list[int], tables: Tensor, slots: Tensor, tiles: Tiles,
+                 max_len: int, window=None) -> dict[int, Plan]:
+    """For each of `sizes` a plan for so many rows of one token, all in one memory.
+
+    tables (S, W) and slots (S,), and context lengths made here, are the plans' own, the
+    first rows of them for the smaller ones; no two plans may be at work at a time."""
+    start = torch.arange(len(slots) + 1, dtype=torch.int32, device=slots.device)
+    context_lens = torch.zeros_like(start)
+    lengths, plans = torch.arange(1, max_len + 1), {}
+    most = int(count_items(torch.ones(1), lengths, tiles, window).max())
+    for n in sorted(sizes, reverse=True):
+        plans[n] = Plan(start[:n+1], context_lens[:n], tables[:n], slots[:n], tiles,
+                        n * most, window)
+        largest = plans[max(sizes)]
+        for name in ("part", "part_top", "part_total"):
+            setattr(plans[n], name, getattr(largest, name))
+    return plans

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer as RawTokenizer, models, pre_tokenizers
 from nano_vllm import benchmark
 from nano_vllm.benchmark import measure, peak_memory, random_workload, throughput
 from nano_vllm.cli import main
-from nano_vllm.engine import LLM
+from nano_vllm.llm import LLM
 
 VOCAB = 61
 VLLM_KEYS = {"elapsed_time", "num_requests", "total_num_tokens", "requests_per_second", "tokens_per_second"}
