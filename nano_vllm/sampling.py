@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['MAX_N', 'MAX_LOGPROBS', 'LIMITS', 'KINDS', 'OPTIONAL', 'GREEDY_BELOW', 'ROUNDS', 'PENALTIES', 'LOGIT_STAGES',
-           'SAMPLING_STAGES', 'CHUNK', 'check_number', 'is_token_id', 'is_stop_string', 'check_list', 'check_params',
-           'SamplingParams', 'signed', 'mix64', 'make_keys', 'key_parts', 'row_keys', 'hash_bits', 'gumbel',
-           'gumbel_argmax', 'send', 'column', 'divide_by_temperature', 'keep_min_p', 'keep_top_k', 'keep_top_p',
-           'positions', 'penalize', 'forbid_stop_tokens', 'on_rows', 'has_penalty', 'run_stages', 'draw', 'choose',
-           'sample', 'is_plain', 'pick', 'Logprob', 'token_logprobs']
+           'SAMPLING_STAGES', 'DRAWS', 'CHUNK', 'check_number', 'is_token_id', 'is_stop_string', 'check_list',
+           'check_params', 'SamplingParams', 'signed', 'mix64', 'make_keys', 'key_parts', 'row_keys', 'hash_bits',
+           'gumbel', 'gumbel_argmax', 'send', 'column', 'divide_by_temperature', 'keep_min_p', 'keep_top_k',
+           'keep_top_p', 'positions', 'penalize', 'forbid_stop_tokens', 'on_rows', 'has_penalty', 'run_stages', 'draw',
+           'choose', 'sample', 'is_plain', 'pick', 'Logprob', 'token_logprobs']
 
 # %% ../nbs/02_sampling.ipynb #3a5ec76e
 import math
@@ -253,10 +253,13 @@ def run_stages(stages, x, rows):
     return x
 
 # %% ../nbs/02_sampling.ipynb #4dcf9365
+DRAWS = {}   # by kind of device: what does `gumbel_argmax` faster there
+
+
 def draw(x, rows):
     "A token for each row that has a temperature: (B, V) float32 -> (B,) int64."
-    keys = send(row_keys(rows), x.device)
-    return gumbel_argmax(run_stages(SAMPLING_STAGES, x, rows), keys)
+    x, keys = run_stages(SAMPLING_STAGES, x, rows), send(row_keys(rows), x.device)
+    return DRAWS.get(x.device.type, gumbel_argmax)(x, keys)
 
 
 def choose(x, rows):
