@@ -153,7 +153,7 @@ class Int8Product:
     def __call__(self, x: Tensor, weight=None, bias=None) -> Tensor:
         rows = x.flatten(0, -2)
         out = self.tiles(rows, bias) if self.fits else self.plain(rows, bias)
-        return out.view(*x.shape[:-1], -1)
+        return out.view(*x.shape[:-1], len(self.scale))
 
     def plain(self, x: Tensor, bias: Tensor | None) -> Tensor:
         "The product of rows in PyTorch."

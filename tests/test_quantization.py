@@ -54,22 +54,36 @@ def test_the_kernel_turns_and_rounds_as_pytorch_does(seed, n, rows):
 
 
 @quick
-@given(seeds, widths, st.integers(1, 40), st.booleans())
-def test_the_product_of_whole_numbers_is_exact(seed, n, rows, has_bias):
-    x, weight = random(seed, rows, n), random(seed + 1, 13, n)
-    bias = random(seed + 2, 13) if has_bias else None
-    product = Int8Product(weight)
+@given(seeds, widths, st.integers(1, 40), st.sampled_from([13, 32, 96]), st.booleans())
+def test_the_product_of_whole_numbers_is_exact(seed, n, rows, outputs, has_bias):
+    x, weight = random(seed, rows, n), random(seed + 1, outputs, n)
+    bias = random(seed + 2, outputs) if has_bias else None
+    product, (whole, weight_scale) = Int8Product(weight), turned_int8(weight)
+    assert product.fits == (CAN_BUILD and n % 16 == 0 and outputs % 32 == 0)
     q, scale = turned_int8(x)
-    exact = (q.double() @ product.weight.double().T) * scale.double() * product.scale.double() + (0 if bias is None else bias)
+    exact = (q.double() @ whole.double().T) * scale.double() * weight_scale[:, 0].double() + (0 if bias is None else bias)
     torch.testing.assert_close(product(x, None, bias).double(), exact, rtol=1e-5, atol=1e-5)
 
 
 @quick
 @given(seeds, st.sampled_from([48, 576, 20]), st.integers(2, 30), st.floats(1e-3, 1e3))
 def test_neighbours_move_nothing_to_the_bit(seed, n, rows, size):
-    x, product = random(seed, rows, n), Int8Product(random(seed + 1, 40, n))
-    x[1:] *= size
-    assert torch.equal(product(x)[:1], product(x[:1]))
+    for outputs in (40, 64):
+        x, product = random(seed, rows, n), Int8Product(random(seed + 1, outputs, n))
+        x[1:] *= size
+        assert torch.equal(product(x)[:1], product(x[:1]))
+
+
+@pytest.mark.parametrize("outputs", [40, 64])
+def test_the_extremes_do_not_overflow(outputs):
+    "All numbers at the end of their range, in the longest rows that a model has."
+    x, product = torch.ones(9, 16384), Int8Product(-torch.ones(outputs, 16384))
+    torch.testing.assert_close(product(x), torch.full((9, outputs), -16384.0), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("outputs", [40, 64])
+def test_no_rows_at_all(outputs):
+    assert Int8Product(random(0, outputs, 64))(torch.zeros(0, 64)).shape == (0, outputs)
 
 
 @pytest.mark.parametrize("family, changes", [("Llama", dict(tie_word_embeddings=True)), ("Qwen2", {}), ("Qwen3", {})])
