@@ -126,7 +126,7 @@ def make_keys(seeds, positions):
 
 def key_parts(rows):
     "Each row's seed and its number of output tokens: (2, B) int64."
-    return torch.tensor([[r.seed for r in rows], [len(r.output_token_ids) for r in rows]])
+    return torch.tensor([[r.seed, len(r.output_token_ids)] for r in rows]).T
 
 
 def row_keys(rows): return make_keys(*key_parts(rows))
