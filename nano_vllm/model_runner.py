@@ -119,8 +119,9 @@ class ModelRunner:
     @torch.inference_mode()
     def capture_graphs(self, max_model_len: int):
         "Record decode steps, if the device, the attention and the model allow it."
-        kind, dense = self.device.type, self.model.config.mlp is None
-        if kind in RECORDERS and dense and issubclass(self.backend, TritonAttention):
+        kind, simple = self.device.type, self.model.config.mlp is None
+        simple &= self.ranks.size == 1 and issubclass(self.backend, TritonAttention)
+        if kind in RECORDERS and simple:
             self.graphs = DecodeGraphs(self, max_model_len, RECORDERS[kind]())
 
 # %% ../nbs/08_cuda_graphs.ipynb #e9abae36

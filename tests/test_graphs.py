@@ -11,6 +11,7 @@ from helpers import tiny_folder
 from nano_vllm import LLM, SamplingParams
 from nano_vllm.attention import TorchAttention, make_batch
 from nano_vllm.kv_blocks import BlockPool, Chunk, Sequence
+from nano_vllm.layers import Ranks
 from nano_vllm.model_runner import RECORDERS, GpuRecorder, ModelRunner, bucket_sizes
 from test_model_runner import make_config, make_runner
 
@@ -137,10 +138,12 @@ def test_the_last_tokens_feed_the_next_step(recorder):
     for runner in graph_runner():
         seqs = sequences(4, random.Random(2), lambda i: dict(temperature=.8))
         run(runner, seqs, steps=2)
-        again = [seqs[i] for i in (2, 0, 3)]
-        expected = runner.execute(make_batch([Chunk(s, 1) for s in again], 4))
-        for seq, row in zip(again, (2, 0, 3)): seq.output_token_ids[-1] = -1 - row
-        torch.testing.assert_close(runner.execute(make_batch([Chunk(s, 1) for s in again], 4)), expected)
+        again, rows = [seqs[i] for i in (2, 0, 3)], (2, 0, 3)
+        tokens = [seq.output_token_ids[-1] for seq in again]
+        for seq, row in zip(again, rows): seq.output_token_ids[-1] = -1 - row
+        named = runner.execute(make_batch([Chunk(s, 1) for s in again], 4))
+        for seq, token in zip(again, tokens): seq.output_token_ids[-1] = token
+        torch.testing.assert_close(named, runner.execute(make_batch([Chunk(s, 1) for s in again], 4)))
 
 
 def test_static_tensors_stay_where_they_are(recorder):
@@ -152,12 +155,13 @@ def test_static_tensors_stay_where_they_are(recorder):
 
 
 def test_nothing_is_recorded_where_it_cannot_work(recorder):
-    def recorded(backend, **changes):
+    def recorded(backend, ranks=Ranks(), **changes):
         runner = make_runner(backend, make_config(**changes))
+        runner.ranks, runner.last_ids = ranks, runner.last_ids[:2]
         runner.capture_graphs(40)
         return runner.graphs is not None
     assert recorded(triton_attention.TritonAttention)
-    assert not recorded(TorchAttention)
+    assert not recorded(TorchAttention) and not recorded(triton_attention.TritonAttention, Ranks(0, 2))
     del RECORDERS["cpu"]
     assert not recorded(triton_attention.TritonAttention)
 
