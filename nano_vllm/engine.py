@@ -245,8 +245,7 @@ class EngineParts:
             self.runner = self.load(args, config, dtype, backend,
                                     rank_device(device, self.ranks))
         if not args.enforce_eager: self.runner.capture_graphs(self.max_model_len)
-        num_blocks = self.runner.kv_cache.shape[2]
-        self.pool = PrefixCachingPool(num_blocks, args.block_size)
+        self.pool = PrefixCachingPool(self.runner.kv_cache.shape[2], args.block_size)
         self.scheduler = Scheduler(
             self.pool, args.max_num_seqs, args.max_num_batched_tokens)
         self.share_prefixes, self.num_made = args.enable_prefix_caching, 0

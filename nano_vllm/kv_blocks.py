@@ -27,7 +27,7 @@ class Sequence:
     seed: int = 0                     # sampling noise depends on seed and position
     stop_token_ids: frozenset[int] = frozenset()  # tokens that end it, EOS included
     cache_salt: int = 0               # only sequences of equal salt share cached blocks
-    max_len: int = 2**62              # tokens at which it must end, the prompt's included
+    max_len: int = 2**62              # its number of tokens when it must end
     output_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0      # tokens whose KV stands in the cache
     block_table: list[int] = field(default_factory=list)

@@ -17,7 +17,8 @@ from .attention import Batch
 from .kv_blocks import blocks_needed
 from .layers import Ranks
 from .model import Decoder, ModelConfig
-from .sampling import column, is_plain, key_parts, make_keys, pick, sample, send
+from .sampling import (column, is_plain, key_parts, make_keys, pick, sample,
+                                send)
 try: from nano_vllm.triton_attention import Tiles, TritonAttention, decode_plans
 except ModuleNotFoundError: TritonAttention = ()   # no Triton here, so no graphs either
 
@@ -91,7 +92,7 @@ class ModelRunner:
     @torch.inference_mode()
     def compute(self, batch: Batch) -> Tensor:
         "This rank's part of a step: store its KV, give the logits if it is rank 0."
-        if self.graphs and self.graphs.fit(batch): return self.graphs.run(batch)[0].clone()
+        if self.graphs and self.graphs.fit(batch): return self.graphs.run(batch).clone()
         batch = batch.to(self.device)
         attend = self.backend(batch, self.kv_cache, self.scale,
                               self.model.config.sliding_window)
@@ -109,7 +110,8 @@ class ModelRunner:
 
         The ids, (R,) int64 on the device, stay valid until the next step."""
         if self.graphs and self.graphs.fit(batch) and all(map(is_plain, rows)):
-            return self.graphs.run(batch, rows)[1]
+            self.graphs.run(batch, rows)
+            return self.last_ids[:len(rows)]
         ids = sample(self.execute(batch), rows)
         self.last_ids[:len(ids)] = ids
         return ids
@@ -117,8 +119,9 @@ class ModelRunner:
     @torch.inference_mode()
     def capture_graphs(self, max_model_len: int):
         "Record decode steps, if the device, the attention and the model allow it."
-        kind, dense = self.device.type, self.model.config.mlp is None
-        if kind in RECORDERS and dense and issubclass(self.backend, TritonAttention):
+        kind, simple = self.device.type, self.model.config.mlp is None
+        simple &= self.ranks.size == 1 and issubclass(self.backend, TritonAttention)
+        if kind in RECORDERS and simple:
             self.graphs = DecodeGraphs(self, max_model_len, RECORDERS[kind]())
 
 # %% ../nbs/08_cuda_graphs.ipynb #e9abae36
@@ -162,7 +165,8 @@ class DecodeGraphs:
 
     def step(self, n: int, plan):
         "What is recorded: `n` rows, from static tensors to static tensors."
-        r, (tokens, positions, _, contexts, seeds, steps) = self.runner, self.numbers[:, :n]
+        r = self.runner
+        tokens, positions, _, contexts, seeds, steps = self.numbers[:, :n]
         plan.context_lens.copy_(contexts)
         plan.refill()
         attend = r.backend(None, r.kv_cache, r.scale, plan.window, plan)
@@ -173,10 +177,10 @@ class DecodeGraphs:
 
     def fit(self, batch: Batch) -> bool:
         "Is it one token for each sequence, each to be followed by another?"
-        return max(batch.query_lens) == 1 and len(batch.logits_rows) == len(batch.query_lens)
+        return len(batch.logits_rows) == len(batch.query_lens) == len(batch.token_ids)
 
-    def run(self, batch: Batch, rows: list = ()) -> tuple[Tensor, Tensor]:
-        "Logits (S, vocab_size) and, for plain `rows`, ids (S,): static, so use them now."
+    def run(self, batch: Batch, rows: list = ()) -> Tensor:
+        "Static logits (S, vocab_size); for plain `rows`, ids in the runner's last_ids."
         (n, width), device = batch.block_tables.shape, self.runner.device
         size = next(size for size in self.sizes if size >= n)
         numbers = torch.zeros(6, size, dtype=torch.int64)
@@ -189,4 +193,4 @@ class DecodeGraphs:
         self.numbers[:, :size] = send(numbers, device)
         self.tables[:n, :width] = send(batch.block_tables, device)
         self.replay[size]()
-        return self.logits[:n], self.runner.last_ids[:n]
+        return self.logits[:n]

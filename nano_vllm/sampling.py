@@ -126,7 +126,7 @@ def make_keys(seeds, positions):
 
 def key_parts(rows):
     "Each row's seed and its number of output tokens: (2, B) int64."
-    return torch.tensor([[r.seed for r in rows], [len(r.output_token_ids) for r in rows]])
+    return torch.tensor([[r.seed, len(r.output_token_ids)] for r in rows]).T
 
 
 def row_keys(rows): return make_keys(*key_parts(rows))
@@ -213,7 +213,7 @@ def penalize(x, rows):
     i, t = positions(known, x.device)
     repetition, frequency, presence = (column(rows, p, x)[i, 0] for p in PENALTIES)
     at = positions([r.output_token_ids for r in rows], x.device)
-    counts = torch.zeros_like(x).index_put_(at, x.new_tensor(1), accumulate=True)[i, t]
+    counts = torch.zeros_like(x).index_put_(at, x.new_ones(()), accumulate=True)[i, t]
     old = x[i, t]
     new = torch.where(old > 0, old / repetition, old * repetition)
     return x.index_put((i, t), new - frequency*counts - presence*(counts > 0))
@@ -222,7 +222,7 @@ def penalize(x, rows):
 def forbid_stop_tokens(x, rows):
     "-inf for the tokens that would end a row now."
     stops = [[t for t in r.stop_token_ids if t < x.shape[1]] for r in rows]
-    return x.index_put(positions(stops, x.device), x.new_tensor(-math.inf))
+    return x.index_put(positions(stops, x.device), x.new_full((), -math.inf))
 
 # %% ../nbs/02_sampling.ipynb #6b915224
 def on_rows(asks, change, x, rows, rest=lambda x: x):

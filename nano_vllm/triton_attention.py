@@ -14,6 +14,7 @@ from torch import Tensor
 import triton
 import triton.language as tl
 from .attention import BACKENDS, Batch
+from .sampling import send
 
 # %% ../nbs/05_triton_kernels.ipynb #829eaa09
 @triton.jit
@@ -253,7 +254,7 @@ class Plan:
         items = count_items(*lens, tiles, window)
         start = torch.nn.functional.pad(lens[0].cumsum(0, dtype=torch.int32), (1, 0))
         device = batch.block_tables.device
-        return cls(start.to(device), lens[1].to(device), batch.block_tables,
+        return cls(send(start, device), send(lens[1], device), batch.block_tables,
                    batch.slot_mapping, tiles, int(items.sum()), window,
                    has_chunks=bool((lens[0] > 1).any()),
                    has_splits=bool(((lens[0] == 1) & (items > 1)).any()))
