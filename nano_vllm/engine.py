@@ -26,7 +26,7 @@ from .prefix_cache import PrefixCachingPool
 from .sampling import (Logprob, SamplingParams, check_number, sample,
                                 token_logprobs)
 from .scheduler import Scheduler, check_fits
-from .tokenizer import Detokenizer, Tokenizer
+from .tokenizer import Detokenizer, NoTokenizer, Tokenizer, has_tokenizer
 from .weights import FORMS, load_model, resolve_model
 
 # %% ../nbs/10_engine.ipynb #2a2ec3a4
@@ -298,7 +298,9 @@ class EngineParts:
         self.max_model_len = check_number(
             "max_model_len", args.max_model_len or longest, int, 2, longest)
         folder = self.model_path if args.tokenizer is None else args.tokenizer
-        self.tokenizer = Tokenizer(folder)
+        bare = folder is self.model_path and args.load_format == "dummy"
+        self.tokenizer = (NoTokenizer if bare and not has_tokenizer(folder)
+                          else Tokenizer)(folder)
         self.default_params = read_default_params(self.model_path)
         self.vocab_size = config.vocab_size
         eos = {self.tokenizer.eos_token_id} - {None}
