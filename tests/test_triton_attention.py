@@ -10,9 +10,10 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 import nano_vllm.triton_attention as module
+from gpu_checks import mixed
 from helpers import tiny_folder
 from nano_vllm.attention import BACKENDS, ReferenceAttention, attention_backend, make_batch, slots_of
-from nano_vllm.kv_blocks import Chunk, Sequence, blocks_needed
+from nano_vllm.kv_blocks import Chunk, Sequence
 from nano_vllm.sampling import SamplingParams
 from nano_vllm.triton_attention import MIN_DOT, Plan, Tiles, TritonAttention, count_items, store_kv
 
@@ -31,23 +32,6 @@ def poison():
     assert torch.empty(3).isnan().all() and torch.ones(2).new_empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def mixed(lengths, new_tokens, size, kv_heads, group, dim, seed=0, dtype=torch.float32, layers=2):
-    "(batch, its cache with NaN in every slot that no text has written, q, k, v); texts stored in the last layer."
-    g = torch.Generator().manual_seed(seed)
-    num_blocks = sum(blocks_needed(n, size) for n in lengths) + 2
-    free = torch.randperm(num_blocks, generator=g).tolist()
-    cache = torch.full((layers, 2, num_blocks, size, kv_heads, dim), torch.nan)
-    work = []
-    for n, m in zip(lengths, new_tokens):
-        seq = Sequence("test", list(range(n)), SamplingParams())
-        seq.num_computed_tokens, seq.block_table = n - m, [free.pop() for _ in range(blocks_needed(n, size))]
-        past = torch.tensor([seq.block_table[p // size]*size + p % size for p in range(n - m)], dtype=torch.int64)
-        for x in slots_of(cache, layers - 1): x[past] = torch.randn(n - m, kv_heads, dim, generator=g)
-        work.append(Chunk(seq, m))
-    q, k, v = (torch.randn(sum(new_tokens), h, dim, generator=g) for h in (kv_heads*group, kv_heads, kv_heads))
-    return make_batch(work, size), *(x.to(dtype) for x in (cache, q, k, v))
 
 
 @st.composite
