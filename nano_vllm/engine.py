@@ -290,7 +290,8 @@ class EngineParts:
     "Tokenizer, block pool, model runner and scheduler, built from the arguments."
     def __init__(self, args: EngineArgs, ranks: Ranks | None = None):
         device = choose_device(args.device)
-        backend = attention_backend(args.attention_backend, device.type)
+        backend = attention_backend(args.attention_backend, device.type,
+                                    args.block_size)
         self.model_path = resolve_model(args.model)
         config = ModelConfig.from_folder(self.model_path)
         share_heads(config, Ranks(0, args.tensor_parallel_size))
