@@ -7,7 +7,7 @@ try: from . import triton_attention  # noqa: F401
 except ModuleNotFoundError as e:  # where Triton is not to be had, attention is PyTorch's
     if e.name != "triton": raise
 from . import (layers, model, weights, model_runner, scheduler, engine, benchmark, cli,  # noqa: F401
-               cpu_kernels, quantization, moe, parallel)
+               cpu_kernels, quantization, moe, parallel, fusions)
 from .engine import LLM, CompletionOutput, RequestMetrics, RequestOutput
 from .sampling import Logprob, SamplingParams
 

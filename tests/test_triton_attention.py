@@ -4,8 +4,8 @@ import os
 import subprocess
 import sys
 import types
-from importlib.machinery import ModuleSpec
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 
 import pytest
 import torch

@@ -54,13 +54,17 @@ def commit() -> str | None:
     return done.stdout.strip() or None
 
 
-# ---- jobs in processes of their own. They are forked before anything has touched the GPU, so imports are paid once
+# ---- jobs in processes of their own: forked before anything has touched the GPU, so that imports are paid once. If an
+# import has touched it after all, a forked process cannot use it, and they are started afresh ("spawn"), a few seconds each
+
+METHOD = "fork"
+
 
 class Job:
     "`function(*args)` under way in a process of its own."
     def __init__(self, name, function, *args, seconds: float):
         self.name, self.start, self.end = name, time.monotonic(), time.monotonic() + seconds
-        context = multiprocessing.get_context("fork")
+        context = multiprocessing.get_context(METHOD)
         self.receiver, sender = context.Pipe(duplex=False)
         self.process = context.Process(target=self.work, args=(sender, function, args))
         self.process.start()
@@ -115,6 +119,12 @@ def describe(toy: bool) -> dict | None:
     return dict(machine=about, versions=versions)
 
 
+def touch_gpu(toy: bool):
+    "Fails where this process cannot use the GPU."
+    import torch
+    torch.zeros(1, device="cpu" if toy else "cuda")
+
+
 # ---- parts
 
 def parts() -> dict[str, tuple]:
@@ -157,7 +167,8 @@ def main(argv=None) -> int:
     args = parse(argv)
     start = time.monotonic()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if args.toy: os.environ |= dict(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    os.environ |= dict(TRITON_INTERPRET="1", OMP_NUM_THREADS="1") if args.toy else dict(TRITON_INTERPRET="0")
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"       # so that asking for a GPU does not touch it
     warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork.*")
     sys.path[:0] = [str(ROOT), str(ROOT/"tools")]
     if odd := [p for p in args.parts if p not in PARTS]:
@@ -173,7 +184,9 @@ def main(argv=None) -> int:
         print("make gpu: this machine has no GPU that PyTorch can use; nothing was run", file=sys.stderr)
         return 3
     from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM  # noqa: F401 (once, too)
-    print(about["machine"]["name"], about["versions"], flush=True)
+    (_, _, _, error), = run_jobs([("touch", touch_gpu, (args.toy,), 60)], 1, start + 120)
+    if error: globals().update(METHOD="spawn")
+    print(about["machine"]["name"], about["versions"], f"processes: {METHOD}", flush=True)
     good = [run_part(name, about, args, start + 60*args.minutes) for name in args.parts or PARTS]
     print(f"{'all is well' if all(good) else 'some jobs FAILED'}: {time.monotonic() - start:.0f} s, files in {args.out}")
     return 0 if all(good) else 1
