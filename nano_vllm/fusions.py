@@ -6,7 +6,7 @@
 __all__ = ['norm', 'add_norm', 'rotate_halves', 'split_and_turn', 'compiled', 'swiglu', 'fused_norm', 'fused_turn', 'put_fusions',
            'warm_up', 'compile_fusions']
 
-# %% ../nbs/16_compiled_fusions.ipynb #38aeac44
+# %% ../nbs/16_compiled_fusions.ipynb #0650ae4d
 import functools
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from .layers import RMSNorm, SwiGLU
 from .model import Attention, Decoder
 from .weights import FUSIONS
 
-# %% ../nbs/16_compiled_fusions.ipynb #032000b7
+# %% ../nbs/16_compiled_fusions.ipynb #49c5899d
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     "What an `RMSNorm` with `weight` (dim,) gives for `x` (..., dim)."
     y = x.float()
@@ -27,13 +27,13 @@ def add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float):
     stream = x + residual
     return norm(stream, weight, eps), stream
 
-# %% ../nbs/16_compiled_fusions.ipynb #0960a555
+# %% ../nbs/16_compiled_fusions.ipynb #d6ff12bb
 def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     "What `rotate` gives, without moving anything in memory."
     (a, b), c, s = x.chunk(2, -1), cos.chunk(2, -1)[0], sin.chunk(2, -1)[1]
     return torch.cat((a*c - b*s, b*c + a*s), -1).to(x.dtype)
 
-# %% ../nbs/16_compiled_fusions.ipynb #34c43be6
+# %% ../nbs/16_compiled_fusions.ipynb #64602364
 def split_and_turn(qkv: Tensor, lengths: list[int], head_dim: int, cos, sin,
                    norms: list[tuple]):
     "What `Attention.turn` gives; `norms`: (weight, eps) for q and for k, or nothing."
@@ -41,7 +41,7 @@ def split_and_turn(qkv: Tensor, lengths: list[int], head_dim: int, cos, sin,
     if norms: q, k = (norm(x, *n) for x, n in zip((q, k), norms))
     return rotate_halves(q, cos, sin), rotate_halves(k, cos, sin), v
 
-# %% ../nbs/16_compiled_fusions.ipynb #7bfa9529
+# %% ../nbs/16_compiled_fusions.ipynb #b9482094
 @functools.cache
 def compiled(function):
     "`function`, compiled for any number of rows."
@@ -52,7 +52,7 @@ def swiglu(x: Tensor) -> Tensor:
     "What `SwiGLU` gives."
     return SwiGLU.forward(None, x)
 
-# %% ../nbs/16_compiled_fusions.ipynb #3eb4331a
+# %% ../nbs/16_compiled_fusions.ipynb #3edf2d5b
 def fused_norm(layer: RMSNorm, x: Tensor, residual: Tensor | None = None):
     "What `layer(x, residual)` gives."
     if residual is None: return compiled(norm)(x, layer.weight, layer.eps)
@@ -76,7 +76,7 @@ def put_fusions(model: Decoder):
         if isinstance(module, Attention):
             module.turn = functools.partial(fused_turn, module)
 
-# %% ../nbs/16_compiled_fusions.ipynb #6a8f15c9
+# %% ../nbs/16_compiled_fusions.ipynb #29d0073d
 @torch.inference_mode()
 def warm_up(model: Decoder):
     "Compile now, for any number of tokens, what `model` will need."
