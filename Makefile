@@ -5,7 +5,7 @@ BIN := .venv/bin
 NB ?= nbs/*.ipynb
 FUZZ ?= 50000
 
-.PHONY: help venv demo test bench peers fuzz lab notebooks lines book
+.PHONY: help venv demo test bench gpu peers fuzz lab notebooks lines book
 
 help:            ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -26,6 +26,9 @@ test: venv       ## the export is in sync, every notebook runs, pytest passes
 
 bench: venv      ## throughput on this machine
 	$(BIN)/nano-vllm bench
+
+gpu:             ## tests and measurements on this machine's GPU, about 8 minutes: PARTS="kernels ..." for some, --toy for none
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tools/gpu_suite.py $(PARTS)
 
 peers: venv      ## this engine beside vLLM on this machine (fetches several GB the first time)
 	$(BIN)/python tools/peers.py

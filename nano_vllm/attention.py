@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['BACKENDS', 'FASTEST', 'Batch', 'logits_positions', 'make_batch', 'slots_of', 'store_kv', 'reach',
            'ReferenceAttention', 'slot_table', 'length_groups', 'DecodeGroup', 'ChunkPlan', 'TorchAttention',
-           'attention_backend']
+           'log_once', 'attention_backend']
 
 # %% ../nbs/05_attention_kernel.ipynb #fb0e3964
+import functools, logging
 from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
@@ -191,8 +192,19 @@ BACKENDS: dict[str, type] = {"reference": ReferenceAttention, "torch": TorchAtte
 FASTEST = dict(cpu="torch", cuda="torch")
 
 
-def attention_backend(name: str = "auto", device_type: str = "cpu") -> type:
+@functools.cache
+def log_once(message: str): logging.getLogger("nano_vllm").info(message)
+
+
+def attention_backend(name: str = "auto", device_type: str = "cpu",
+                      block_size: int = 16) -> type:
     "The backend called `name` ('auto': the fastest for the device), or ValueError."
-    names = {"auto": BACKENDS[FASTEST[device_type]]} | BACKENDS
-    if isinstance(name, str) and name in names: return names[name]
-    raise ValueError(f"attention_backend is {name!r}, must be one of {list(names)}")
+    chosen = FASTEST[device_type] if name == "auto" else name
+    if chosen not in list(BACKENDS):
+        raise ValueError(f"attention_backend is {name!r}, must be one of "
+                         f"{['auto', *BACKENDS]}")
+    backend, asked = BACKENDS[chosen], chosen == name
+    if hasattr(backend, "check"): backend.check(device_type, block_size)
+    reason = "as asked for" if asked else f"the fastest for {device_type}"
+    log_once(f"attention backend: {chosen}, {reason}")
+    return backend

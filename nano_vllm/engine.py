@@ -23,7 +23,7 @@ from .prefix_cache import PrefixCachingPool
 from .sampling import (Logprob, SamplingParams, check_number, sample,
                                 token_logprobs)
 from .scheduler import Scheduler
-from .tokenizer import Detokenizer, Tokenizer
+from .tokenizer import Detokenizer, NoTokenizer, Tokenizer, has_tokenizer
 from .weights import FORMS, load_model, resolve_model
 
 # %% ../nbs/10_engine.ipynb #2a2ec3a4
@@ -228,7 +228,8 @@ class EngineParts:
     "Tokenizer, block pool, model runner, scheduler and loop, built from the arguments."
     def __init__(self, args: EngineArgs, ranks: Ranks | None = None):
         device = choose_device(args.device)
-        backend = attention_backend(args.attention_backend, device.type)
+        backend = attention_backend(args.attention_backend, device.type,
+                                    args.block_size)
         self.model_path = resolve_model(args.model)
         config = ModelConfig.from_folder(self.model_path)
         share_heads(config, Ranks(0, args.tensor_parallel_size))
@@ -236,7 +237,9 @@ class EngineParts:
         self.max_model_len = check_number(
             "max_model_len", args.max_model_len or longest, int, 2, longest)
         folder = self.model_path if args.tokenizer is None else args.tokenizer
-        self.tokenizer = Tokenizer(folder)
+        bare = folder is self.model_path and args.load_format == "dummy"
+        self.tokenizer = (NoTokenizer if bare and not has_tokenizer(folder)
+                          else Tokenizer)(folder)
         self.vocab_size = config.vocab_size
         eos = {self.tokenizer.eos_token_id} - {None}
         self.eos_token_ids = config.eos_token_ids | eos

@@ -158,10 +158,14 @@ class Attention(nn.Module):
             setattr(self, name, norm)
         self.head_dim, self.layer = c.head_dim, layer
 
-    def forward(self, x, cos, sin, attend):
-        parts = self.qkv_proj.split(self.qkv_proj(x))
+    def turn(self, qkv, cos, sin):
+        "`qkv` (N, all heads * head_dim) as q, k, v; q and k normed and rotated."
+        parts = self.qkv_proj.split(qkv)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v
+
+    def forward(self, x, cos, sin, attend):
+        q, k, v = self.turn(self.qkv_proj(x), cos, sin)
         return self.o_proj(attend(q, k, v, self.layer).flatten(1))
 
 # %% ../nbs/07_model.ipynb #19e4172c

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['MIN_DOT', 'store_kv_kernel', 'store_kv', 'Tiles', 'load', 'dot', 'see_tile', 'attend', 'count_items', 'reduce_kernel',
-           'Plan', 'attention_kernel', 'TritonAttention', 'decode_plans']
+           'Plan', 'attention_kernel', 'TritonAttention', 'decode_plans', 'FlashAttention']
 
 # %% ../nbs/05_triton_kernels.ipynb #b1b9376b
-import math
+import functools, math
 from dataclasses import dataclass
 import torch
 from torch import Tensor
 import triton
 import triton.language as tl
-from .attention import BACKENDS, Batch
+from .attention import BACKENDS, FASTEST, Batch
 from .sampling import send
 
 # %% ../nbs/05_triton_kernels.ipynb #829eaa09
@@ -316,12 +316,17 @@ class TritonAttention:
 
     With a `plan` that outlives the step, as a CUDA graph's does, `batch` is not looked
     at. Raises ValueError on a CPU, unless TRITON_INTERPRET was 1 at the import."""
-    def __init__(self, batch: Batch, kv_cache: Tensor, scale: float, window=None,
-                 plan: Plan | None = None):
+    @staticmethod
+    def check(device_type: str, block_size: int):
+        "ValueError unless the kernels run on this device; any block size will do."
         compiled = isinstance(attention_kernel, triton.JITFunction)
-        if kv_cache.device.type == "cpu" and compiled:
+        if device_type == "cpu" and compiled:
             raise ValueError("attention_backend is 'triton': it needs a GPU, or "
                              "TRITON_INTERPRET=1 in the environment from the start")
+
+    def __init__(self, batch: Batch, kv_cache: Tensor, scale: float, window=None,
+                 plan: Plan | None = None):
+        self.check(kv_cache.device.type, kv_cache.shape[3])
         self.batch, self.kv_cache, self.plan = batch, kv_cache, plan
         self.scale, self.window = scale * math.log2(math.e), window
 
@@ -350,6 +355,7 @@ class TritonAttention:
 
 # %% ../nbs/05_triton_kernels.ipynb #7b230a2b
 BACKENDS["triton"] = TritonAttention
+FASTEST["cuda"] = "triton"
 
 # %% ../nbs/05_triton_kernels.ipynb #b9a5dfbf
 def decode_plans(sizes: list[int], tables: Tensor, slots: Tensor, tiles: Tiles,
@@ -369,3 +375,49 @@ def decode_plans(sizes: list[int], tables: Tensor, slots: Tensor, tiles: Tiles,
         for name in ("part", "part_top", "part_total"):
             setattr(plans[n], name, getattr(largest, name))
     return plans
+
+# %% ../nbs/05_triton_kernels.ipynb #07b1226b
+class FlashAttention:
+    """Paged attention by the package flash-attn, from version 2.5 on, for GPUs.
+
+    Raises ValueError for block sizes, number types and head sizes it cannot take."""
+    @staticmethod
+    def check(device_type: str, block_size: int):
+        "ValueError unless the package is here and takes this device and block size."
+        try: import flash_attn  # noqa: F401
+        except ImportError as e:
+            raise ValueError("attention_backend is 'flash': it needs the package "
+                             f"flash-attn ({e}), 'triton' and 'torch' do not") from e
+        if device_type != "cuda":
+            raise ValueError("attention_backend is 'flash': it needs a GPU, the device "
+                             f"is {device_type!r}")
+        if block_size % 256:
+            raise ValueError(f"block_size is {block_size}: with attention_backend "
+                             "'flash' it must be a multiple of 256")
+
+    def __init__(self, batch: Batch, kv_cache: Tensor, scale: float, window=None):
+        from flash_attn import flash_attn_varlen_func
+        if kv_cache.dtype not in (torch.float16, torch.bfloat16):
+            raise ValueError(f"dtype is {kv_cache.dtype}: with attention_backend "
+                             "'flash' it must be float16 or bfloat16")
+        if (dim := kv_cache.shape[-1]) % 8 or dim > 256:
+            raise ValueError(f"head_dim is {dim}: with attention_backend 'flash' it "
+                             "must be a multiple of 8, and at most 256")
+        lens = torch.tensor([batch.query_lens, batch.context_lens])
+        ends = torch.nn.functional.pad(lens.cumsum(1), (1, 0)).int()
+        starts_q, starts_k = ends.to(kv_cache.device)
+        self.batch, self.kv_cache = batch, kv_cache
+        self.attend = functools.partial(
+            flash_attn_varlen_func, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k,
+            max_seqlen_q=max(batch.query_lens), max_seqlen_k=max(batch.context_lens),
+            softmax_scale=scale, causal=True, block_table=batch.block_tables.int(),
+            window_size=(-1 if window is None else window - 1, 0))
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        "Store `k`, `v` (N, kv_heads, head_dim); attend from `q` (N, heads, head_dim)."
+        store_kv(self.kv_cache, layer, k, v, self.batch.slot_mapping)
+        keys, values = self.kv_cache[layer]
+        return self.attend(q, keys, values)
+
+# %% ../nbs/05_triton_kernels.ipynb #a63a691d
+BACKENDS["flash"] = FlashAttention

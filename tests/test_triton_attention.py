@@ -3,18 +3,21 @@ import mmap
 import os
 import subprocess
 import sys
+import types
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 import nano_vllm.triton_attention as module
+from gpu_checks import mixed
 from helpers import tiny_folder
-from nano_vllm.attention import BACKENDS, ReferenceAttention, attention_backend, make_batch, slots_of
-from nano_vllm.kv_blocks import Chunk, Sequence, blocks_needed
+from nano_vllm.attention import BACKENDS, ReferenceAttention, attention_backend, log_once, make_batch, slots_of
+from nano_vllm.kv_blocks import Chunk, Sequence
 from nano_vllm.sampling import SamplingParams
-from nano_vllm.triton_attention import MIN_DOT, Plan, Tiles, TritonAttention, count_items, store_kv
+from nano_vllm.triton_attention import MIN_DOT, FlashAttention, Plan, Tiles, TritonAttention, count_items, store_kv
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted where there is no GPU; make gpu runs them on one")
 SIZES = [1, 8, 16, 32, 64, 128, 256]
@@ -31,23 +34,6 @@ def poison():
     assert torch.empty(3).isnan().all() and torch.ones(2).new_empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def mixed(lengths, new_tokens, size, kv_heads, group, dim, seed=0, dtype=torch.float32, layers=2):
-    "(batch, its cache with NaN in every slot that no text has written, q, k, v); texts stored in the last layer."
-    g = torch.Generator().manual_seed(seed)
-    num_blocks = sum(blocks_needed(n, size) for n in lengths) + 2
-    free = torch.randperm(num_blocks, generator=g).tolist()
-    cache = torch.full((layers, 2, num_blocks, size, kv_heads, dim), torch.nan)
-    work = []
-    for n, m in zip(lengths, new_tokens):
-        seq = Sequence("test", list(range(n)), SamplingParams())
-        seq.num_computed_tokens, seq.block_table = n - m, [free.pop() for _ in range(blocks_needed(n, size))]
-        past = torch.tensor([seq.block_table[p // size]*size + p % size for p in range(n - m)], dtype=torch.int64)
-        for x in slots_of(cache, layers - 1): x[past] = torch.randn(n - m, kv_heads, dim, generator=g)
-        work.append(Chunk(seq, m))
-    q, k, v = (torch.randn(sum(new_tokens), h, dim, generator=g) for h in (kv_heads*group, kv_heads, kv_heads))
-    return make_batch(work, size), *(x.to(dtype) for x in (cache, q, k, v))
 
 
 @st.composite
@@ -387,3 +373,84 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path):
     script.write_text(COMPILE)
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env | {"PYTHONPATH": os.getcwd()})
     assert done.stdout == "compiled\n", done.stderr
+
+
+# ---- flash-attn, or what stands in for it
+
+def stand_in(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
+             window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False, block_table=None):
+    "flash_attn_varlen_func as its documentation has it, written by the formula: causal means that the last query sees the last key."
+    assert causal and dropout_p == softcap == 0 and k.shape[1] % 256 == 0 and block_table.dtype == torch.int32 and q.dtype in (torch.float16, torch.bfloat16)
+    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32 and len(cu_seqlens_q) == len(cu_seqlens_k) == len(block_table) + 1
+    assert (max_seqlen_q, max_seqlen_k) == (cu_seqlens_q.diff().max(), cu_seqlens_k.diff().max()) and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+    out, group, (left, right) = torch.empty_like(q), q.shape[1] // k.shape[2], window_size
+    assert right in (-1, 0)
+    for s, table in enumerate(block_table.long()):
+        first, new, context = int(cu_seqlens_q[s]), int(cu_seqlens_q[s+1] - cu_seqlens_q[s]), int(cu_seqlens_k[s+1] - cu_seqlens_k[s])
+        keys, values = (x[table].flatten(0, 1)[:context].repeat_interleave(group, 1).float() for x in (k, v))
+        for i in range(new):
+            last = context - new + i
+            seen = slice(0 if left < 0 else max(0, last - left), last + 1)
+            weights = (torch.einsum("hd,shd->hs", q[first+i].float(), keys[seen]) * softmax_scale).softmax(1)
+            out[first+i] = torch.einsum("hs,shd->hd", weights, values[seen])
+    return out
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    module = types.ModuleType("flash_attn")
+    module.flash_attn_varlen_func, module.__spec__ = stand_in, ModuleSpec("flash_attn", None)
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+
+
+@pytest.mark.parametrize("window", [None, 1, 60, 400])
+@pytest.mark.parametrize("size", [256, 512])
+def test_flash_is_given_the_right_arguments(flash, window, size):
+    batch, cache, q, k, v = mixed([1, 300, 256, 257, 70], [1, 40, 1, 1, 70], size, 2, 3, 32, dtype=torch.bfloat16)
+    wide = [x.float() for x in (cache, q, k, v)]
+    expected = ReferenceAttention(batch, wide[0], 0.3, window)(*wide[1:], 1)
+    out = FlashAttention(batch, cache, 0.3, window)(q, k, v, 1)
+    torch.testing.assert_close(out.float(), expected, atol=0.05, rtol=0)
+    torch.testing.assert_close(cache.float(), wide[0], atol=0, rtol=0, equal_nan=True)
+
+
+def test_what_flash_cannot_take_is_refused(flash):
+    for size in (1, 16, 128, 257):
+        with pytest.raises(ValueError, match=f"block_size is {size}: .*multiple of 256"): attention_backend("flash", "cuda", size)
+    assert attention_backend("flash", "cuda", 256) is FlashAttention
+    with pytest.raises(ValueError, match="attention_backend is 'flash': it needs a GPU.*'cpu'"): attention_backend("flash", "cpu", 256)
+    batch, cache, *_ = mixed([5], [1], 256, 1, 1, 32)
+    with pytest.raises(ValueError, match="dtype is torch.float32.*'flash'"): FlashAttention(batch, cache, 1.)
+    for dim in (20, 264):
+        batch, cache, *_ = mixed([5], [1], 256, 1, 1, dim, dtype=torch.float16)
+        with pytest.raises(ValueError, match=f"head_dim is {dim}: .*multiple of 8"): FlashAttention(batch, cache, 1.)
+
+
+def test_flash_where_it_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    with pytest.raises(ValueError, match="attention_backend is 'flash': it needs the package flash-attn .*'triton' and 'torch' do not"):
+        attention_backend("flash", "cuda", 256)
+    from nano_vllm import LLM
+    with pytest.raises(ValueError, match="flash-attn"): LLM("smollm2-135m", attention_backend="flash")
+
+
+def test_the_engine_with_flash(tmp_path, flash, monkeypatch):
+    from nano_vllm import LLM
+    check = FlashAttention.check
+    monkeypatch.setattr(FlashAttention, "check", staticmethod(lambda device_type, block_size: check("cuda", block_size)))
+    folder = tiny_folder(tmp_path/"m", num_attention_heads=4, num_key_value_heads=2, hidden_size=64, max_position_embeddings=512)
+    work = [list(range(5, 5 + n)) for n in (3, 300)], SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    with pytest.raises(ValueError, match="block_size is 16"): LLM(folder, attention_backend="flash")
+    tokens = [[o["token_ids"] for o in LLM(folder, dtype="float16", num_kv_blocks=8, block_size=256, attention_backend=name, max_num_batched_tokens=64)
+               .generate(*work, use_tqdm=False)] for name in ("torch", "flash")]
+    assert tokens[0] == tokens[1]
+
+
+# ---- the choice, and its reason
+
+def test_the_choice_is_logged_once(caplog):
+    log_once.cache_clear()
+    with caplog.at_level("INFO", "nano_vllm"):
+        for name in ("auto", "auto", "torch", "triton", "triton"): attention_backend(name, "cuda")
+    assert [r.message for r in caplog.records] == [
+        "attention backend: triton, the fastest for cuda", "attention backend: torch, as asked for", "attention backend: triton, as asked for"]

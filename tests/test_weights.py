@@ -329,3 +329,32 @@ def test_gguf_files_that_are_refused(tmp_path, monkeypatch):
         file.write_bytes(broken)
         with pytest.raises(ValueError, match="bias.gguf: "): resolve_model(file)
     with pytest.raises(ValueError, match="model is 'nowhere.gguf'"): resolve_model("nowhere.gguf")
+
+
+# ---- nothing but a config
+
+def bare_folder(folder):
+    "A folder with a config.json and nothing else."
+    folder.mkdir()
+    config = dict(architectures=["Qwen3ForCausalLM"], model_type="qwen3", vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                  num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=256, tie_word_embeddings=False, eos_token_id=7)
+    (folder/"config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_config_is_enough(tmp_path):
+    from nano_vllm import LLM, SamplingParams
+    llm = LLM(bare_folder(tmp_path/"m"), load_format="dummy", num_kv_blocks=30)
+    out, = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=5, ignore_eos=True, logprobs=1, stop="x"), use_tqdm=False)
+    assert len(out["token_ids"]) == 5 and out["text"] == "" and out["finish_reason"] == "length"
+    assert llm.eos_token_ids == {7} and llm.get_tokenizer() is None
+    assert [len(p["token_ids"]) for p in llm.stream([[5]], SamplingParams(max_tokens=3, ignore_eos=True))][-1] >= 1
+    for call in (lambda: llm.generate("Hi"), lambda: llm.chat([{"role": "user", "content": "Hi"}])):
+        with pytest.raises(ValueError, match=r"Hi.* has no tokenizer; give token ids"): call()
+
+
+def test_a_tokenizer_is_missed_where_it_is_needed(tmp_path):
+    from nano_vllm import LLM
+    folder = bare_folder(tmp_path/"m")
+    with pytest.raises(ValueError, match="tokenizer: .* has none of"): LLM(folder)
+    with pytest.raises(ValueError, match="tokenizer: .* has none of"): LLM(folder, load_format="dummy", tokenizer=tmp_path)

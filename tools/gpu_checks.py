@@ -1,0 +1,232 @@
+"""Part `tests` of the GPU suite: is what the GPU computes right? Each check returns what it covered, or raises."""
+import itertools
+import json
+import os
+import random
+import tempfile
+import time
+import warnings
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from nano_vllm import LLM, SamplingParams
+from nano_vllm.attention import Batch, ReferenceAttention, TorchAttention, make_batch, slots_of
+from nano_vllm.engine import EngineArgs
+from nano_vllm.kv_blocks import Chunk, Sequence, blocks_needed
+from nano_vllm.triton_attention import Plan, Tiles, TritonAttention
+from nano_vllm.workbench import MODEL_NAME, cache_dir
+
+UNIT = {torch.float32: 2**-18, torch.float16: 2**-11, torch.bfloat16: 2**-8}   # what a rounding may change, and a little more
+SHAPES = [(8, 2, 128), (3, 3, 64), (1, 1, 32), (2, 4, 256), (1, 7, 96), (2, 1, 80), (1, 17, 64)]   # KV heads, group, head_dim
+LENGTHS = [1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 256, 257, 300, 513, 1025]
+
+
+def device(toy: bool) -> str: return "cpu" if toy else "cuda"
+
+
+# ---- kernels
+
+def mixed(lengths, new_tokens, size, kv_heads, group, dim, seed=0, dtype=torch.float32, layers=2):
+    "(batch, its cache with NaN in every slot that no text has written, q, k, v); texts stored in the last layer."
+    g = torch.Generator().manual_seed(seed)
+    num_blocks = sum(blocks_needed(n, size) for n in lengths) + 2
+    free = torch.randperm(num_blocks, generator=g).tolist()
+    cache = torch.full((layers, 2, num_blocks, size, kv_heads, dim), torch.nan)
+    work = []
+    for n, m in zip(lengths, new_tokens):
+        seq = Sequence("test", list(range(n)), SamplingParams())
+        seq.num_computed_tokens, seq.block_table = n - m, [free.pop() for _ in range(blocks_needed(n, size))]
+        past = torch.tensor([seq.block_table[p // size]*size + p % size for p in range(n - m)], dtype=torch.int64)
+        for x in slots_of(cache, layers - 1): x[past] = torch.randn(n - m, kv_heads, dim, generator=g)
+        work.append(Chunk(seq, m))
+    q, k, v = (torch.randn(sum(new_tokens), h, dim, generator=g) for h in (kv_heads*group, kv_heads, kv_heads))
+    return make_batch(work, size), *(x.to(dtype) for x in (cache, q, k, v))
+
+
+def poison():
+    "From here on torch.empty gives NaN: whatever a kernel should have written and did not is seen."
+    warnings.filterwarnings("ignore", message=".*deterministic.*")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def compare(toy, batch: Batch, cache, q, k, v, window, oracle) -> float:
+    """The largest error of the kernels on this batch, in roundings of the largest value; AssertionError above 2.5.
+
+    The oracle computes in float32 on the same rounded inputs; what the kernels store must be the same bits."""
+    on = [x.to(device(toy)) for x in (cache, q, k, v)]
+    out = TritonAttention(batch.to(device(toy)), on[0], 0.3, window)(*on[1:], 1)
+    wide = [x.float().to(device(toy) if oracle is TorchAttention else "cpu") for x in (cache, q, k, v)]
+    expected = oracle(batch.to(wide[0].device), wide[0], 0.3, window)(*wide[1:], 1).cpu()
+    out, stored = out.cpu().float(), on[0].cpu()
+    assert not out.isnan().any(), "NaN in the output: something unwritten was read, or not written"
+    assert torch.equal(stored.float().nan_to_num(1e9), wide[0].cpu().nan_to_num(1e9)), "stored keys and values differ"
+    for new, old in zip(on[1:], (q, k, v)): assert torch.equal(new.cpu(), old), "an input was written to"
+    error = float((out - expected).abs().max() / wide[0][1, 1].cpu().nan_to_num().abs().max()) / UNIT[q.dtype]
+    assert error <= 2.5, f"error of {error} roundings"
+    return error
+
+
+def kernels_agree(toy: bool, dtype: torch.dtype) -> dict:
+    "Random mixed batches of all shapes, again and again until the time is up; then one as large as in use."
+    poison()
+    assert torch.empty(3, device=device(toy)).isnan().all()
+    seed, start, worst, count = int.from_bytes(os.urandom(4), "little"), time.monotonic(), 0., 0
+    shapes, lengths = (SHAPES[2:3], LENGTHS[:7]) if toy else (SHAPES, LENGTHS)
+    sizes = [16, 32, 64, 128, 256]
+    if dtype is torch.float32: shapes, sizes = shapes[:3], [16, 256]    # products of float32 take the compiler half a minute
+    for rng in map(random.Random, itertools.count(seed)):
+        shape, size = shapes[count % len(shapes)], rng.choice(sizes)
+        total = [rng.choice(lengths) for _ in range(rng.randint(1, 4))]
+        new = [rng.choice([1, rng.randint(1, min(n, 70))]) for n in total]
+        window = rng.choice([None, None, 64, 200])     # each one is compiled anew
+        case = dict(seed=seed + count, shape=shape, size=size, lengths=total, new_tokens=new, window=window)
+        try: worst = max(worst, compare(toy, *mixed(total, new, size, *shape, seed + count, dtype), window, ReferenceAttention))
+        except AssertionError as e: raise AssertionError(f"{e}: {case}") from e
+        count += 1
+        if count >= (2 if toy else len(shapes)) and (toy or time.monotonic() - start > 60): break
+    rng, (many, longest) = random.Random(seed), (3, 70) if toy else (48, 4096)
+    total = [rng.randint(1, longest) for _ in range(many)]
+    new = [1 if i else min(total[0], 600) for i in range(many)]
+    large = compare(toy, *mixed(total, new, 16, *shapes[0], seed, dtype), None, TorchAttention)
+    return dict(first_seed=seed, batches=count + 1, worst_error_in_roundings=max(worst, large), allowed=2.5)
+
+
+def kernels_bfloat16(toy): return kernels_agree(toy, torch.bfloat16)
+def kernels_float16(toy): return kernels_agree(toy, torch.float16)
+def kernels_float32(toy): return kernels_agree(toy, torch.float32)
+
+
+def captured(run, toy: bool):
+    "What repeats `run`: a CUDA graph's replay, after one call that compiles; for a toy, `run` itself."
+    run()
+    if toy: return run
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph): run()
+    return graph.replay
+
+
+def static_plan(toy: bool) -> dict:
+    "Decode kernels captured once serve step after step: padded rows do no harm, the bits are those of a fresh plan."
+    poison()
+    rows, tiles, dev, rng = (4, Tiles(1, 1, 32), "cpu", random.Random(0)) if toy else (32, Tiles(8, 2, 128), "cuda", random.Random(0))
+    longest, steps = (300, 2) if toy else (3000, 12)
+    heads, width = tiles.kv_heads * tiles.group, blocks_needed(longest, 16)
+    plan = Plan(torch.arange(rows + 1, dtype=torch.int32, device=dev), torch.zeros(rows, dtype=torch.int32, device=dev),
+                torch.zeros(rows, width, dtype=torch.int64, device=dev), torch.full((rows,), -1, device=dev), tiles,
+                capacity=rows * (longest // tiles.split + 1))
+    cache = torch.full((1, 2, rows*width + 2, 16, tiles.kv_heads, tiles.dim), torch.nan, dtype=torch.bfloat16, device=dev)
+    q, k, v = (torch.zeros(rows, h, tiles.dim, dtype=torch.bfloat16, device=dev) for h in (heads, tiles.kv_heads, tiles.kv_heads))
+    out = torch.empty_like(q)
+    def step():
+        plan.refill()
+        out.copy_(TritonAttention(None, cache, 0.3, plan=plan)(q, k, v, 0))
+    replay = captured(step, toy)
+    for turn in range(steps):
+        lengths = [rng.randint(1, longest) for _ in range(rng.randint(1, rows))]
+        batch, full, *new = mixed(lengths, [1]*len(lengths), 16, tiles.kv_heads, tiles.group, tiles.dim, turn, torch.bfloat16, layers=1)
+        n, w = batch.block_tables.shape
+        cache.fill_(torch.nan)[:, :, :full.shape[2]] = full.to(dev)
+        for wide, x in zip((q, k, v), new): wide.fill_(torch.nan)[:n] = x.to(dev)
+        plan.context_lens.zero_()[:n] = torch.tensor(lengths, device=dev)
+        plan.block_tables[:n, :w] = batch.block_tables.to(dev)
+        plan.slot_mapping.fill_(-1)[:n] = batch.slot_mapping.to(dev)
+        replay()
+        fresh = TritonAttention(batch.to(dev), full.to(dev), 0.3)(*(x.to(dev) for x in new), 0)
+        assert torch.equal(out[:n], fresh), f"turn {turn}: replay and fresh plan differ"
+        assert not out[n:].any(), f"turn {turn}: padded rows are not 0"
+    return dict(steps=steps, rows=rows)
+
+
+# ---- the engine
+
+def options(**wanted) -> tuple[dict, list]:
+    "(the engine's options, those that this version of the engine does not have)."
+    known = {f.name for f in fields(EngineArgs)}
+    return {k: v for k, v in wanted.items() if k in known}, [k for k in wanted if k not in known]
+
+
+def small_model(toy: bool) -> Path:
+    "A folder with a random Qwen3 of a few million parameters, livelier than dummy weights, and a tokenizer of numbers."
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    vocab, hidden, layers, heads = (300, 64, 2, 2) if toy else (4096, 512, 4, 8)
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=2*hidden, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=heads//2, head_dim=32 if toy else 64, max_position_embeddings=1024, tie_word_embeddings=False, eos_token_id=2))
+    for name, p in model.named_parameters(): torch.nn.init.normal_(p, float("norm" in name), 0.1)
+    folder = Path(tempfile.mkdtemp(prefix="gpu-suite-model-"))
+    model.float().save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(vocab)}, unk_token="0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    return folder
+
+
+def requests(toy: bool, vocab: int, seed: int = 0) -> tuple[list, list]:
+    "Prompts and parameters of every kind: greedy, drawn, several answers, stops, log-probabilities; ends at many lengths."
+    rng, prompts, params = random.Random(seed), [], []
+    longest, most = (8, 6) if toy else (300, 60)
+    kinds = [dict(temperature=0), dict(temperature=0, logprobs=2), dict(temperature=0.8, seed=7), dict(temperature=1.2, top_k=20, top_p=0.9, seed=9),
+             dict(temperature=0.9, n=2, seed=3), dict(temperature=0, repetition_penalty=1.3), dict(temperature=1., seed=1, stop_token_ids=list(range(0, vocab, 40)))]
+    for i in range(len(kinds) if toy else 37):
+        prompts.append([rng.randrange(3, vocab) for _ in range(rng.randint(1, longest))])
+        params.append(SamplingParams(max_tokens=rng.randint(1, most), **kinds[i % len(kinds)]))
+    return prompts, params
+
+
+def answers(folder: Path, toy: bool, work, **wanted) -> list:
+    "What an engine answers, in float32, with so few blocks that some requests are preempted."
+    chosen, _ = options(**wanted)
+    sizes = dict(num_kv_blocks=12, block_size=2, max_num_seqs=5, max_num_batched_tokens=24) if toy else \
+        dict(num_kv_blocks=26, block_size=16, max_num_seqs=21, max_num_batched_tokens=256)
+    llm = LLM(folder, dtype="float32", device=device(toy), attention_backend="triton", **sizes, **chosen)
+    outs = llm.generate(*work, use_tqdm=False)
+    assert llm.scheduler.num_preemptions > 0, "no request was preempted: the check has become too easy"
+    return [[(o.token_ids, o.text, o.finish_reason, o.stop_reason) for o in out.outputs] for out in outs]
+
+
+def same_answers(toy: bool, first: dict, *others: dict) -> dict:
+    "AssertionError unless an engine with the options `first` and those with each of `others` give the same answers."
+    folder = small_model(toy)
+    work = requests(toy, json.loads((folder/"config.json").read_text())["vocab_size"])
+    expected = answers(folder, toy, work, **first)
+    for other in others:
+        for i, (x, y) in enumerate(zip(expected, answers(folder, toy, work, **other), strict=True)):
+            assert x == y, f"request {i}: {first} gives {x}, {other} gives {y}"
+    return dict(requests=len(expected), tokens=sum(len(t) for x in expected for t, *_ in x), engines=1 + len(others),
+                options_left_out=options(**first)[1])
+
+
+def graphs(toy: bool) -> dict:
+    "Graphs against eager, both in the synchronous loop."
+    return same_answers(toy, dict(enforce_eager=True, overlap=False), dict(enforce_eager=False, overlap=False))
+
+
+def overlap(toy: bool) -> dict:
+    "The overlapped against the synchronous loop, eager and with graphs."
+    return same_answers(toy, dict(enforce_eager=True, overlap=False), dict(enforce_eager=True, overlap=True),
+                        dict(enforce_eager=False, overlap=True))
+
+
+def demo_model(toy: bool) -> dict | str:
+    "SmolLM2, greedy in bfloat16: the kernels give PyTorch's tokens, up to a first near tie. For a toy, a small model."
+    folder = small_model(toy) if toy else cache_dir()/MODEL_NAME
+    if not (folder/"config.json").exists(): return f"not run: there is no {folder}"
+    texts = ["5 6 7", "250"] if toy else ["The capital of France is", "Once upon a time", "def fibonacci(n):", "Water boils at"]
+    params = SamplingParams(temperature=0, max_tokens=4 if toy else 64, logprobs=2, ignore_eos=True)
+    found = []
+    for name in ("torch", "triton"):
+        llm = LLM(folder, dtype="bfloat16", device=device(toy), attention_backend=name, num_kv_blocks=60)
+        found.append(llm.generate(texts, params, use_tqdm=False))
+    equal, total = 0, 0
+    for text, a, b in zip(texts, *found):
+        same = [x == y for x, y in zip(a["token_ids"], b["token_ids"])]
+        at, total = same.index(False) if False in same else len(same), total + len(same)
+        equal += at
+        if at == len(same): continue
+        first, second = sorted((p.logprob for p in a["logprobs"][at].values()), reverse=True)[:2]
+        assert first - second < 0.1, f"{text!r}: token {at} differs, and it was no near tie: {first} against {second}"
+    return dict(prompts=len(texts), tokens=total, equal_before_a_near_tie=equal)
