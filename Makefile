@@ -24,8 +24,8 @@ test: venv       ## the export is in sync, every notebook runs, pytest passes
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --timing
 	$(BIN)/python -m pytest
 
-bench: venv      ## throughput on this machine
-	$(BIN)/nano-vllm bench
+bench: venv      ## this engine on this machine: throughput, waits, memory, into results/ (five minutes)
+	$(BIN)/python tools/bench.py
 
 peers: venv      ## this engine beside vLLM on this machine (fetches several GB the first time)
 	$(BIN)/python tools/peers.py

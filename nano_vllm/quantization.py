@@ -122,7 +122,7 @@ class Int8Product:
         y = torch._int_mm(q, self.weight.T)
         if fits_kernels(x): out = self.grow(y, scale, bias)
         else: out = y * scale * self.scale + (0 if bias is None else bias)
-        return out.to(self.dtype).view(*x.shape[:-1], -1)
+        return out.to(self.dtype).view(*x.shape[:-1], len(self.scale))
 
     def grow(self, y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         "The sums `y` as floats."
