@@ -15,7 +15,7 @@ from nano_vllm.workbench import record
 MODEL = "smollm2-135m"
 ROUNDS = 3
 RATES = [1, 2, 3, 4, 6, float("inf")]     # requests a second
-BUDGETS = [8192, 512, 128, 64]            # tokens in a step; the first is the default
+BUDGETS = [8192, 128, 56]                 # tokens in a step; the first is the default
 
 
 def requests(number: int, prompt: tuple, output: tuple, llm: LLM, seed: int) -> Workload:
