@@ -24,8 +24,8 @@ test: venv       ## the export is in sync, every notebook runs, pytest passes
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --timing
 	$(BIN)/python -m pytest
 
-bench: venv      ## throughput on this machine
-	$(BIN)/nano-vllm bench
+bench: venv      ## this engine on this machine: throughput, waits, memory, into results/ (five minutes)
+	$(BIN)/python tools/bench.py
 
 gpu:             ## tests and measurements on this machine's GPU, about 8 minutes: PARTS="kernels ..." for some, --toy for none
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tools/gpu_suite.py $(PARTS)

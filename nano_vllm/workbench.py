@@ -196,11 +196,12 @@ def record(name: str, data, folder: Path = RESULTS):
         slug = re.sub(r"[^a-z0-9]+", "-", m["name"].lower()).strip("-")
         entry = dict(benchmark=name, machine=m, date=str(date.today()), data=data)
         folder.mkdir(exist_ok=True)
-        (folder/f"{slug}-{name}.json").write_text(json.dumps(entry, indent=1) + "\n")
+        file = f"{slug}-{name}".removesuffix("-bench") + ".json"
+        (folder/file).write_text(json.dumps(entry, indent=1) + "\n")
     return data
 
 
 def recorded(name: str, folder: Path = RESULTS) -> list[dict]:
     "The stored measurements `name`, one dict a machine: machine, date, data."
-    entries = [json.loads(p.read_text()) for p in sorted(folder.glob(f"*-{name}.json"))]
+    entries = [json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))]
     return [e for e in entries if e["benchmark"] == name]

@@ -127,5 +127,5 @@ def test_bench_prints_and_writes_the_figures(folder, tmp_path, capsys):
 
 @pytest.mark.parametrize("wrong, says", [(["--num-prompts", "0"], "num_prompts"), (["--max-model-len", "100"], "max_model_len")])
 def test_bench_refuses_plainly(folder, capsys, wrong, says):
-    assert main(["bench", "--model", str(folder), *wrong]) == 2
+    assert main(["bench", "throughput", "--model", str(folder), *wrong]) == 2
     assert says in capsys.readouterr().err

@@ -53,6 +53,10 @@ def test_the_kernel_turns_and_rounds_as_pytorch_does(seed, n, rows):
     assert off.max() <= 1 and off.float().mean() < 0.02   # a number between two steps may go either way
 
 
+def test_a_step_that_wants_no_logits():
+    assert Int8Product(random(0, 5, 64))(random(1, 0, 64)).shape == (0, 5)
+
+
 @quick
 @given(seeds, widths, st.integers(1, 40), st.sampled_from([13, 32, 96]), st.booleans())
 def test_the_product_of_whole_numbers_is_exact(seed, n, rows, outputs, has_bias):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 from nano_vllm.workbench import fetch, record
 
 ROOT = Path(__file__).parent.parent
@@ -29,6 +30,15 @@ def make_vllm() -> Path:
                  ["uninstall", "--yes", "torchvision", "torchaudio", "torchcodec"]):  # builds for CUDA that it does not need
         subprocess.run([python, "-m", "pip", "--quiet", *what], check=True)
     return python
+
+
+def peak_memory(process: psutil.Process) -> int:
+    """The most bytes that a process has held, where a page that several processes share counts in equal parts.
+
+    Linux keeps the peak of all pages only; what is shared now (Rss - Pss) is taken off it."""
+    status = dict(line.split(":", 1) for line in open(f"/proc/{process.pid}/status"))
+    def kib(field): return 1024 * int(status[field].split()[0])
+    return kib("VmHWM") - kib("VmRSS") + process.memory_full_info().pss
 
 
 class Engine:
@@ -59,6 +69,11 @@ class Engine:
         print(f"{self.name}, {work}: {result['output_tokens_per_second']:.1f} output tokens/s", flush=True)
 
     def close(self):
+        "End it, after a look at the memory of all its processes."
+        leader = psutil.Process(self.process.pid)
+        tree = [leader, *leader.children(recursive=True)]
+        self.results["peak_memory"] = sum(map(peak_memory, tree))
+        print(f"{self.name}: {len(tree)} processes, {self.results['peak_memory']/1e9:.2f} GB at their peaks", flush=True)
         self.signal(signal.SIGCONT)
         self.process.stdin.close()
         self.process.wait()
