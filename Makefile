@@ -27,7 +27,7 @@ test: venv       ## the export is in sync, every notebook runs, pytest passes
 bench: venv      ## this engine on this machine: throughput, waits, memory, into results/ (five minutes)
 	$(BIN)/python tools/bench.py
 
-gpu:             ## tests and measurements on this machine's GPU, about 8 minutes: PARTS="kernels ..." for some, --toy for none
+gpu:             ## tests and measurements on this machine's GPU, about 8 minutes: PARTS="kernels throughput" for some of it, PARTS=--toy to try it without a GPU
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tools/gpu_suite.py $(PARTS)
 
 peers: venv      ## this engine beside vLLM on this machine (fetches several GB the first time)

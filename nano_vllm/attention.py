@@ -203,8 +203,8 @@ def attention_backend(name: str = "auto", device_type: str = "cpu",
     if chosen not in list(BACKENDS):
         raise ValueError(f"attention_backend is {name!r}, must be one of "
                          f"{['auto', *BACKENDS]}")
-    backend, asked = BACKENDS[chosen], chosen == name
+    backend = BACKENDS[chosen]
     if hasattr(backend, "check"): backend.check(device_type, block_size)
-    reason = "as asked for" if asked else f"the fastest for {device_type}"
+    reason = "as asked for" if name != "auto" else f"the fastest for {device_type}"
     log_once(f"attention backend: {chosen}, {reason}")
     return backend
