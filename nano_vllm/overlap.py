@@ -20,7 +20,7 @@ def fetch_later(ids: torch.Tensor) -> Callable[[], list[int]]:
     copy = torch.empty_like(ids, device="cpu", pin_memory=True)
     arrived = torch.cuda.Event()
     copy.copy_(ids, non_blocking=True)
-    arrived.record()
+    arrived.record(torch.cuda.current_stream(ids.device))
 
     def wait():
         arrived.synchronize()

@@ -158,7 +158,7 @@ def gumbel_argmax(x, keys):
 # %% ../nbs/02_sampling.ipynb #46b1eda6
 def send(x, device):
     "The tensor `x` on `device`, without waiting for what the device is doing."
-    if torch.device(device).type == "cpu": return x
+    if torch.device(device).type != "cuda": return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)
 
 
