@@ -163,14 +163,15 @@ class ChunkPlan:
 # %% ../nbs/05_attention_kernel.ipynb #65e266c3
 class TorchAttention:
     "Paged attention in plain PyTorch, for any device: gather, then fused attention."
+    few = 1   # query tokens of a sequence that are handled as decodes
     def __init__(self, batch: Batch, kv_cache: Tensor, scale: float, window=None):
         self.batch, self.kv_cache, self.scale = batch, kv_cache, scale
         lens, size = batch.query_lens, kv_cache.shape[3]
         first = torch.tensor([0, *lens]).cumsum(0).tolist()
-        decodes = [row for row, n in enumerate(lens) if n == 1]
+        decodes = [row for row, n in enumerate(lens) if n <= self.few]
         self.parts = self.decode_parts(batch, decodes, first, size, window)
         self.parts += [ChunkPlan(batch, row, first[row], size, window)
-                       for row, n in enumerate(lens) if n > 1]
+                       for row, n in enumerate(lens) if n > self.few]
 
     def decode_parts(self, batch: Batch, rows: list[int], first: list[int], size: int,
                      window) -> list:

@@ -34,6 +34,7 @@ ENGINE_OPTIONS = dict(
     max_model_len=(int, "longest text, in tokens"),
     max_num_seqs=(int, "texts computed at a time"),
     max_num_batched_tokens=(int, "tokens in a step"),
+    long_prefill_token_threshold=(int, "of one prompt, at most; 0: no limit"),
     num_kv_blocks=(int, "KV blocks in the cache"),
     block_size=(int, "tokens in a KV block"),
     attention_backend=(str, "auto, torch, in_place, triton or reference"),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FLAGS', 'CAN_BUILD', 'VECTOR_TYPES', 'SUMS', 'EXP', 'REDUCE', 'SIZES', 'FIND', 'SCORES', 'RESCALE', 'ATTEND',
-           'DECODE', 'SOURCE', 'NORM', 'SWIGLU', 'PackedProduct', 'can_pack', 'replace_matrices', 'pack',
+           'DECODE', 'SOURCE', 'FEW', 'NORM', 'SWIGLU', 'PackedProduct', 'can_pack', 'replace_matrices', 'pack',
            'run_compiler', 'build', 'load_library', 'call', 'kernels', 'InPlaceDecodes', 'InPlaceAttention',
            'small_kernels', 'fused_norm', 'fused_swiglu', 'fuse', 'prepare']
 
@@ -263,13 +263,15 @@ def kernels(head_dim: int, kv_heads: int, group: int) -> ctypes.CDLL:
 
 # %% ../nbs/12_cpu_kernels.ipynb #cf0bc284
 class InPlaceDecodes:
-    "Sequences with one query token each, that attend to their pages in place."
-    def __init__(self, batch: Batch, rows: list[int], tokens: list[int], size: int,
+    "Sequences with few query tokens, each of which reads the pages in place."
+    def __init__(self, batch: Batch, rows: list[int], first: list[int], size: int,
                  window=None):
-        ends = [batch.context_lens[r] for r in rows]
+        each = [(r, i) for r in rows for i in range(batch.query_lens[r])]
+        past = {r: batch.context_lens[r] - batch.query_lens[r] for r in rows}
+        tokens, ends = [first[r] + i for r, i in each], [past[r] + i + 1 for r, i in each]
         starts = [n - reach(n, window) for n in ends]
         self.tokens, self.starts, self.ends = map(torch.tensor, (tokens, starts, ends))
-        self.tables, self.size = batch.block_tables[rows], size
+        self.tables, self.size = batch.block_tables[[r for r, _ in each]], size
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, scale, out: Tensor):
         heads, kv_heads = q.shape[1], keys.shape[1]
@@ -278,6 +280,9 @@ class InPlaceDecodes:
              self.starts, self.ends, out, *self.tables.shape, self.size, scale)
 
 # %% ../nbs/12_cpu_kernels.ipynb #10f43526
+FEW = 32   # query tokens of a sequence for which in place beats the gather
+
+
 class InPlaceAttention(TorchAttention):
     "PyTorch's path, but decodes read their pages in place: on a CPU, in float32."
     @property
@@ -287,11 +292,13 @@ class InPlaceAttention(TorchAttention):
         return (cache.is_cpu and cache.dtype == torch.float32
                 and cache.shape[-1] % 16 == 0)
 
+    @property
+    def few(self) -> int: return FEW if self.in_place else 1
+
     def decode_parts(self, batch, rows, first, size, window):
         if not self.in_place:
             return super().decode_parts(batch, rows, first, size, window)
-        tokens = [first[r] for r in rows]
-        return [InPlaceDecodes(batch, rows, tokens, size, window)] if rows else []
+        return [InPlaceDecodes(batch, rows, first, size, window)] if rows else []
 
 # %% ../nbs/12_cpu_kernels.ipynb #817c98ec
 BACKENDS["in_place"] = InPlaceAttention

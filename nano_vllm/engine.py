@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['ENGINE_LIMITS', 'DTYPES', 'LOOPS', 'CompletionOutput', 'since', 'RequestMetrics', 'RequestOutput', 'Completion',
            'Request', 'EngineArgs', 'choose_dtype', 'choose_device', 'count_blocks', 'rank_device', 'make_ranks',
-           'EngineParts', 'serve', 'RequestMaker', 'with_text', 'rate_token', 'rate_prompt', 'wants_logprobs',
-           'Stepper', 'Engine']
+           'EngineParts', 'serve', 'RequestMaker', 'Stepper', 'Engine']
 
 # %% ../nbs/10_engine.ipynb #342515a2
 import os, random, time
@@ -14,17 +13,16 @@ from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
 import torch
-from .attention import attention_backend, logits_positions, make_batch
+from .attention import Batch, attention_backend, make_batch
 from .kv_blocks import Chunk, Sequence, blocks_needed
 from .layers import LAUNCHERS, Ranks
 from .model import ModelConfig, share_heads
 from .model_runner import ModelRunner, kv_block_bytes, kv_memory
 from .prefix_cache import PrefixCachingPool
-from .sampling import (Logprob, SamplingParams, check_number, sample,
-                                token_logprobs)
+from .sampling import Logprob, SamplingParams, check_number
 from .scheduler import Scheduler
 from .tokenizer import Detokenizer, NoTokenizer, Tokenizer, has_tokenizer
-from .weights import FORMS, load_model, resolve_model
+from .weights import FORMS, FUSIONS, load_model, resolve_model
 
 # %% ../nbs/10_engine.ipynb #2a2ec3a4
 @dataclass
@@ -141,7 +139,8 @@ ENGINE_LIMITS = dict(
     gpu_memory_utilization=(float, 0.01, 1.0),
     num_kv_blocks=(int, 1, 2**40), max_model_len=(int, 2, 2**40),
     seed=(int, -2**63, 2**63 - 1), enable_prefix_caching=(bool, False, True),
-    enforce_eager=(bool, False, True), overlap=(bool, False, True))
+    enforce_eager=(bool, False, True), overlap=(bool, False, True),
+    compile=(bool, False, True), long_prefill_token_threshold=(int, 0, 2**30))
 
 # %% ../nbs/10_engine.ipynb #9c0ecded
 @dataclass
@@ -156,11 +155,13 @@ class EngineArgs:
     max_model_len: int | None = None      # longest prompt plus output
     max_num_seqs: int = 256               # sequences that may hold KV at a time
     max_num_batched_tokens: int = 8192    # tokens in a step
+    long_prefill_token_threshold: int = 0 # of them, most for one prompt; 0: no limit
     gpu_memory_utilization: float = 0.9   # share of the device's memory to use
     num_kv_blocks: int | None = None      # default: what memory allows
     enable_prefix_caching: bool = True
     enforce_eager: bool = False           # no CUDA graphs
     overlap: bool | None = None           # prepare a step while one is computed
+    compile: bool = False                 # join small operations by torch.compile
     attention_backend: str = "auto"
     load_format: str = "auto"             # "dummy": random weights, for benchmarks
     quantization: str | None = None       # how the weights are held
@@ -250,7 +251,8 @@ class EngineParts:
         if not args.enforce_eager: self.runner.capture_graphs(self.max_model_len)
         self.pool = PrefixCachingPool(self.runner.kv_cache.shape[2], args.block_size)
         self.scheduler = Scheduler(
-            self.pool, args.max_num_seqs, args.max_num_batched_tokens)
+            self.pool, args.max_num_seqs, args.max_num_batched_tokens,
+            args.long_prefill_token_threshold)
         self.share_prefixes, self.num_made = args.enable_prefix_caching, 0
         self.random = random.Random(args.seed)
         self.requests: dict[str, Request] = {}    # those that have not finished
@@ -262,6 +264,7 @@ class EngineParts:
         model = load_model(self.model_path, config, dtype, device, args.load_format,
                            self.ranks)
         FORMS[args.quantization](model)
+        FUSIONS[args.compile](model)
         num_blocks = count_blocks(args, model.kv_config, dtype, device)
         num_blocks = self.ranks.minimum(num_blocks)
         return ModelRunner(model, backend, num_blocks, args.block_size, self.ranks,
@@ -294,34 +297,6 @@ class RequestMaker(EngineParts):
         return request
 
 # %% ../nbs/10_engine.ipynb #b2ff0525
-def with_text(entries: list[dict[int, Logprob]], tokenizer: Tokenizer) -> list[dict]:
-    "The same entries, with each token's text filled in."
-    for entry in entries:
-        for token, logprob in entry.items():
-            logprob.decoded_token = tokenizer.decode([token], skip_special_tokens=False)
-    return entries
-
-# %% ../nbs/10_engine.ipynb #a8432549
-def rate_token(seq: Sequence, logits: torch.Tensor, token: int, tokenizer: Tokenizer):
-    "The entry of a `token` chosen from logits (1, V), or None if `seq` wants none."
-    if seq.params.logprobs is None: return None
-    found = token_logprobs(logits, [token], seq.params.logprobs)
-    return with_text(found, tokenizer)[0]
-
-# %% ../nbs/10_engine.ipynb #af4f89ff
-def rate_prompt(request: Request, chunk: Chunk, logits: torch.Tensor, tokenizer):
-    "If asked for, rate the prompt tokens after those of `chunk`, from its logits."
-    seq, first = chunk.seq, chunk.start + 1
-    if seq.params.prompt_logprobs is None: return
-    rated = seq.prompt_token_ids[first:chunk.end + 1]
-    found = token_logprobs(logits[:len(rated)], rated, seq.params.prompt_logprobs)
-    request.prompt_logprobs[first:first + len(rated)] = with_text(found, tokenizer)
-
-# %% ../nbs/10_engine.ipynb #1ad67f40
-def wants_logprobs(seq: Sequence) -> bool:
-    return (seq.params.logprobs, seq.params.prompt_logprobs) != (None, None)
-
-
 class Stepper(RequestMaker):
     "Requests go in through `add`; each `step` computes one batch for all of them."
     def add(self, request: Request):
@@ -342,13 +317,15 @@ class Stepper(RequestMaker):
         if not work: return
         for chunk in work: self.note_start(chunk)
         batch = make_batch(work, self.pool.block_size)
-        seqs, entries = [chunk.seq for chunk in work if chunk.samples], repeat(None)
-        if any(wants_logprobs(chunk.seq) for chunk in work):
-            token_ids, entries = self.rate(work, seqs, self.runner.execute(batch))
-        else: token_ids = self.runner.sample(batch, seqs).tolist()
+        seqs = [chunk.seq for chunk in work if chunk.samples]
+        token_ids, entries = self.choose(work, seqs, batch)
         self.scheduler.update(work, token_ids)
         for seq, token, entry in zip(seqs, token_ids, entries):
             self.receive(seq, token, entry)
+
+    def choose(self, work: list[Chunk], seqs: list[Sequence], batch: Batch):
+        "Compute; a token for each of `seqs`, and None: nobody asks how likely it is."
+        return self.runner.sample(batch, seqs).tolist(), repeat(None)
 
     def note_start(self, chunk: Chunk):
         "Read the clock when a request computes its first chunk."
@@ -356,16 +333,6 @@ class Stepper(RequestMaker):
         if request.metrics.first_scheduled_time is not None: return
         request.metrics.first_scheduled_time = time.perf_counter()
         request.num_cached_tokens = chunk.start
-
-    def rate(self, work: list[Chunk], seqs: list[Sequence], logits: torch.Tensor):
-        "Next tokens of `seqs`, and log-probabilities for those who want them."
-        rows = logits.split([len(logits_positions(chunk)) for chunk in work])
-        for chunk, r in zip(work, rows):
-            rate_prompt(self.requests[chunk.seq.request_id], chunk, r, self.tokenizer)
-        last = [r[-1:] for chunk, r in zip(work, rows) if chunk.samples]
-        token_ids = sample(torch.cat(last), seqs).tolist() if seqs else []
-        return token_ids, [rate_token(seq, r, t, self.tokenizer)
-                           for seq, r, t in zip(seqs, last, token_ids)]
 
 # %% ../nbs/10_engine.ipynb #35951c29
 class Engine(Stepper):

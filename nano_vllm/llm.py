@@ -4,19 +4,24 @@
 
 # %% auto #0
 __all__ = ['is_token_list', 'split_prompts', 'unwrap', 'read_prompt', 'read_params', 'read_default_params', 'make_requests',
-           'under_way', 'pieces', 'tell', 'pieces_for_all', 'followed', 'LLM']
+           'under_way', 'pieces', 'with_text', 'rate_token', 'rate_prompt', 'wants_logprobs', 'rate', 'tell',
+           'pieces_for_all', 'followed', 'LLM']
 
 # %% ../nbs/11_llm.ipynb #bd75e092
 from contextlib import contextmanager
 from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
+import torch
+from torch import Tensor
 from tqdm import tqdm
+from .attention import logits_positions
 from .engine import Engine, EngineArgs, Request
+from .kv_blocks import Chunk, Sequence
 from .layers import Ranks
 from .model import read_json
 from .model_runner import ModelRunner
-from .sampling import SamplingParams
+from .sampling import Logprob, SamplingParams, sample, token_logprobs
 from .scheduler import check_fits
 from .tokenizer import Tokenizer
 from .weights import resolve_model
@@ -117,6 +122,45 @@ def pieces(engine: Engine, requests: list[Request]):
                 if news: yield request.output(only_new=True)
             if unfinished: engine.step()
 
+# %% ../nbs/11_llm.ipynb #fa084d86
+def with_text(entries: list[dict[int, Logprob]], tokenizer: Tokenizer) -> list[dict]:
+    "The same entries, with each token's text filled in."
+    for entry in entries:
+        for token, logprob in entry.items():
+            logprob.decoded_token = tokenizer.decode([token], skip_special_tokens=False)
+    return entries
+
+# %% ../nbs/11_llm.ipynb #49b86662
+def rate_token(seq: Sequence, logits: Tensor, token: int, tokenizer: Tokenizer):
+    "The entry of a `token` chosen from logits (1, V), or None if `seq` wants none."
+    if seq.params.logprobs is None: return None
+    found = token_logprobs(logits, [token], seq.params.logprobs)
+    return with_text(found, tokenizer)[0]
+
+# %% ../nbs/11_llm.ipynb #7f56f7b4
+def rate_prompt(request: Request, chunk: Chunk, logits: Tensor, tokenizer):
+    "If asked for, rate the prompt tokens after those of `chunk`, from its logits."
+    seq, first = chunk.seq, chunk.start + 1
+    if seq.params.prompt_logprobs is None: return
+    rated = seq.prompt_token_ids[first:chunk.end + 1]
+    found = token_logprobs(logits[:len(rated)], rated, seq.params.prompt_logprobs)
+    request.prompt_logprobs[first:first + len(rated)] = with_text(found, tokenizer)
+
+# %% ../nbs/11_llm.ipynb #767d1184
+def wants_logprobs(seq: Sequence) -> bool:
+    return (seq.params.logprobs, seq.params.prompt_logprobs) != (None, None)
+
+
+def rate(engine: Engine, work: list[Chunk], seqs: list[Sequence], logits: Tensor):
+    "Next tokens of `seqs`, and log-probabilities for those who want them."
+    rows = logits.split([len(logits_positions(chunk)) for chunk in work])
+    for chunk, r in zip(work, rows):
+        rate_prompt(engine.requests[chunk.seq.request_id], chunk, r, engine.tokenizer)
+    last = [r[-1:] for chunk, r in zip(work, rows) if chunk.samples]
+    token_ids = sample(torch.cat(last), seqs).tolist() if seqs else []
+    return token_ids, [rate_token(seq, r, t, engine.tokenizer)
+                       for seq, r, t in zip(seqs, last, token_ids)]
+
 # %% ../nbs/11_llm.ipynb #9e40b51a
 def tell(ranks: Ranks, output):
     "The output, sent to the ranks that made the same call."
@@ -147,6 +191,12 @@ class LLM(Engine):
         args = EngineArgs(model, **options)
         self.default_params = read_default_params(resolve_model(args.model))
         super().__init__(args)
+
+    def choose(self, work, seqs, batch):
+        "As in `Engine`, with log-probabilities for those who want them."
+        if not any(wants_logprobs(chunk.seq) for chunk in work):
+            return super().choose(work, seqs, batch)
+        return rate(self, work, seqs, self.runner.execute(batch))
 
     def make_requests(self, prompts, sampling_params=None) -> list[Request]:
         "Requests that are checked, and not under way yet."

@@ -9,8 +9,9 @@ __all__ = ['fetch_later', 'Flight', 'needs_tokens', 'OverlappedLoop']
 from typing import Callable, NamedTuple
 import torch
 from .attention import make_batch
-from .engine import LOOPS, Engine, Request, wants_logprobs
+from .engine import LOOPS, Engine, Request
 from .kv_blocks import Chunk, Sequence
+from .llm import wants_logprobs
 from .sampling import has_penalty
 
 # %% ../nbs/15_overlapped_loop.ipynb #275497be

@@ -26,8 +26,9 @@ def check_fits(prompt_len: int, max_tokens: int | None, max_model_len: int, pool
 class Scheduler:
     "Decides who computes how many tokens in each step: one budget, oldest first."
     def __init__(self, pool: PrefixCachingPool, max_num_seqs: int,
-                 max_num_batched_tokens: int):
+                 max_num_batched_tokens: int, long_prefill_token_threshold: int = 0):
         self.pool, self.budget = pool, max_num_batched_tokens
+        self.most = long_prefill_token_threshold or max_num_batched_tokens
         self.max_running = min(max_num_seqs, max_num_batched_tokens)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []     # in order of admission
@@ -47,9 +48,10 @@ class Scheduler:
     def continue_running(self) -> list[Chunk]:
         "Oldest first, as many missing tokens as the budget allows."
         work, budget = [], self.budget
-        for seq in list(self.running):
+        for i, seq in enumerate(list(self.running)):
             if seq not in self.running or not self.make_room(seq): break   # preempted
-            num_new = min(seq.num_tokens - seq.num_computed_tokens, budget)
+            left = budget - (len(self.running) - 1 - i)     # one for each younger
+            num_new = min(seq.num_tokens - seq.num_computed_tokens, self.most, left)
             if num_new: work.append(Chunk(seq, num_new))
             budget -= num_new
         return work
@@ -74,7 +76,7 @@ class Scheduler:
             if not self.pool.start(seq, matched, spare=len(self.running)): break
             self.waiting.remove(seq)
             self.running.append(seq)
-            num_new = min(seq.num_tokens - seq.num_computed_tokens, budget)
+            num_new = min(seq.num_tokens - seq.num_computed_tokens, self.most, budget)
             work.append(Chunk(seq, num_new))
             budget -= num_new
         return work

@@ -630,7 +630,7 @@ class Trap:
         return result
 
 
-PLACES = ["runner.execute", "rate", "scheduler.schedule", "note_start", "pool.start", "completion",  # before a step is booked
+PLACES = ["runner.execute", "choose", "scheduler.schedule", "note_start", "pool.start", "completion",  # before a step is booked
           "scheduler.update", "scheduler.finish", "receive", "pool.register"]                          # while it is
 
 

@@ -6,13 +6,11 @@ import random
 import tempfile
 import time
 import warnings
-from dataclasses import fields
 from pathlib import Path
 
 import torch
 from nano_vllm import LLM, SamplingParams
 from nano_vllm.attention import Batch, ReferenceAttention, TorchAttention, make_batch, slots_of
-from nano_vllm.engine import EngineArgs
 from nano_vllm.kv_blocks import Chunk, Sequence, blocks_needed
 from nano_vllm.triton_attention import Plan, Tiles, TritonAttention
 from nano_vllm.workbench import MODEL_NAME, cache_dir
@@ -141,12 +139,6 @@ def static_plan(toy: bool) -> dict:
 
 # ---- the engine
 
-def options(**wanted) -> tuple[dict, list]:
-    "(the engine's options, those that this version of the engine does not have)."
-    known = {f.name for f in fields(EngineArgs)}
-    return {k: v for k, v in wanted.items() if k in known}, [k for k in wanted if k not in known]
-
-
 def small_model(toy: bool) -> Path:
     "A folder with a random Qwen3 of a few million parameters, livelier than dummy weights, and a tokenizer of numbers."
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -179,10 +171,9 @@ def requests(toy: bool, vocab: int, seed: int = 0) -> tuple[list, list]:
 
 def answers(folder: Path, toy: bool, work, **wanted) -> list:
     "What an engine answers, in float32, with so few blocks that some requests are preempted."
-    chosen, _ = options(**wanted)
     sizes = dict(num_kv_blocks=12, block_size=2, max_num_seqs=5, max_num_batched_tokens=24) if toy else \
         dict(num_kv_blocks=26, block_size=16, max_num_seqs=21, max_num_batched_tokens=256)
-    llm = LLM(folder, dtype="float32", device=device(toy), attention_backend="triton", **sizes, **chosen)
+    llm = LLM(folder, dtype="float32", device=device(toy), attention_backend="triton", **sizes, **wanted)
     outs = llm.generate(*work, use_tqdm=False)
     assert llm.scheduler.num_preemptions > 0, "no request was preempted: the check has become too easy"
     return [[(o.token_ids, o.text, o.finish_reason, o.stop_reason) for o in out.outputs] for out in outs]
@@ -196,8 +187,7 @@ def same_answers(toy: bool, first: dict, *others: dict) -> dict:
     for other in others:
         for i, (x, y) in enumerate(zip(expected, answers(folder, toy, work, **other), strict=True)):
             assert x == y, f"request {i}: {first} gives {x}, {other} gives {y}"
-    return dict(requests=len(expected), tokens=sum(len(t) for x in expected for t, *_ in x), engines=1 + len(others),
-                options_left_out=options(**first)[1])
+    return dict(requests=len(expected), tokens=sum(len(t) for x in expected for t, *_ in x), engines=1 + len(others))
 
 
 def graphs(toy: bool) -> dict:

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import torch
-from gpu_checks import captured, device, options
+from gpu_checks import captured, device
 from nano_vllm import LLM
 from nano_vllm.attention import Batch
 from nano_vllm.benchmark import random_workload, throughput as measured_throughput
@@ -129,14 +129,14 @@ def prefill(toy: bool) -> dict:
 
 # ---- the whole engine
 
-def make_engine(toy: bool, **wanted) -> tuple[LLM, list]:
-    "(an engine with random weights, warmed up; the options that it does not have)."
-    chosen, left_out = options(max_model_len=100 if toy else 2048, load_format="dummy", **wanted)
+def make_engine(toy: bool, **wanted) -> LLM:
+    "An engine with random weights, warmed up."
+    chosen = dict(max_model_len=100 if toy else 2048, load_format="dummy", **wanted)
     if toy: chosen |= dict(num_kv_blocks=60, device="cpu", attention_backend="triton", max_num_seqs=4)
     llm = LLM(model_folder(toy), **chosen)
     work = random_workload(2 if toy else 64, (2, 8) if toy else (100, 1024), (2, 3) if toy else (16, 32), llm.vocab_size, seed=1)
     llm.generate(work.prompts, work.params, use_tqdm=False)
-    return llm, left_out
+    return llm
 
 
 def workload(toy: bool, vocab: int):
@@ -162,16 +162,16 @@ def bound(toy: bool, work) -> dict:
 
 def run(toy: bool, **wanted) -> dict:
     "The throughput of an engine with these options."
-    llm, left_out = make_engine(toy, **wanted)
+    llm = make_engine(toy, **wanted)
     work = workload(toy, llm.vocab_size)
     found = measured_throughput(llm, work)
     if not toy: found["peak_gpu_memory"] = torch.cuda.max_memory_allocated()
-    return found | dict(options=wanted, options_left_out=left_out, prompt_tokens=work.num_prompt_tokens, output_tokens=work.num_output_tokens)
+    return found | dict(options=wanted, prompt_tokens=work.num_prompt_tokens, output_tokens=work.num_output_tokens)
 
 
 def throughput(toy: bool) -> dict:
     "The benchmark with the engine's own defaults, three times, and the bound."
-    llm, _ = make_engine(toy)
+    llm = make_engine(toy)
     runs = []
     for seed_of_tokens in range(2 if toy else 3):   # other prompts of the same lengths: the prefix cache stays cold
         work = workload(toy, llm.vocab_size)
@@ -187,7 +187,7 @@ def host_gap(toy: bool) -> dict:
     "How long the GPU waits between decode steps: the profiler's timeline of the second half of a run of decodes."
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
-    llm, _ = make_engine(toy)
+    llm = make_engine(toy)
     batch, steps = (2, 6) if toy else (256, 100)
     work = random_workload(batch, (8, 8), (steps, steps), llm.vocab_size, seed=2)
     with profile(activities=[ProfilerActivity.CPU] if toy else [ProfilerActivity.CUDA]) as prof:
