@@ -268,7 +268,8 @@ class InPlaceDecodes:
                  window=None):
         each = [(r, i) for r in rows for i in range(batch.query_lens[r])]
         past = {r: batch.context_lens[r] - batch.query_lens[r] for r in rows}
-        tokens, ends = [first[r] + i for r, i in each], [past[r] + i + 1 for r, i in each]
+        tokens = [first[r] + i for r, i in each]
+        ends = [past[r] + i + 1 for r, i in each]
         starts = [n - reach(n, window) for n in ends]
         self.tokens, self.starts, self.ends = map(torch.tensor, (tokens, starts, ends))
         self.tables, self.size = batch.block_tables[[r for r, _ in each]], size
