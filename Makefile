@@ -21,7 +21,8 @@ test: export HF_HUB_OFFLINE := 1
 test: export OMP_WAIT_POLICY := PASSIVE
 test: venv       ## the export is in sync, every notebook runs, pytest passes
 	$(BIN)/python tools/check_export.py
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --timing
+	@# a process for each notebook, two at a time: one process for many would hold all their engines
+	printf '%s\n' nbs/*.ipynb | TRITON_INTERPRET=1 OMP_NUM_THREADS=1 xargs -P 2 -n 1 $(BIN)/nbdev_test --n_workers 0 --do_print --timing --path
 	$(BIN)/python -m pytest
 
 bench: venv      ## this engine on this machine: throughput, waits, memory, into results/ (five minutes)
