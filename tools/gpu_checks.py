@@ -12,6 +12,7 @@ import torch
 from nano_vllm import LLM, SamplingParams
 from nano_vllm.attention import Batch, ReferenceAttention, TorchAttention, make_batch, slots_of
 from nano_vllm.kv_blocks import Chunk, Sequence, blocks_needed
+from nano_vllm.model_runner import GpuRecorder
 from nano_vllm.triton_attention import Plan, Tiles, TritonAttention
 from nano_vllm.workbench import MODEL_NAME, cache_dir
 
@@ -97,12 +98,9 @@ def kernels_float32(toy): return kernels_agree(toy, torch.float32)
 
 def captured(run, toy: bool):
     "What repeats `run`: a CUDA graph's replay, after one call that compiles; for a toy, `run` itself."
+    if not toy: return GpuRecorder().record(run)
     run()
-    if toy: return run
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph): run()
-    return graph.replay
+    return run
 
 
 def static_plan(toy: bool) -> dict:

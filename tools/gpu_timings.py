@@ -2,7 +2,6 @@
 import functools
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from nano_vllm.attention import Batch
 from nano_vllm.benchmark import random_workload, throughput as measured_throughput
 from nano_vllm.model import ModelConfig
 from nano_vllm.triton_attention import Plan, Tiles, TritonAttention
+from nano_vllm.workbench import timed
 
 CONFIGS = Path(__file__).resolve().parent.parent/"nbs/data/configs"
 TOY_CONFIG = ('{"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96,'
@@ -31,14 +31,8 @@ def model_folder(toy: bool) -> Path:
 
 def seconds(run, toy: bool, repeat: int = 20) -> float:
     "Median time of `run`, after warming up: by events on a GPU, by the clock otherwise."
+    if toy: return timed(run, 2)
     run()
-    if toy:
-        times = []
-        for _ in range(2):
-            start = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - start)
-        return statistics.median(times)
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeat)]
     for start, end in events:
         start.record()
