@@ -189,7 +189,8 @@ class LLM(Engine):
     Raises ValueError, naming field, value and limit, for anything that cannot work."""
     def __init__(self, model, **options):
         args = EngineArgs(model, **options)
-        self.default_params = read_default_params(resolve_model(args.model))
+        args.model = resolve_model(args.model)   # a folder, from here on
+        self.default_params = read_default_params(args.model)
         super().__init__(args)
 
     def choose(self, work, seqs, batch):
