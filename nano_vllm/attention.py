@@ -67,7 +67,7 @@ def slots_of(kv_cache: Tensor, layer: int) -> tuple[Tensor, Tensor]:
 def store_kv(kv_cache: Tensor, layer: int, k: Tensor, v: Tensor, slot_mapping: Tensor):
     "Write keys and values `k`, `v` (N, kv_heads, head_dim) of a step into their slots."
     for cache, x in zip(slots_of(kv_cache, layer), (k, v)):
-        cache.index_copy_(0, slot_mapping, x)
+        cache.index_copy_(0, slot_mapping, x.to(cache.dtype))
 
 # %% ../nbs/05_attention_kernel.ipynb #5a0538b5
 def reach(length: int, window: int | None) -> int:
@@ -92,8 +92,8 @@ class ReferenceAttention:
             for seen in range(context - new + 1, context + 1):
                 for head in range(q.shape[1]):
                     past = slots[seen-reach(seen, self.window):seen], head // group
-                    scores = keys[past] @ q[token, head] * self.scale
-                    out[token, head] = scores.softmax(0) @ values[past]
+                    scores = keys[past].to(q.dtype) @ q[token, head] * self.scale
+                    out[token, head] = scores.softmax(0) @ values[past].to(q.dtype)
                 token += 1
         return out
 
@@ -134,7 +134,8 @@ class DecodeGroup:
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, scale, out: Tensor):
         packed = q[self.tokens].view(len(self.tokens), keys.shape[1], -1, q.shape[2])
-        o = sdpa(packed, self.gather(keys), self.gather(values), self.mask, scale=scale)
+        past = (self.gather(x).to(q.dtype) for x in (keys, values))
+        o = sdpa(packed, *past, self.mask, scale=scale)
         out[self.tokens] = o.reshape(len(self.tokens), -1, q.shape[2])
 
 # %% ../nbs/05_attention_kernel.ipynb #69653fd4
@@ -155,7 +156,8 @@ class ChunkPlan:
         self.mask = None if self.is_causal else mask
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, scale, out: Tensor):
-        parts = q[self.span], *(x.index_select(0, self.slots) for x in (keys, values))
+        past = (x.index_select(0, self.slots) for x in (keys, values))
+        parts = (x.to(q.dtype) for x in (q[self.span], *past))
         o = sdpa(*(x.transpose(0, 1)[None] for x in parts), attn_mask=self.mask,
                  is_causal=self.is_causal, scale=scale, enable_gqa=True)
         out[self.span] = o[0].transpose(0, 1)

@@ -30,6 +30,7 @@ SAMPLING_OPTIONS = dict(
     stop=(str, "end before this text"))
 ENGINE_OPTIONS = dict(
     dtype=(str, "auto, float32, bfloat16 or float16"),
+    kv_cache_dtype=(str, "the same, of keys and values"),
     device=(str, "auto, cpu or cuda"),
     max_model_len=(int, "longest text, in tokens"),
     max_num_seqs=(int, "texts computed at a time"),

@@ -149,6 +149,7 @@ class EngineArgs:
     model: str | Path                     # a folder, a hub id, or "smollm2-135m"
     tokenizer: str | Path | None = None   # a folder, if not the model's
     dtype: str | torch.dtype = "auto"     # "auto" is the checkpoint's
+    kv_cache_dtype: str | torch.dtype = "auto"   # of keys and values; "auto" is dtype
     device: str = "auto"                  # a GPU if there is one
     tensor_parallel_size: int = 1         # processes that share the model
     block_size: int = 16                  # tokens in a KV block
@@ -180,11 +181,11 @@ class EngineArgs:
 DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
 
 
-def choose_dtype(dtype, config: ModelConfig) -> torch.dtype:
-    "The torch dtype that 'auto' (as in the checkpoint), a name, or a dtype stands for."
-    for name, known in dict(auto=config.dtype, **DTYPES).items():
-        if dtype is known or dtype == name: return known
-    raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
+def choose_dtype(field: str, value, auto: torch.dtype) -> torch.dtype:
+    "The torch dtype that the `value` of `field` stands for: 'auto', a name, or a dtype."
+    for name, known in dict(auto=auto, **DTYPES).items():
+        if value is known or value == name: return known
+    raise ValueError(f"{field} must be one of auto, {', '.join(DTYPES)}, got {value!r}")
 
 
 def choose_device(device) -> torch.device:
@@ -234,7 +235,12 @@ class EngineParts:
         self.model_path = resolve_model(args.model)
         config = ModelConfig.from_folder(self.model_path)
         share_heads(config, Ranks(0, args.tensor_parallel_size))
-        dtype, longest = choose_dtype(args.dtype, config), config.max_position
+        longest = config.max_position
+        dtype = choose_dtype("dtype", args.dtype, config.dtype)
+        self.kv_dtype = choose_dtype("kv_cache_dtype", args.kv_cache_dtype, dtype)
+        if device.type != "cpu" and self.kv_dtype != dtype:
+            raise ValueError(f"kv_cache_dtype must be 'auto' or the dtype {dtype} on "
+                             f"device {device.type}, got {self.kv_dtype}")
         self.max_model_len = check_number(
             "max_model_len", args.max_model_len or longest, int, 2, longest)
         folder = self.model_path if args.tokenizer is None else args.tokenizer
@@ -265,10 +271,10 @@ class EngineParts:
                            self.ranks)
         FORMS[args.quantization](model)
         FUSIONS[args.compile](model)
-        num_blocks = count_blocks(args, model.kv_config, dtype, device)
+        num_blocks = count_blocks(args, model.kv_config, self.kv_dtype, device)
         num_blocks = self.ranks.minimum(num_blocks)
         return ModelRunner(model, backend, num_blocks, args.block_size, self.ranks,
-                           args.max_num_seqs)
+                           args.max_num_seqs, self.kv_dtype)
 
 
 def serve(ranks: Ranks, args: EngineArgs):

@@ -70,12 +70,12 @@ class ModelRunner:
     "Owns the model and its KV cache, and computes batches."
     graphs = None     # recorded decode steps, if `capture_graphs` has made them
     def __init__(self, model: Decoder, backend: type, num_blocks: int, block_size: int,
-                 ranks: Ranks = Ranks(), max_num_seqs: int = 256):
+                 ranks: Ranks = Ranks(), max_num_seqs: int = 256, kv_dtype=None):
         config, weight = model.config, next(model.parameters())
         self.model, self.backend, self.ranks = model, backend, ranks
         self.device, self.scale = weight.device, config.head_dim ** -0.5
         self.kv_cache = allocate_kv_cache(model.kv_config, num_blocks, block_size,
-                                          weight.dtype, weight.device)
+                                          kv_dtype or weight.dtype, weight.device)
         self.last_ids = weight.new_zeros(max_num_seqs, dtype=torch.int64)
 
     def execute(self, batch: Batch) -> Tensor:

@@ -10,8 +10,8 @@ __all__ = ['TURN', 'SHRINK', 'ADD', 'PRODUCT8', 'quantize', 'turn', 'group_size'
 import ctypes, functools
 import torch
 from torch import Tensor
-from .cpu_kernels import (CAN_BUILD, VECTOR_TYPES, call, load_library,
-                                   replace_matrices)
+from .cpu_kernels import (CAN_BUILD, REDUCE, VECTOR_TYPES, call,
+                                   load_library, replace_matrices)
 from .cpu_products import MULTIPLY, TILE, fuse_all, tiled
 from .model import Decoder
 from .weights import FORMS
@@ -36,21 +36,24 @@ def group_size(n: int) -> int: return min(64, n & -n)   # n & -n: its lowest set
 
 # %% ../nbs/12_quantization.ipynb #360a1f4e
 TURN = r"""
-// y: a group of SIZE numbers; sums and differences of all pairs, half after half
-template <int half> static inline void pair(v16* y) {
+constexpr int VECTORS = SIZE > 16 ? SIZE / 16 : 1;   // of a group of SIZE numbers
+// sums and differences of the lanes that are `half` apart
+template <int half> static inline v16 pair(v16 y) {
   i16 partner;
   v16 sign;
   for (int i = 0; i < 16; i++) { partner[i] = i ^ half; sign[i] = i & half ? -1 : 1; }
-  for (int i = 0; i < N / 16; i++)
-    y[i] = __builtin_shuffle(y[i], partner) + sign * y[i];
+  return __builtin_shuffle(y, partner) + sign * y;
 }
+// y: the vectors of a group; all pairs, half after half
 static inline void turn(v16* y) {
-  if (SIZE > 1) pair<1>(y);
-  if (SIZE > 2) pair<2>(y);
-  if (SIZE > 4) pair<4>(y);
-  if (SIZE > 8) pair<8>(y);
-  for (int half = 1; half < SIZE / 16; half *= 2)
-    for (int i = 0; i < N / 16; i++)
+  for (int i = 0; i < VECTORS; i++) {
+    if (SIZE > 1) y[i] = pair<1>(y[i]);
+    if (SIZE > 2) y[i] = pair<2>(y[i]);
+    if (SIZE > 4) y[i] = pair<4>(y[i]);
+    if (SIZE > 8) y[i] = pair<8>(y[i]);
+  }
+  for (int half = 1; half < VECTORS; half *= 2)
+    for (int i = 0; i < VECTORS; i++)
       if (!(i & half)) {
         v16 a = y[i], b = y[i + half];
         y[i] = a + b; y[i + half] = a - b;
@@ -58,20 +61,25 @@ static inline void turn(v16* y) {
 }
 """
 
-# %% ../nbs/12_quantization.ipynb #03cbc2c8
+# %% ../nbs/12_quantization.ipynb #bcb8db73
 SHRINK = r"""
+typedef int8_t b16 __attribute__((vector_size(16), aligned(1)));
 // q and scale: the rows of x (rows, N), turned in groups of SIZE, rounded to int8
 extern "C" void shrink(const float* x, int8_t* q, float* scale, int64_t rows) {
   #pragma omp parallel for if (rows > 3)
   for (int64_t row = 0; row < rows; row++) {
-    v16 y[N / 16];
+    v16 y[N / 16], most = {};
     std::copy(x + row * N, x + row * N + N, (float*)y);
-    turn(y);
-    const float* t = (const float*)y;
-    float largest = 127e-30f;
-    for (int i = 0; i < N; i++) largest = std::max(largest, std::fabs(t[i]));
-    for (int i = 0; i < N; i++)
-      q[row * N + i] = (int8_t)std::nearbyint(t[i] * (127 / largest));
+    for (int i = 0; i < N / 16; i += VECTORS) turn(y + i);
+    for (v16 t : y) {
+      v16 size = t < 0.f ? -t : t;
+      most = size > most ? size : most;
+    }
+    float largest = std::max(127e-30f, max16(most)), factor = 127 / largest;
+    for (int i = 0; i < N / 16; i++) {
+      i16 bits = (i16)(y[i] * factor + 0x1.8p23f);
+      ((b16*)(q + row * N))[i] = __builtin_convertvector(bits, b16);
+    }
     scale[row] = largest / 127 / std::sqrt((float)SIZE);
   }
 }
@@ -81,7 +89,8 @@ extern "C" void shrink(const float* x, int8_t* q, float* scale, int64_t rows) {
 @functools.cache
 def shrinker(n: int) -> ctypes.CDLL:
     "The compiled `shrink` for rows of `n` inputs."
-    library = load_library(VECTOR_TYPES + TURN + SHRINK, N=n, SIZE=group_size(n))
+    library = load_library(VECTOR_TYPES + REDUCE + TURN + SHRINK, N=n,
+                           SIZE=group_size(n))
     library.shrink.argtypes = [ctypes.c_void_p]*3 + [ctypes.c_int64]
     return library
 
@@ -135,7 +144,8 @@ extern "C" void product8(const float* x, int8_t* q, float* scale, const i16* pac
 @functools.cache
 def products8(n: int) -> ctypes.CDLL:
     "The compiled `product8` for rows of `n` inputs."
-    source = VECTOR_TYPES + TURN + SHRINK + ADD + TILE + MULTIPLY + PRODUCT8
+    source = (VECTOR_TYPES + REDUCE + TURN + SHRINK + ADD + TILE + MULTIPLY
+              + PRODUCT8)
     library = load_library(source, N=n, SIZE=group_size(n))
     library.product8.argtypes = [ctypes.c_void_p]*8 + [ctypes.c_int64]*2
     return library
@@ -146,26 +156,26 @@ class Int8Product:
     def __init__(self, weight: Tensor):
         q, scale = turned_int8(weight)
         self.scale, self.dtype = scale[:, 0].contiguous(), weight.dtype
-        self.fits = fits_kernels(weight) and len(q) % 32 == 0
+        self.fits = fits_kernels(weight) and len(q) % 16 == 0
         self.excess = 128 * q.sum(1, dtype=torch.int32)
         self.weight = tiled(q.view(torch.int32)) if self.fits else q
 
     def __call__(self, x: Tensor, weight=None, bias=None) -> Tensor:
-        rows = x.flatten(0, -2)
-        out = self.tiles(rows, bias) if self.fits else self.plain(rows, bias)
-        return out.view(*x.shape[:-1], len(self.scale))
+        return self.tiles(x, bias) if self.fits else self.plain(x, bias)
 
     def plain(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        "The product of rows in PyTorch."
-        q, scale = turned_int8(x)
+        "The product in PyTorch."
+        q, scale = turned_int8(x.flatten(0, -2))
         y = torch._int_mm(q, self.weight.T) * scale * self.scale
-        return (y if bias is None else y + bias).to(self.dtype)
+        y = (y if bias is None else y + bias).to(self.dtype)
+        return y.view(*x.shape[:-1], len(self.scale))
 
     def tiles(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        "The product of rows by the kernel."
-        x, (rows, inputs), outputs = x.contiguous(), x.shape, len(self.scale)
-        q, scale = torch.empty(x.shape, dtype=torch.int8), x.new_empty(rows)
-        y = x.new_empty(rows, outputs)
+        "The product by the kernel."
+        x, inputs, outputs = x.contiguous(), x.shape[-1], len(self.scale)
+        rows = x.numel() // inputs
+        q, scale = torch.empty(rows, inputs, dtype=torch.int8), x.new_empty(rows)
+        y = x.new_empty(*x.shape[:-1], outputs)
         call(products8(inputs).product8, x, q, scale, self.weight, self.scale,
              self.excess, bias, y, rows, outputs)
         return y
