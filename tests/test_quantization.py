@@ -6,7 +6,7 @@ from hypothesis import given, settings, strategies as st
 from helpers import assert_idle, tiny_folder
 from nano_vllm import LLM, SamplingParams, quantization
 from nano_vllm.model import ModelConfig
-from nano_vllm.quantization import CAN_BUILD, Int8Product, group_size, quantize, to_int8, turn, turned_int8
+from nano_vllm.quantization import CAN_BUILD, TiledInt8Product, best_int8_product, group_size, quantize, to_int8, turn, turned_int8
 from nano_vllm.weights import load_model
 from test_model import make, our_logits
 
@@ -30,7 +30,7 @@ def test_rounding_stays_within_half_a_step(seed, n, size):
 def test_a_row_of_zeros():
     for q, scale in (quantize(torch.zeros(2, 64)), turned_int8(torch.zeros(2, 64))):
         assert not q.any() and scale.isfinite().all() and (scale > 0).all()
-    assert not Int8Product(torch.zeros(3, 64))(torch.zeros(2, 64)).any()
+    assert not best_int8_product(torch.zeros(3, 64))(torch.zeros(2, 64)).any()
 
 
 @quick
@@ -54,7 +54,7 @@ def test_the_kernel_turns_and_rounds_as_pytorch_does(seed, n, rows):
 
 
 def test_a_step_that_wants_no_logits():
-    assert Int8Product(random(0, 5, 64))(random(1, 0, 64)).shape == (0, 5)
+    assert best_int8_product(random(0, 5, 64))(random(1, 0, 64)).shape == (0, 5)
 
 
 @quick
@@ -62,8 +62,8 @@ def test_a_step_that_wants_no_logits():
 def test_the_product_of_whole_numbers_is_exact(seed, n, rows, outputs, has_bias):
     x, weight = random(seed, rows, n), random(seed + 1, outputs, n)
     bias = random(seed + 2, outputs) if has_bias else None
-    product, (whole, weight_scale) = Int8Product(weight), turned_int8(weight)
-    assert product.fits == (CAN_BUILD and n % 16 == 0 and outputs % 16 == 0)
+    product, (whole, weight_scale) = best_int8_product(weight), turned_int8(weight)
+    assert isinstance(product, TiledInt8Product) == (CAN_BUILD and n % 16 == 0 and outputs % 16 == 0)
     q, scale = turned_int8(x)
     exact = (q.double() @ whole.double().T) * scale.double() * weight_scale[:, 0].double() + (0 if bias is None else bias)
     torch.testing.assert_close(product(x, None, bias).double(), exact, rtol=1e-5, atol=1e-5)
@@ -73,7 +73,7 @@ def test_the_product_of_whole_numbers_is_exact(seed, n, rows, outputs, has_bias)
 @given(seeds, st.sampled_from([48, 576, 20]), st.integers(2, 30), st.floats(1e-3, 1e3))
 def test_neighbours_move_nothing_to_the_bit(seed, n, rows, size):
     for outputs in (40, 64):
-        x, product = random(seed, rows, n), Int8Product(random(seed + 1, outputs, n))
+        x, product = random(seed, rows, n), best_int8_product(random(seed + 1, outputs, n))
         x[1:] *= size
         assert torch.equal(product(x)[:1], product(x[:1]))
 
@@ -81,13 +81,13 @@ def test_neighbours_move_nothing_to_the_bit(seed, n, rows, size):
 @pytest.mark.parametrize("outputs", [40, 64])
 def test_the_extremes_do_not_overflow(outputs):
     "All numbers at the end of their range, in the longest rows that a model has."
-    x, product = torch.ones(9, 16384), Int8Product(-torch.ones(outputs, 16384))
+    x, product = torch.ones(9, 16384), best_int8_product(-torch.ones(outputs, 16384))
     torch.testing.assert_close(product(x), torch.full((9, outputs), -16384.0), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("outputs", [40, 64])
 def test_no_rows_at_all(outputs):
-    assert Int8Product(random(0, outputs, 64))(torch.zeros(0, 64)).shape == (0, outputs)
+    assert best_int8_product(random(0, outputs, 64))(torch.zeros(0, 64)).shape == (0, outputs)
 
 
 @pytest.mark.parametrize("family, changes", [("Llama", dict(tie_word_embeddings=True)), ("Qwen2", {}), ("Qwen3", {})])
