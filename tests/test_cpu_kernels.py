@@ -1,6 +1,5 @@
 """The CPU's own ways: packed matrices give the plain ones' numbers, and attention in place agrees with the slow oracle."""
 import ctypes
-import shutil
 import threading
 
 import pytest
@@ -17,7 +16,7 @@ from nano_vllm.weights import load_model
 from test_attention import attend, cases, check_against_the_reference, check_nothing_before_the_window_is_read, new, slow
 from test_model import make, our_logits
 
-compiled = pytest.mark.skipif(FASTEST["cpu"] != "in_place", reason="no g++ for x86-64 Linux here")
+compiled = pytest.mark.skipif(FASTEST["cpu"] != "in_place", reason="no AVX-512 or no g++ here")
 CASES = cases(dims=(16, 64), groups=(1, 3, 7))   # each triple of numbers is compiled once
 
 
@@ -87,13 +86,13 @@ def parts(dtype, dim):
 
 
 def test_what_the_kernel_cannot_do_is_pytorchs():
-    assert [type(p) for p in parts(torch.float32, 32)][0] is InPlaceDecodes
-    for dtype, dim in ((torch.bfloat16, 32), (torch.float32, 20)): assert type(parts(dtype, dim)[0]) is DecodeGroup
+    for dtype in (torch.float32, torch.bfloat16): assert [type(p) for p in parts(dtype, 32)][0] is InPlaceDecodes
+    for dtype, dim in ((torch.float16, 32), (torch.float32, 20)): assert type(parts(dtype, dim)[0]) is DecodeGroup
 
 
 def test_the_choice_of_a_backend(monkeypatch):
     assert attention_backend("in_place") is InPlaceAttention and attention_backend("torch") is TorchAttention
-    assert attention_backend("auto", "cpu") is (InPlaceAttention if shutil.which("g++") else TorchAttention)
+    assert attention_backend("auto", "cpu") is (InPlaceAttention if cpu_kernels.CAN_BUILD else TorchAttention)
     assert attention_backend("auto", "cuda") is not InPlaceAttention
 
 
@@ -103,15 +102,15 @@ def test_the_choice_of_a_backend(monkeypatch):
 def test_a_library_is_compiled_once_and_found_again(tmp_path, monkeypatch):
     monkeypatch.setenv("NANO_VLLM_CACHE", str(tmp_path))
     load = kernels.__wrapped__
-    threads = [threading.Thread(target=load, args=(32, 2, 2)) for _ in range(3)]   # at once, as ranks do
+    threads = [threading.Thread(target=load, args=(32, 2, 2, 32)) for _ in range(3)]   # at once, as ranks do
     for t in threads: t.start()
     for t in threads: t.join()
     file, = (tmp_path/"kernels").iterdir()
     written = file.stat().st_mtime_ns
     monkeypatch.setattr(cpu_kernels, "build", None)   # to be called no more
-    assert load(32, 2, 2).decode and file.stat().st_mtime_ns == written
+    assert load(32, 2, 2, 32).decode and file.stat().st_mtime_ns == written
     monkeypatch.setattr(cpu_kernels, "SOURCE", cpu_kernels.SOURCE + "\n")
-    with pytest.raises(TypeError): load(32, 2, 2)      # another source is another library
+    with pytest.raises(TypeError): load(32, 2, 2, 32)      # another source is another library
 
 
 @compiled
@@ -184,3 +183,36 @@ def test_a_prepared_model_gives_the_plain_models_logits(family, tmp_path):
     plain, ours = (load_model(tmp_path, config, torch.float32, "cpu") for _ in range(2))
     prepare(ours)
     torch.testing.assert_close(our_logits(ours, ids), our_logits(plain, ids), atol=1e-5, rtol=0)
+
+
+# A cache in 16 bits
+
+def test_a_cache_in_bfloat16_has_twice_the_blocks(tmp_path, monkeypatch):
+    from nano_vllm import engine
+    monkeypatch.setattr(engine, "kv_memory", lambda device, utilization: 2**20)
+    folder = tiny_folder(tmp_path, hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
+    blocks = {}
+    for kind in ("auto", "bfloat16"):
+        runner = LLM(folder, kv_cache_dtype=kind, max_num_seqs=64).runner
+        blocks[runner.kv_cache.dtype] = runner.kv_cache.shape[2]
+    assert blocks[torch.bfloat16] == 2 * blocks[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kv_cache_dtype", ["float32", "bfloat16", "float16"])
+def test_every_cache_under_every_model(dtype, kv_cache_dtype, tmp_path):
+    "Both backends read the same rounded numbers: the same first tokens, for decodes, chunks and prompts."
+    folder = tiny_folder(tmp_path, hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
+    prompts = [dict(prompt_token_ids=[(7*i*i + n) % 900 + 50 for i in range(n)]) for n in (3, 40, 300)]
+    answers = []
+    for backend in ("torch", "auto"):
+        llm = LLM(folder, dtype=dtype, kv_cache_dtype=kv_cache_dtype, attention_backend=backend, num_kv_blocks=60, max_model_len=400)
+        outs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=8, logprobs=1, ignore_eos=True), use_tqdm=False)
+        answers.append([max(p.logprob for p in o.outputs[0].logprobs[0].values()) for o in outs])
+        assert llm.runner.kv_cache.dtype == getattr(torch, kv_cache_dtype)
+    assert torch.allclose(*map(torch.tensor, answers), atol=1e-3 if dtype == "float32" else 0.1)
+
+
+def test_a_cache_of_another_kind_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="kv_cache_dtype must be one of auto, float32, bfloat16, float16, got 'fp8'"):
+        LLM(tiny_folder(tmp_path), kv_cache_dtype="fp8")

@@ -42,7 +42,7 @@ def test_turning_both_sides_changes_no_product(seed, n):
     assert n % group_size(n) == 0
 
 
-@pytest.mark.skipif(not CAN_BUILD, reason="no g++ for x86-64 Linux here")
+@pytest.mark.skipif(not CAN_BUILD, reason="no AVX-512 or no g++ here")
 @quick
 @given(seeds, widths, st.integers(1, 9))
 def test_the_kernel_turns_and_rounds_as_pytorch_does(seed, n, rows):
