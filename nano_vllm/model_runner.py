@@ -38,7 +38,7 @@ def free_memory(device: torch.device) -> int:
 # %% ../nbs/08_cuda_graphs.ipynb #cb1bf979
 def kv_memory(device: torch.device, utilization: float) -> int:
     "Bytes that a KV cache may take if a share `utilization` of `device` may be in use."
-    if device.type == "cpu": return min(4 * 2**30, int(free_memory(device) * utilization))
+    if device.type == "cpu": return min(2**32, int(free_memory(device) * utilization))
     free, total = torch.cuda.mem_get_info(device)
     return int(total * utilization) - (total - free)
 
@@ -145,7 +145,7 @@ TOKEN, LENGTH, SEED, DRAWN, HEAT, TABLE = range(6)   # columns of a row; the las
 
 
 class DecodeGraphs:
-    "Decode steps over static rows, one for each text, recorded for some sizes of batch."
+    "Decode steps over static rows, one a text, recorded for some sizes of batch."
     def __init__(self, runner: ModelRunner, max_model_len: int, recorder):
         c, rows, device = runner.model.config, len(runner.last_ids), runner.device
         self.runner, self.sizes = runner, bucket_sizes(rows)
@@ -182,7 +182,7 @@ class DecodeGraphs:
         wanted[:n, TABLE:] = batch.block_tables
         if rows:
             wanted[:n, SEED:HEAT] = key_parts(rows).T
-            heat = torch.tensor([r.params.temperature for r in rows])
+            heat = torch.tensor([r.params.temperature for r in rows]).float()
             wanted[:n, HEAT] = heat.view(torch.int32)
         self.write(wanted)
         self.replay[size]()

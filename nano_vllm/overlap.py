@@ -43,7 +43,7 @@ def needs_tokens(request: Request) -> bool:
 
 # %% ../nbs/15_overlapped_loop.ipynb #8ba2f0a5
 def keep_seats(work: list[Chunk], seats: list[Sequence]) -> list[Chunk]:
-    "The chunks of `work`, each sequence at its index in `seats` if there is such a seat."
+    "The chunks of `work`, each sequence at its index in `seats` if it has one."
     chunks = {chunk.seq: chunk for chunk in work}
     kept = [chunks.pop(seq, None) for seq in seats[:len(work)]]
     kept += [None] * (len(work) - len(kept))

@@ -379,7 +379,7 @@ def decode_plans(sizes: list[int], tables: Tensor, tiles: Tiles, max_len: int,
 
 # %% ../nbs/05_triton_kernels.ipynb #9f9343d3
 def aim(plan: Plan, lengths: Tensor, block_size: int) -> Tensor:
-    """Set a plan of `decode_plans` to the last token of each text; their positions (S,).
+    """Set a plan of `decode_plans` to the last token of each text; the positions (S,).
 
     lengths (S,) int64, with that token; 0 is padding. On the device, asking nothing."""
     positions = (lengths - 1).clamp(min=0)

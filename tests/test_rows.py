@@ -56,7 +56,7 @@ class FakeModel(torch.nn.Module):
         if slot < 0: return 0                      # padding
         assert slot == table[position // self.size] * self.size + position % self.size, "a key goes to a wrong slot"
         past = [self.kv[table[p // self.size] * self.size + p % self.size] for p in range(position)]
-        self.kv[slot] = hash((past[-1] if past else None, token))
+        self.kv[slot] = hash((past[-1] if past else 0, token))
         return hash((*past, self.kv[slot])) >> 1
 
     def compute_logits(self, hidden): return torch.stack([logits_of(h) for h in hidden[:, 0].tolist()]) if len(hidden) else torch.zeros(0, VOCAB)
@@ -72,7 +72,7 @@ def alone(seq):
     "What a sequence says if it is alone in the world."
     hashes, text = [], []
     def read(token):
-        hashes.append(hash((hashes[-1] if hashes else None, token)))
+        hashes.append(hash((hashes[-1] if hashes else 0, token)))
         text.append(token)
     for token in seq.prompt_token_ids: read(token)
     row = SimpleNamespace(params=seq.params, seed=seq.seed, output_token_ids=[], prompt_token_ids=seq.prompt_token_ids, stop_token_ids={EOS})
@@ -138,9 +138,9 @@ class RowsWorkload(OverlappedWorkload):
 
 def test_rows_equal_the_mirror_under_random_workloads():
     total = Counter()
-    for seed in range(150): total.update(run_workload(seed, RowsWorkload))
+    for seed in range(300): total.update(run_workload(seed, RowsWorkload))
     print(dict(total), "replays", Watched.replays, "numbers sent", Watched.numbers)
-    assert Watched.replays > 1000 and total["preempted"] > 15 and total["finished"] > 150
+    assert Watched.replays > 2000 and total["preempted"] > 20 and total["finished"] > 300
 
 
 def caught(seeds=60):
@@ -172,6 +172,11 @@ def change(monkeypatch, name, old, new):
 def test_catches(monkeypatch, name, old, new):
     change(monkeypatch, name, old, new)
     caught()
+
+
+def test_catches_nothing_where_nothing_is_planted(monkeypatch):
+    for name in ("run", "step", "write"): change(monkeypatch, name, '"\n', '"\n')
+    for seed in range(20): run_workload(seed, RowsWorkload)
 
 
 # ---- what is sent
