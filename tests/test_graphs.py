@@ -116,7 +116,8 @@ def test_rows_that_ask_for_more_are_sampled_outside(recorder):
 
 def test_padding_writes_nothing(recorder):
     _, graphs = graph_runner()
-    seqs = sequences(5, random.Random(0), lambda i: {})
+    seqs = [seq for seq in sequences(4, random.Random(0), lambda i: {}) if 0 not in seq.block_table]
+    assert len(seqs) == 3      # in the bucket of 4; block 0 is where the padded row would write, were it not for slot -1
     graphs.kv_cache.fill_(7.)
     run(graphs, seqs, steps=3, before=lambda: poison(graphs.graphs))
     written = (graphs.kv_cache != 7.).any(-1).any(-1).all(0).all(0).flatten().nonzero().flatten().tolist()

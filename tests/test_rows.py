@@ -130,6 +130,12 @@ class RowsWorkload(OverlappedWorkload):
             if self.rng.random() < .1: seq.params.top_k = 2     # sampled outside of the graph
             seq.stop_token_ids = {EOS}
 
+    def step(self):
+        before = [] if self.in_turn else self.loop.seats
+        super().step()
+        now = [] if self.in_turn else self.loop.seats
+        for i, seq in enumerate(before[:len(now)]): assert now[i] is seq or seq not in now, "a sequence was moved without need"
+
     def drain(self):
         if not self.in_turn: super().drain()
 
