@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIN_DOT', 'store_kv_kernel', 'store_kv', 'Tiles', 'load', 'dot', 'see_tile', 'attend', 'count_items', 'reduce_kernel',
-           'Plan', 'attention_kernel', 'TritonAttention', 'decode_plans', 'FlashAttention']
+           'Plan', 'attention_kernel', 'TritonAttention', 'decode_plans', 'aim', 'FlashAttention']
 
 # %% ../nbs/05_triton_kernels.ipynb #b1b9376b
 import functools, math
@@ -358,13 +358,14 @@ BACKENDS["triton"] = TritonAttention
 FASTEST["cuda"] = "triton"
 
 # %% ../nbs/05_triton_kernels.ipynb #b9a5dfbf
-def decode_plans(sizes: list[int], tables: Tensor, slots: Tensor, tiles: Tiles,
-                 max_len: int, window=None) -> dict[int, Plan]:
+def decode_plans(sizes: list[int], tables: Tensor, tiles: Tiles, max_len: int,
+                 window=None) -> dict[int, Plan]:
     """For each of `sizes` a plan for so many rows of one token, all in one memory.
 
-    tables (S, W) and slots (S,), and context lengths made here, are the plans' own, the
+    tables (S, W), and slots and context lengths made here, are the plans' own, the
     first rows of them for the smaller ones; no two plans may be at work at a time."""
-    start = torch.arange(len(slots) + 1, dtype=torch.int32, device=slots.device)
+    start = torch.arange(len(tables) + 1, dtype=torch.int32, device=tables.device)
+    slots = torch.full_like(start[1:], -1, dtype=torch.int64)
     context_lens = torch.zeros_like(start)
     lengths, plans = torch.arange(1, max_len + 1), {}
     most = int(count_items(torch.ones(1), lengths, tiles, window).max())
@@ -375,6 +376,19 @@ def decode_plans(sizes: list[int], tables: Tensor, slots: Tensor, tiles: Tiles,
         for name in ("part", "part_top", "part_total"):
             setattr(plans[n], name, getattr(largest, name))
     return plans
+
+# %% ../nbs/05_triton_kernels.ipynb #9f9343d3
+def aim(plan: Plan, lengths: Tensor, block_size: int) -> Tensor:
+    """Set a plan of `decode_plans` to the last token of each text; the positions (S,).
+
+    lengths (S,) int64, with that token; 0 is padding. On the device, asking nothing."""
+    positions = (lengths - 1).clamp(min=0)
+    blocks = plan.block_tables.gather(1, positions[:, None] // block_size)[:, 0]
+    slots = blocks * block_size + positions % block_size
+    plan.slot_mapping.copy_(slots.masked_fill(lengths == 0, -1))
+    plan.context_lens.copy_(lengths)
+    plan.refill()
+    return positions
 
 # %% ../nbs/05_triton_kernels.ipynb #07b1226b
 class FlashAttention:

@@ -12,7 +12,7 @@ from nano_vllm import LLM, SamplingParams
 from nano_vllm.attention import TorchAttention, make_batch
 from nano_vllm.kv_blocks import BlockPool, Chunk, Sequence
 from nano_vllm.layers import Ranks
-from nano_vllm.model_runner import RECORDERS, GpuRecorder, ModelRunner, bucket_sizes
+from nano_vllm.model_runner import GRAPHS, RECORDERS, TABLE, DecodeGraphs, GpuRecorder, ModelRunner, bucket_sizes
 from test_model_runner import make_config, make_runner
 
 triton_attention = pytest.importorskip("nano_vllm.triton_attention")
@@ -34,7 +34,9 @@ class StandIn:
 
 @pytest.fixture
 def recorder(monkeypatch):
+    "The stand-in, and the graphs of chapter 08, which send everything in every step (the others: test_rows.py)."
     monkeypatch.setitem(RECORDERS, "cpu", StandIn)
+    monkeypatch.setitem(GRAPHS, "decode", DecodeGraphs)
     return StandIn
 
 
@@ -71,9 +73,8 @@ def run(runner, seqs, steps=3, before=lambda: None):
 @torch.inference_mode()
 def poison(graphs):
     "Legal values, all wrong, in every tensor that a step must fill in."
-    graphs.numbers[:] = torch.tensor([3, 30, 239, 30, 5, 5])[:, None]
-    graphs.tables.fill_(59)
-    graphs.temperatures.fill_(50)
+    graphs.rows[:, :TABLE] = torch.tensor([3, 30, 5, 5, torch.tensor(50.).view(torch.int32)])
+    graphs.rows[:, TABLE:] = 59
     graphs.logits.fill_(torch.nan)
 
 
@@ -115,7 +116,8 @@ def test_rows_that_ask_for_more_are_sampled_outside(recorder):
 
 def test_padding_writes_nothing(recorder):
     _, graphs = graph_runner()
-    seqs = sequences(5, random.Random(0), lambda i: {})
+    seqs = [seq for seq in sequences(4, random.Random(0), lambda i: {}) if 0 not in seq.block_table]
+    assert len(seqs) == 3      # in the bucket of 4; block 0 is where the padded row would write, were it not for slot -1
     graphs.kv_cache.fill_(7.)
     run(graphs, seqs, steps=3, before=lambda: poison(graphs.graphs))
     written = (graphs.kv_cache != 7.).any(-1).any(-1).all(0).all(0).flatten().nonzero().flatten().tolist()
@@ -167,21 +169,49 @@ def test_nothing_is_recorded_where_it_cannot_work(recorder):
 
 
 def test_a_gpu_records_after_a_first_run(monkeypatch):
-    "Kernels are compiled and loaded before the recording, never in it; all records share a pool; largest first."
+    "Kernels are compiled and loaded before the recording, never in it; all records share a pool and a stream."
     events = []
     class Graph:
         def replay(self): events.append("replay")
     @contextmanager
-    def graph(g, pool):
-        events.append(f"begin {pool}")
+    def graph(g, pool, stream):
+        events.append(f"begin {pool} {stream}")
         yield
         events.append("end")
-    for name, fake in dict(graph_pool_handle=lambda: "pool", synchronize=lambda: events.append("synchronize"), CUDAGraph=Graph, graph=graph).items():
+    for name, fake in dict(graph_pool_handle=lambda: "pool", Stream=lambda: "stream", CUDAGraph=Graph, graph=graph).items():
         monkeypatch.setattr(torch.cuda, name, fake)
     replay = GpuRecorder().record(lambda: events.append("step"))
-    assert events == ["step", "synchronize", "begin pool", "step", "end"]
+    assert events == ["step", "begin pool stream", "step", "end"]
     replay()
     assert events[-1] == "replay"
+
+
+def test_steps_run_on_the_runners_own_device(recorder, monkeypatch):
+    "An engine on cuda:1 launches there, whatever the current device: when it records, and when it computes eagerly."
+    current = []
+    @contextmanager
+    def device_of(x):
+        current.append(x.data_ptr())
+        yield
+        current.pop()
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    eager, graphs = graph_runner()
+    def watch(runner):
+        "Does every launch of attention, from here on, happen on the device of the runner's cache?"
+        seen, backend = [], runner.backend
+        class Watched(backend):
+            def __call__(self, *args):
+                seen.append(current == [runner.kv_cache.data_ptr()])
+                return super().__call__(*args)
+        runner.backend = Watched
+        return seen
+    seen = watch(eager)
+    run(eager, sequences(2, random.Random(0), lambda i: {}))
+    assert seen and all(seen)
+    seen = watch(graphs)
+    graphs.capture_graphs(40)
+    assert seen and all(seen)
+    assert not current
 
 
 # ---- the engine
@@ -210,9 +240,7 @@ def test_the_bite_a_forgotten_input(recorder, monkeypatch):
     eager, graphs = graph_runner()
     seqs = sequences(5, random.Random(0), lambda i: dict(temperature=0))
     expected = run(eager, seqs)
-    tables = graphs.graphs.tables
-    monkeypatch.setattr(graphs.graphs, "tables", tables.clone())   # the plans still read the old ones
-    def spoil():
-        poison(graphs.graphs)
-        with torch.inference_mode(): tables.fill_(59)
-    assert run(graphs, seqs, before=spoil) != expected
+    @torch.inference_mode()
+    def write(wanted): graphs.graphs.rows[:len(wanted), :TABLE] = wanted[:, :TABLE]
+    monkeypatch.setattr(graphs.graphs, "write", write)
+    assert run(graphs, seqs, before=lambda: poison(graphs.graphs)) != expected

@@ -1,6 +1,4 @@
 """The model runner: its KV cache fits or is refused with a reason, and a step is the forward pass that one would write by hand."""
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -81,7 +79,7 @@ def test_kv_memory_is_a_share_of_what_is_free(monkeypatch):
     assert 0 < kv_memory(CPU, 0.01) <= kv_memory(CPU, 0.9) <= 4*2**30
     monkeypatch.setattr(model_runner, "free_memory", lambda device: 1000)
     assert kv_memory(CPU, 0.5) == 500
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=10_000))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 10_000))
     assert kv_memory(torch.device("cuda"), 0.95) == 500    # 9,000 are in use, 9,500 may be
 
 
