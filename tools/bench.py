@@ -26,9 +26,9 @@ def show(name: str, **figures):
     print(f"{name:24s}" + "  ".join(f"{k} {v:,.4g}" for k, v in figures.items()), flush=True)
 
 
-def throughputs(name: str, quantization: str | None) -> dict:
+def throughputs(name: str, options: dict) -> dict:
     "The median of some runs of 32 requests with prompts and outputs of 16 to 256 tokens."
-    llm = LLM(MODEL, quantization=quantization)
+    llm = LLM(MODEL, **options)
     throughput(llm, requests(2, (8, 8), (4, 4), llm, seed=100))    # the first run warms up
     runs = [throughput(llm, requests(32, (16, 256), (16, 256), llm, seed)) for seed in range(ROUNDS)]
     run = sorted(runs, key=lambda r: r["output_tokens_per_second"])[ROUNDS // 2]
@@ -71,9 +71,9 @@ def stalls(threshold: int) -> dict:
 
 def main():
     start, data = time.perf_counter(), {"throughput": {}}
-    for name, quantization in dict(float32=None, int8="int8").items():
+    for name, options in dict(float32={}, int8=dict(quantization="int8", kv_cache_dtype="bfloat16")).items():
         with get_context("spawn").Pool(1) as alone:    # a process of its own, for its peak of memory
-            data["throughput"][name] = alone.apply(throughputs, (name, quantization))
+            data["throughput"][name] = alone.apply(throughputs, (name, options))
     llm, uncached = LLM(MODEL), LLM(MODEL, enable_prefix_caching=False)
     data["latency"] = {str(batch): latencies(llm, batch) for batch in (1, 8)}
     data["serve_like"] = [under_load(uncached, rate) for rate in RATES]

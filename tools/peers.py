@@ -85,7 +85,7 @@ def main():
     engines = [
         Engine("vllm", vllm, "vllm", VLLM_CPU_OMP_THREADS_BIND=f"0-{cores - 1}", VLLM_CPU_KVCACHE_SPACE="4", **threads),
         Engine("nano_vllm", sys.executable, "nano_vllm", **threads),
-        Engine("nano_vllm int8", sys.executable, "nano_vllm", "quantization=int8", **threads)]
+        Engine("nano_vllm int8", sys.executable, "nano_vllm", "quantization=int8", "kv_cache_dtype=bfloat16", **threads)]
     for work in WORK:
         for seed in range(ROUNDS):
             for engine in engines: engine.run(work, seed)
