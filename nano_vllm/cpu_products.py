@@ -24,14 +24,18 @@ from .weights import FORMS
 TILE = r"""
 constexpr int ROWS = 8, WIDE = 3;   // sums in 24 of the 32 registers of AVX-512
 static inline v16 add(v16 sum, float x, v16 w) { return sum + x * w; }
-// sum (R, 48): R rows of x times 48 outputs, for x (R, inputs) and w (inputs, 48)
+// sum (R, 48): R rows of x times 48 outputs, for x (R, inputs) and w (inputs, 48);
+// meanwhile, what lies `ahead` is fetched into the second cache, a line for each input
 template <int R, class X, class V>
-static void tile(const X* x, const V* w, int64_t inputs, V sum[ROWS][WIDE]) {
+static void tile(const X* x, const V* w, const V* ahead, int64_t inputs,
+                 V sum[ROWS][WIDE]) {
   V s[R][WIDE] = {};
-  for (int64_t i = 0; i < inputs; i++)
+  for (int64_t i = 0; i < inputs; i++) {
+    __builtin_prefetch(ahead + i, 0, 2);
     for (int r = 0; r < R; r++)
       for (int j = 0; j < WIDE; j++)
         s[r][j] = add(s[r][j], x[r * inputs + i], w[WIDE * i + j]);
+  }
   for (int r = 0; r < R; r++)
     for (int j = 0; j < WIDE; j++) sum[r][j] = s[r][j];
 }
@@ -40,11 +44,11 @@ static void tile(const X* x, const V* w, int64_t inputs, V sum[ROWS][WIDE]) {
 # %% ../nbs/12_cpu_products.ipynb #a31500a1
 MULTIPLY = r"""
 template <int R, class X, class V>
-static void tiles(int64_t rows, const X* x, const V* w, int64_t inputs,
-                  V sum[ROWS][WIDE]) {
+static void tiles(int64_t rows, const X* x, const V* w, const V* ahead,
+                  int64_t inputs, V sum[ROWS][WIDE]) {
   if constexpr (R > 1)
-    if (rows < R) return tiles<R - 1>(rows, x, w, inputs, sum);
-  tile<R>(x, w, inputs, sum);
+    if (rows < R) return tiles<R - 1>(rows, x, w, ahead, inputs, sum);
+  tile<R>(x, w, ahead, inputs, sum);
 }
 // finish(row, output, 16 sums) for all of x (rows, inputs) times packed weights
 template <class X, class V, class F>
@@ -56,8 +60,10 @@ static void multiply(const X* x, const V* packed, int64_t rows, int64_t inputs,
   for (int64_t out = 0; out < outputs; out += 16 * WIDE)
     for (int64_t row = 0; row < rows; row += most) {
       V sum[ROWS][WIDE];
-      int64_t n = std::min(most, rows - row);
-      tiles<ROWS>(n, x + row * inputs, packed + out * inputs / 16, inputs, sum);
+      int64_t n = std::min(most, rows - row), part = row / most;
+      const V *w = packed + out * inputs / 16, *ahead = w;
+      if (parts > 1 && part < WIDE) ahead += (WIDE + part) * inputs;
+      tiles<ROWS>(n, x + row * inputs, w, ahead, inputs, sum);
       for (int r = 0; r < n; r++)
         for (int j = 0; j < WIDE && out + 16 * j < outputs; j++)
           finish(row + r, out + 16 * j, sum[r][j]);
