@@ -34,7 +34,7 @@ def load_heads(x, dim_stride, HEADS: tl.constexpr, HALF: tl.constexpr,
     left = tl.load(x + at, mask=there, other=0.)
     return left, tl.load(x + at + HALF*dim_stride, mask=there, other=0.)
 
-
+# %% ../nbs/16_fused_rows.ipynb #a84482a1
 @triton.jit
 def store_heads(to, left, right, head_stride, dim_stride, HEADS: tl.constexpr,
                 HALF: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
