@@ -126,7 +126,8 @@ def place_rows(qkv: Tensor, cos: Tensor, sin: Tensor, weights: list, eps: float,
     place_kernel[(len(qkv),)](
         qkv, cos, sin, *weights, eps, q, keys, values, slots, num_blocks*size,
         *qkv.stride(), cos.stride(0), *keys.stride(), size, heads, kv_heads, dim // 2,
-        rows, kv_rows, width, num_warps=4 if rows * width <= 2048 else 8)
+        rows, kv_rows, width, num_warps=4 if rows * width <= 2048 else 8,
+        enable_fp_fusion=False)
     return q
 
 # %% ../nbs/16_fused_rows.ipynb #85efd8bf
