@@ -99,7 +99,8 @@ class Listening(TorchDispatchMode):
         out = op(*args, **kwargs or {})
         flat = torch.utils._pytree.tree_leaves
         ins, outs = ([t for t in flat(x) if isinstance(t, Tensor)] for x in (args, out))
-        if {t.data_ptr() for t in outs} <= {t.data_ptr() for t in ins}: return out
+        before, after = ({t.untyped_storage().data_ptr() for t in x} for x in (ins, outs))
+        if after <= before: return out
         self.kernels, self.bytes = self.kernels + 1, self.bytes + moved(ins + outs)
         return out
 
