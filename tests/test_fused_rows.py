@@ -122,18 +122,25 @@ def test_every_head_dim(dim):
     torch.testing.assert_close(cache, cache0, atol=1e-5, rtol=1e-5, equal_nan=True)
 
 
-def test_offsets_beyond_32_bits():
-    "A cache of more than 2**32 numbers, of which only the touched pages exist."
-    dim = 64
-    num_blocks = 2**31 // (16*dim) + 3
-    try: pages = mmap.mmap(-1, 4*num_blocks*16*dim, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON | getattr(mmap, "MAP_NORESERVE", 0))
+def sparse(numbers):
+    "So many float16 zeros, of which only the touched pages exist."
+    try: return torch.frombuffer(mmap.mmap(-1, 2*numbers, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON | getattr(mmap, "MAP_NORESERVE", 0)), dtype=torch.float16)
     except OSError: pytest.skip("no address space for it")
-    cache = torch.frombuffer(pages, dtype=torch.float16).view(1, 2, num_blocks, 16, 1, dim)
-    args = torch.randn(2, 4*dim).half(), *Rotary(dim, dict(rope_theta=1e4), 9)(torch.arange(2)), [None, None], 0.
+
+
+def test_offsets_beyond_32_bits():
+    "A cache of more than 2**32 numbers, and rows of the product so far from each other that the third lies beyond 2**31."
+    dim = 64
+    num_blocks, apart = 2**31 // (16*dim) + 3, 2**30 + 16
+    cache = sparse(2*num_blocks*16*dim).view(1, 2, num_blocks, 16, 1, dim)
+    qkv = sparse(2*apart + 4*dim).as_strided((3, 4*dim), (apart, 1))
+    qkv.copy_(torch.randn(3, 4*dim))
+    args = *Rotary(dim, dict(rope_theta=1e4), 9)(torch.arange(3)), [None, None], 0.
     small = torch.zeros(1, 2, 1, 16, 1, dim).half()
-    q = place_rows(*args, torch.tensor([num_blocks*16 - 1, num_blocks*16 - 16]), cache, 0)
-    assert torch.equal(q, place_rows(*args, torch.tensor([15, 0]), small, 0))
-    assert torch.equal(cache[0, :, -1], small[0, :, 0]) and small.any()
+    last = num_blocks*16
+    q = place_rows(qkv, *args, torch.tensor([last - 1, last - 16, last - 5]), cache, 0)
+    assert torch.equal(q, place_rows(qkv.contiguous(), *args, torch.tensor([15, 0, 11]), small, 0))
+    assert torch.equal(cache[0, :, -1], small[0, :, 0]) and small[0, :, 0, [15, 0, 11]].any(-1).all()
 
 
 def test_one_launch_whose_arguments_stay(monkeypatch):
