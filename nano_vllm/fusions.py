@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['norm', 'add_norm', 'split_and_turn', 'compiled', 'swiglu', 'fused_norm', 'fused_turn', 'put_fusions', 'warm_up',
-           'compile_fusions', 'Listening', 'moved']
+           'compile_fusions', 'Listening', 'memory', 'moved']
 
 # %% ../nbs/16_compiled_fusions.ipynb #0650ae4d
 import functools
@@ -99,10 +99,11 @@ class Listening(TorchDispatchMode):
         out = op(*args, **kwargs or {})
         flat = torch.utils._pytree.tree_leaves
         ins, outs = ([t for t in flat(x) if isinstance(t, Tensor)] for x in (args, out))
-        before, after = ({t.untyped_storage().data_ptr() for t in x} for x in (ins, outs))
+        before, after = (set(map(memory, x)) for x in (ins, outs))
         if after <= before: return out
         self.kernels, self.bytes = self.kernels + 1, self.bytes + moved(ins + outs)
         return out
 
 
+def memory(tensor): return tensor.untyped_storage().data_ptr()
 def moved(tensors): return sum(t.nbytes for t in tensors)
