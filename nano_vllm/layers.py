@@ -252,4 +252,4 @@ class Rotary(nn.Module):
 
 def rotate(x, cos, sin):
     "Turn each pair (i, i + head_dim/2) of `x` (N, heads, head_dim); float32 inside."
-    return (x*cos + x.roll(x.shape[-1]//2, dims=-1)*sin).to(x.dtype)
+    return (x*cos + torch.cat(x.chunk(2, dim=-1)[::-1], dim=-1)*sin).to(x.dtype)

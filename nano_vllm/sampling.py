@@ -188,9 +188,9 @@ def keep_top_k(x, rows):
 # %% ../nbs/02_sampling.ipynb #846bf754
 def keep_top_p(x, rows):
     "-inf outside the smallest set of best tokens with mass >= top_p; ties stay."
-    p, probs = column(rows, "top_p", x), x.softmax(-1)
-    candidates = int((probs >= (1 - p) / x.shape[1]).sum(-1).max())
-    top = probs.topk(max(1, candidates)).values
+    p, probs, V = column(rows, "top_p", x), x.softmax(-1), x.shape[1]
+    k = V if x.is_cuda else int((probs >= (1 - p) / V).sum(-1).max().clamp(min=1))
+    top = probs.topk(k).values
     before = top.cumsum(-1) - top  # the mass of all better tokens
     last = (before < p).sum(-1, keepdim=True).clamp(min=1) - 1
     return x.masked_fill(probs < top.gather(1, last), -math.inf)

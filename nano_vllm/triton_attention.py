@@ -330,13 +330,21 @@ class TritonAttention:
         self.batch, self.kv_cache, self.plan = batch, kv_cache, plan
         self.scale, self.window = scale * math.log2(math.e), window
 
+    @property
+    def slot_mapping(self) -> Tensor: return (self.plan or self.batch).slot_mapping
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         "Store `k`, `v` (N, kv_heads, head_dim); attend from `q` (N, heads, head_dim)."
+        store_kv(self.kv_cache, layer, k, v, self.slot_mapping)
+        return self.attend(q, layer)
+
+    def attend(self, q: Tensor, layer: int) -> Tensor:
+        "Attend from `q` (N, heads, head_dim) to what the cache of `layer` holds now."
         if self.plan is None:
-            tiles = Tiles(k.shape[1], q.shape[1] // k.shape[1], q.shape[2])
+            kv_heads, dim = self.kv_cache.shape[-2:]
+            tiles = Tiles(kv_heads, q.shape[1] // kv_heads, dim)
             self.plan = Plan.of(self.batch, tiles, self.window)
         plan, t, out = self.plan, self.plan.tiles, q.new_empty(q.shape)
-        store_kv(self.kv_cache, layer, k, v, plan.slot_mapping)
         keys, values = self.kv_cache[layer]
         attention_kernel[(plan.programs,)](
             q, keys, values, out, plan.part, plan.part_top, plan.part_total,

@@ -74,6 +74,13 @@ def test_the_decode_table_counts_bytes(toy):
     assert row["bytes"] == 2*40*2*32*2 + 2*(2*2*32*2) + 2*2*(2*32*2)
 
 
+def test_the_table_of_placed_rows_counts_bytes(toy):
+    "5 tokens: a row of 4 heads of 32 in 2 bytes, read and written; 32 numbers of 4 bytes of the tables, a slot; two weights."
+    file, = toy[1].glob("*-gpu-kernels.json")
+    row = json.loads(file.read_text())["data"]["placing"]["rows"][1]
+    assert row["tokens"] == 5 and row["bytes"] == 5*(2*4*32*2 + 32*4 + 8) + 2*32*2 and row["microseconds"].keys() == {"eager", "placed"}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so():
     done = suite()

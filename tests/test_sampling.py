@@ -389,3 +389,69 @@ def test_token_logprobs():
                 assert abs(info.logprob - wanted[i, token]) < 1e-5
     assert token_logprobs(x, ids, 100)[0].keys() == set(range(40))
     assert token_logprobs(x, ids, 2) == token_logprobs(x, torch.tensor(ids), 2)
+
+
+# ---------------------------------------------------------------- a GPU is never waited for
+
+class Watch(TorchDispatchMode):
+    "The host may hand numbers to the device by `send`, and in no other way."
+    sending = False
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **kwargs or {})
+        tensors = [x for x in torch.utils._pytree.tree_leaves((args, out)) if isinstance(x, torch.Tensor) and x.dim()]
+        assert self.sending or len({x.device for x in tensors}) < 2, f"{op} takes numbers of the host"
+        return out
+
+
+ASKING = [dict(top_p=.9), dict(top_k=5), dict(min_p=.1), dict(temperature=.7), dict(temperature=0), dict(repetition_penalty=1.2),
+          dict(frequency_penalty=.5), dict(presence_penalty=.5), dict(min_tokens=9), dict(top_k=3, top_p=.5, min_p=.01, temperature=2, repetition_penalty=2)]
+
+
+@pytest.fixture
+def device_without_numbers(monkeypatch):
+    "A device whose tensors have shapes and no numbers: who asks for one, or for a shape that depends on one, gets an error."
+    watch = Watch()
+    def send(x, device):
+        watch.sending = True
+        try: return x.to(device)
+        finally: watch.sending = False
+    monkeypatch.setattr(sampling, "send", send)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: x.device.type == "meta"))
+    with watch: yield torch.device("meta")
+
+
+@pytest.mark.parametrize("params", [[p] for p in ASKING] + [[{}, p] for p in ASKING] + [ASKING], ids=str)
+def test_sampling_asks_a_gpu_for_nothing(device_without_numbers, params):
+    rows = [row(prompt=[1, 2], output=[2, 3], stop=[4], **p) for p in params]
+    logits = torch.zeros(len(rows), 1000, device=device_without_numbers, dtype=torch.bfloat16)
+    ids = sample(logits, rows)
+    assert ids.device == logits.device and ids.shape == (len(rows),) and ids.dtype == torch.int64
+
+
+def test_the_bite_of_a_question(device_without_numbers):
+    "The forms for a CPU are noticed."
+    x = torch.zeros(2, 9, device=device_without_numbers)
+    for question in (lambda: int(x.sum()), lambda: x[x > 0], lambda: x.tolist(), lambda: x[:, torch.tensor([1])]):
+        with pytest.raises((RuntimeError, NotImplementedError, AssertionError)): question()
+
+
+def test_send_pins_and_does_not_wait(monkeypatch):
+    calls = []
+    class Spy:
+        def pin_memory(self): return calls.append("pin") or self
+        def to(self, device, **kw): calls.append((device, kw))
+    sampling.send(Spy(), "cuda:1")
+    assert calls == ["pin", ("cuda:1", dict(non_blocking=True))]
+
+
+@pytest.mark.parametrize("scale", [0, .1, 3, 30])
+def test_top_p_keeps_the_same_tokens_on_a_gpu(monkeypatch, scale):
+    "There all tokens are sorted, on a CPU those that can matter."
+    x = rand(40, 500, seed=int(scale*10), scale=scale)
+    rows = [row(top_p=p) for p in (1e-9, .01, .5, .9, .999999) for _ in range(8)]
+    expected = sampling.keep_top_p(x, rows)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    found = []
+    topk = torch.Tensor.topk
+    monkeypatch.setattr(torch.Tensor, "topk", lambda x, k: found.append(k) or topk(x, k))
+    assert torch.equal(sampling.keep_top_p(x, rows), expected) and found == [500]

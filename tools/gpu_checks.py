@@ -12,8 +12,12 @@ import torch
 from nano_vllm import LLM, SamplingParams
 from nano_vllm.attention import Batch, ReferenceAttention, TorchAttention, make_batch, slots_of
 from nano_vllm.kv_blocks import Chunk, Sequence, blocks_needed
+from nano_vllm.fused_rows import fuse_rows, place_rows
+from nano_vllm.fusions import split_and_turn
+from nano_vllm.layers import Rotary
 from nano_vllm.model_runner import GpuRecorder
-from nano_vllm.triton_attention import Plan, Tiles, TritonAttention
+from nano_vllm.triton_attention import Plan, Tiles, TritonAttention, store_kv
+from nano_vllm.weights import FUSIONS
 from nano_vllm.workbench import MODEL_NAME, cache_dir
 
 UNIT = {torch.float32: 2**-18, torch.float16: 2**-11, torch.bfloat16: 2**-8}   # what a rounding may change, and a little more
@@ -133,6 +137,53 @@ def static_plan(toy: bool) -> dict:
         assert torch.equal(out[:n], fresh), f"turn {turn}: replay and fresh plan differ"
         assert not out[n:].any(), f"turn {turn}: padded rows are not 0"
     return dict(steps=steps, rows=rows)
+
+
+def rows_case(heads, kv_heads, dim, tokens, dtype, on, layers=1, with_norms=True, seed=0):
+    "(qkv of each layer, (cos, sin), norms, slots of which some are padding if there are several, a cache full of NaN)."
+    g = torch.Generator().manual_seed(seed)
+    size, blocks = 16, tokens // 16 + 2
+    qkv = torch.randn(layers, tokens, (heads + 2*kv_heads)*dim, generator=g).to(on, dtype)
+    turned = Rotary(dim, dict(rope_theta=1e6), 4096)(torch.randint(0, 4096, (tokens,), generator=g))
+    norms = [(1 + 0.3*torch.randn(dim, generator=g).to(on, dtype), 1e-6) for _ in range(2 * with_norms)]
+    slots = torch.randperm(blocks*size, generator=g)[:tokens]
+    slots[1::7] = -1
+    cache = torch.full((layers, 2, blocks, size, kv_heads, dim), torch.nan, dtype=dtype, device=on)
+    return qkv, [x.to(on) for x in turned], norms, slots.to(on), cache
+
+
+def rows_agree(toy, heads, kv_heads, dim, tokens, dtype, with_norms, seed) -> float:
+    """The largest error of `place_rows`, in roundings of the largest number. Only copied numbers, and those that nobody should
+    have written, must be the same bits; the others are rounded up to three times, and cut off instead in the interpreter."""
+    (qkv,), turned, norms, slots, cache = rows_case(heads, kv_heads, dim, tokens, dtype, device(toy), 1, with_norms, seed)
+    expected = cache.clone()
+    q, k, v = split_and_turn(qkv, [heads*dim, kv_heads*dim, kv_heads*dim], dim, *turned, norms)
+    store_kv(expected, 0, k, v, slots)
+    ours = place_rows(qkv, *turned, [w for w, _ in norms] or [None, None], 1e-6, slots, cache, 0)
+    assert torch.equal(cache[:, 1].nan_to_num(1e4), expected[:, 1].nan_to_num(1e4)), "stored values differ"
+    assert not ours[slots >= 0].isnan().any() and torch.equal(cache.isnan(), expected.isnan()), "something is not written, or too much"
+    gaps = [(a.float() - b.float()).nan_to_num().abs().max() / b.float().nan_to_num().abs().max()
+            for a, b in ((ours[slots >= 0], q[slots >= 0]), (cache[:, 0], expected[:, 0]))]
+    error = float(max(gaps)) / UNIT[dtype]
+    assert error <= 8, f"error of {error} roundings"
+    return error
+
+
+def fused_rows(toy: bool) -> dict:
+    "Norm, rotation and store in one launch: against the unfused functions on random shapes, then in the engine, eager and with graphs."
+    poison()
+    seed, worst = int.from_bytes(os.urandom(4), "little"), 0.
+    shapes = [(16, 8, 128), (9, 3, 64), (5, 1, 80), (64, 8, 128), (3, 3, 256), (7, 1, 96)][:2 if toy else 6]
+    cases = list(itertools.product(shapes, UNIT, (False, True)))
+    for i, (shape, dtype, with_norms) in enumerate(cases):
+        tokens = random.Random(seed + i).randint(2, 9 if toy else 700)
+        try: worst = max(worst, rows_agree(toy, *shape, tokens, dtype, with_norms, seed + i))
+        except AssertionError as e: raise AssertionError(f"{e}: {dict(shape=shape, dtype=dtype, norms=with_norms, tokens=tokens, seed=seed + i)}") from e
+    torch.use_deterministic_algorithms(False)
+    FUSIONS[True] = fuse_rows     # in this process alone: the kernel without the compiler
+    plain = dict(enforce_eager=True, overlap=False)
+    return dict(first_seed=seed, cases=len(cases), worst_error_in_roundings=worst, allowed=8) | same_answers(
+        toy, plain, plain | dict(compile=True), dict(enforce_eager=False, overlap=False, compile=True))
 
 
 # ---- the engine

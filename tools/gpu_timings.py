@@ -5,12 +5,14 @@ import tempfile
 from pathlib import Path
 
 import torch
-from gpu_checks import captured, device
+from gpu_checks import captured, device, rows_case
 from nano_vllm import LLM
 from nano_vllm.attention import Batch
 from nano_vllm.benchmark import random_workload, throughput as measured_throughput
+from nano_vllm.fused_rows import place_rows
+from nano_vllm.fusions import compiled as compiled_function, split_and_turn
 from nano_vllm.model import ModelConfig
-from nano_vllm.triton_attention import Plan, Tiles, TritonAttention
+from nano_vllm.triton_attention import Plan, Tiles, TritonAttention, store_kv
 from nano_vllm.workbench import timed
 
 CONFIGS = Path(__file__).resolve().parent.parent/"nbs/data/configs"
@@ -119,6 +121,35 @@ def prefill(toy: bool) -> dict:
         work = 4 * batch * t.kv_heads * t.group * t.dim * context * (context + 1) / 2
         rows.append(dict(batch=batch, context=context, microseconds=ours*1e6, flops_per_second=work/ours, sdpa_flops_per_second=work/sdpa))
     return dict(heads=t.kv_heads*t.group, kv_heads=t.kv_heads, head_dim=t.dim, dtype="bfloat16", matrix_flops_per_second=matrix_rate(toy), rows=rows)
+
+
+def placing_point(toy: bool, tokens: int, copy: float) -> dict:
+    "From the QKV product to the cache: eager, compiled and placed, over as many layers as overflow the cache."
+    shape = (2, 1, 32) if toy else (16, 8, 128)
+    row = (shape[0] + 2*shape[1]) * shape[2]
+    layers = 1 if toy else max(1, min(28, 2**28 // (4*tokens*row) + 1))
+    qkv, turned, norms, slots, cache = rows_case(*shape, tokens, torch.bfloat16, device(toy), layers=layers)
+    lengths = [n*shape[2] for n in (shape[0], shape[1], shape[1])]
+    forms = dict(eager=split_and_turn, compiled=compiled_function(split_and_turn))
+    if toy: del forms["compiled"]        # the compiler of C++ takes its time
+    def unfused(form):
+        for layer in range(layers):
+            q, k, v = form(qkv[layer], lengths, shape[2], *turned, norms)
+            store_kv(cache, layer, k, v, slots)
+    def placed():
+        for layer in range(layers): place_rows(qkv[layer], *turned, [w for w, _ in norms], norms[0][1], slots, cache, layer)
+    times = {name: seconds(captured(functools.partial(unfused, form), toy), toy) / layers for name, form in forms.items()}
+    times["placed"] = seconds(captured(placed, toy), toy) / layers
+    moved = tokens * (2*row*2 + 4*shape[2] + 8) + 2*shape[2]*2
+    return dict(tokens=tokens, layers=layers, microseconds={k: t*1e6 for k, t in times.items()}, bytes=moved,
+                bytes_per_second=moved/times["placed"], fraction_of_copy=moved/times["placed"]/copy)
+
+
+@torch.inference_mode()
+def placing(toy: bool) -> dict:
+    "Norm, rotation and store, in the shape of Qwen3-0.6B and bfloat16."
+    copy = copy_bandwidth(toy)
+    return dict(copy_bytes_per_second=copy, rows=[placing_point(toy, n, copy) for n in ((1, 5) if toy else (1, 8, 64, 256, 2048, 8192))])
 
 
 # ---- the whole engine
