@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from .attention import slots_of
-from .cpu_kernels import (CACHE, CAN_BUILD, EXP, VECTOR_TYPES, InPlaceAttention,
-                                   PackedProduct, call, can_pack, fuse, load_library,
-                                   replace_matrices)
+from .cpu_kernels import (CACHE, CAN_BUILD, EXP, VECTOR_TYPES,
+                                   InPlaceAttention, PackedProduct, call, can_pack,
+                                   fuse, load_library, replace_matrices)
 from .model import MLP, Attention, Decoder
 from .sampling import DRAWS, gumbel_argmax
 from .weights import FORMS

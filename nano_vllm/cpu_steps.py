@@ -87,7 +87,7 @@ def decodes(attend) -> InPlaceDecodes | None:
 
 # %% ../nbs/12_cpu_steps.ipynb #02874ca7
 class Steps:
-    "The `forward` of a float32 `model` on a CPU: all layers in one call, where possible."
+    "The `forward` of a float32 `model` on a CPU: all layers in one call, if possible."
     def __init__(self, model: Decoder):
         self.model, layers = model, model.model.layers
         self.layers = torch.tensor([addresses(layer) for layer in layers])
@@ -97,11 +97,12 @@ class Steps:
     def __call__(self, token_ids, positions, attend) -> Tensor:
         "What `model(token_ids, positions, attend)` gives."
         part = decodes(attend)
-        if part is None: return Decoder.forward(self.model, token_ids, positions, attend)
-        stream = self.model.model.embed_tokens(token_ids)
-        delta, turns = torch.zeros_like(stream), self.model.rotary(positions)
-        self.run(delta, stream, *turns, attend, part)
-        return self.model.model.norm(delta, stream)[0]
+        m = self.model
+        if part is None: return Decoder.forward(m, token_ids, positions, attend)
+        stream = m.model.embed_tokens(token_ids)
+        delta = torch.zeros_like(stream)
+        self.run(delta, stream, *m.rotary(positions), attend, part)
+        return m.model.norm(delta, stream)[0]
 
     def run(self, delta, stream, cos, sin, attend, part: InPlaceDecodes):
         "All layers: `delta` and `stream` (N, hidden) are written in place."

@@ -182,7 +182,7 @@ DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.floa
 
 
 def choose_dtype(field: str, value, auto: torch.dtype) -> torch.dtype:
-    "The torch dtype that the `value` of `field` stands for: 'auto', a name, or a dtype."
+    "The torch dtype that `value` of `field` stands for: 'auto', a name, or a dtype."
     for name, known in dict(auto=auto, **DTYPES).items():
         if value is known or value == name: return known
     raise ValueError(f"{field} must be one of auto, {', '.join(DTYPES)}, got {value!r}")

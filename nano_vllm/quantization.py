@@ -169,8 +169,9 @@ class TiledInt8Product(TiledProduct):
     "The same by the kernel; for 16 n inputs and 16 n outputs."
     def __init__(self, weight: Tensor):
         q, scale = turned_int8(weight)
-        self.product, self.packed = int8_product(weight.shape[1]), tiled(q.view(torch.int32))
-        self.scale, self.excess = scale[:, 0].contiguous(), 128 * q.sum(1, dtype=torch.int32)
+        self.product = int8_product(weight.shape[1])
+        self.packed, self.scale = tiled(q.view(torch.int32)), scale[:, 0].contiguous()
+        self.excess = 128 * q.sum(1, dtype=torch.int32)
         self.matrix = Matrix(ctypes.cast(self.product, ctypes.c_void_p),
                              self.packed.data_ptr(), *reversed(weight.shape),
                              self.scale.data_ptr(), self.excess.data_ptr())
