@@ -156,9 +156,8 @@ class ChunkPlan:
         self.mask = None if self.is_causal else mask
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, scale, out: Tensor):
-        past = (x.index_select(0, self.slots) for x in (keys, values))
-        parts = (x.to(q.dtype) for x in (q[self.span], *past))
-        o = sdpa(*(x.transpose(0, 1)[None] for x in parts), attn_mask=self.mask,
+        parts = q[self.span], *(x.index_select(0, self.slots) for x in (keys, values))
+        o = sdpa(*(x.transpose(0, 1)[None].to(q.dtype) for x in parts), self.mask,
                  is_causal=self.is_causal, scale=scale, enable_gqa=True)
         out[self.span] = o[0].transpose(0, 1)
 

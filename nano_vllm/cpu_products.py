@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TILE', 'MULTIPLY', 'PRODUCT', 'FLOAT_PRODUCT', 'OUTPUTS', 'PLACE', 'PIECE', 'BITS', 'DRAW', 'tiled', 'Matrix',
            'load_product', 'float_product', 'TiledProduct', 'placer', 'fused_attention', 'fuse_attention',
-           'mlp_in_pieces', 'cut_prompts', 'drawer', 'fast_draw', 'best_product', 'fuse_all', 'finish']
+           'mlp_in_pieces', 'cut_prompts', 'drawer', 'race', 'fast_draw', 'best_product', 'fuse_all', 'finish']
 
 # %% ../nbs/12_cpu_products.ipynb #1f8169c6
 import ctypes, functools
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from .attention import slots_of
-from .cpu_kernels import (CACHE, CAN_BUILD, EXP, VECTOR_TYPES,
+from .cpu_kernels import (CACHE, CAN_BUILD, EXP, REDUCE, VECTOR_TYPES,
                                    InPlaceAttention, PackedProduct, call, can_pack,
                                    fuse, load_library, replace_matrices)
 from .model import MLP, Attention, Decoder
-from .sampling import DRAWS, gumbel_argmax
+from .sampling import (DRAWS, SAMPLING_STAGES, column, draw, is_plain,
+                                row_keys, run_stages)
 from .weights import FORMS
 
 # %% ../nbs/12_cpu_products.ipynb #b0cd3649
@@ -228,12 +229,20 @@ static inline i16 bits(int32_t first, const int32_t* key) {
 
 # %% ../nbs/12_cpu_products.ipynb #92d66d9d
 DRAW = r"""
-// the best token of logits x and their noise
-static int64_t race(const float* x, const int32_t* key, int32_t vocab) {
-  float best = -INFINITY;
+static inline float best_of(const float* x, int32_t n) {
+  v16 most = *(const v16*)x;
+  for (int32_t i = 16; i < n; i += 16) {
+    v16 next = *(const v16*)(x + i);
+    most = next > most ? next : most;
+  }
+  return max16(most);
+}
+// the best token of logits x, over a temperature, and their noise
+static int64_t race(const float* x, const int32_t* key, int32_t vocab, float heat) {
+  float best = -INFINITY, top = heat == 1 ? 0 : best_of(x, vocab);
   int64_t token = 0;
   for (int32_t first = 0; first < vocab; first += 16) {
-    v16 s = *(const v16*)(x + first), ahead = s - best;
+    v16 s = (*(const v16*)(x + first) - top) / heat, ahead = s - best;
     v16 u = __builtin_convertvector(bits(first, key), v16) + 0.5f;
     u *= (float)(0x1p-31 * (1 - 0x1p-24));
     i16 may = u <= 1.001f * exp16(ahead < 0.f ? ahead : v16{});
@@ -246,11 +255,11 @@ static int64_t race(const float* x, const int32_t* key, int32_t vocab) {
   }
   return token;
 }
-extern "C" void draw(const float* x, const int32_t* keys, int64_t* tokens, int64_t rows,
-                     int64_t vocab) {
+extern "C" void draw(const float* x, const int32_t* keys, const float* temperatures,
+                     int64_t* tokens, int64_t rows, int64_t vocab) {
   #pragma omp parallel for
   for (int64_t row = 0; row < rows; row++)
-    tokens[row] = race(x + row * vocab, keys + 2 * row, vocab);
+    tokens[row] = race(x + row * vocab, keys + 2 * row, vocab, temperatures[row]);
 }
 """
 
@@ -258,18 +267,26 @@ extern "C" void draw(const float* x, const int32_t* keys, int64_t* tokens, int64
 @functools.cache
 def drawer() -> ctypes.CDLL:
     "The compiled `draw`."
-    library = load_library(VECTOR_TYPES + EXP + BITS + DRAW)
-    library.draw.argtypes = [ctypes.c_void_p]*3 + [ctypes.c_int64]*2
+    library = load_library(VECTOR_TYPES + EXP + REDUCE + BITS + DRAW)
+    library.draw.argtypes = [ctypes.c_void_p]*4 + [ctypes.c_int64]*2
     return library
 
 
-def fast_draw(x: Tensor, keys: Tensor) -> Tensor:
-    "What `gumbel_argmax(x, keys)` gives: x (B, V) float32, keys (B, 2) -> (B,)."
-    B, V = x.shape
-    if V % 16: return gumbel_argmax(x, keys)
-    tokens = torch.empty(B, dtype=torch.int64)
-    call(drawer().draw, x.contiguous(), keys.contiguous(), tokens, B, V)
+def race(x: Tensor, keys: Tensor, temperatures: Tensor) -> Tensor:
+    "A draw for each row: x (B, V) float32, keys (B, 2), temperatures (B,) -> (B,)."
+    tokens = torch.empty(len(x), dtype=torch.int64)
+    call(drawer().draw, x.contiguous(), keys.contiguous(), temperatures, tokens,
+         *x.shape)
     return tokens
+
+
+def fast_draw(x: Tensor, rows: list) -> Tensor:
+    "What `draw(x, rows)` gives."
+    if x.shape[1] % 16: return draw(x, rows)
+    temperatures = torch.ones(len(rows))
+    if all(map(is_plain, rows)): temperatures = column(rows, "temperature", x)[:, 0]
+    else: x = run_stages(SAMPLING_STAGES, x, rows)
+    return race(x, row_keys(rows), temperatures)
 
 
 if CAN_BUILD: DRAWS["cpu"] = fast_draw

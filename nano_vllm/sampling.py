@@ -253,19 +253,20 @@ def run_stages(stages, x, rows):
     return x
 
 # %% ../nbs/02_sampling.ipynb #4dcf9365
-DRAWS = {}   # by kind of device: what does `gumbel_argmax` faster there
+DRAWS = {}   # by kind of device: what does the same as `draw` faster there
 
 
 def draw(x, rows):
     "A token for each row that has a temperature: (B, V) float32 -> (B,) int64."
-    x, keys = run_stages(SAMPLING_STAGES, x, rows), send(row_keys(rows), x.device)
-    return DRAWS.get(x.device.type, gumbel_argmax)(x, keys)
+    keys = send(row_keys(rows), x.device)
+    return gumbel_argmax(run_stages(SAMPLING_STAGES, x, rows), keys)
 
 
 def choose(x, rows):
     "A token for each row, greedy or drawn: (B, V) float32 -> (B,) int64."
     x, best = run_stages(LOGIT_STAGES, x, rows), lambda x: x.argmax(-1)
-    return on_rows(lambda r: not r.params.greedy, draw, x, rows, rest=best)
+    drawn = DRAWS.get(x.device.type, draw)
+    return on_rows(lambda r: not r.params.greedy, drawn, x, rows, rest=best)
 
 # %% ../nbs/02_sampling.ipynb #c0c82754
 CHUNK = 2**19  # numbers of 4 bytes; a CPU's cache holds that a few times over

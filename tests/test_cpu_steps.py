@@ -45,7 +45,7 @@ def models(request, tmp_path_factory):
     return plain, ours
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data(), size=st.sampled_from([16, 32]), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_one_call_computes_what_the_model_does(data, size, dtype, models):
     plain, ours = models
