@@ -126,9 +126,15 @@ def float_product():
 class TiledProduct:
     "`x @ weight.T + bias` by a copy of `weight` in tiles; float32, 16 n outputs."
     def __init__(self, weight: Tensor):
-        self.packed, self.product = tiled(weight), float_product()
-        self.matrix = Matrix(ctypes.cast(self.product, ctypes.c_void_p),
-                             self.packed.data_ptr(), weight.shape[1], len(weight))
+        self.hold(float_product(), weight.shape, tiled(weight))
+
+    def hold(self, product, shape, *tensors: Tensor):
+        "Keep the `tensors` of a matrix (outputs, inputs), and their addresses."
+        self.product, self.tensors = product, tensors   # the record does not keep them
+        self.matrix = Matrix(ctypes.cast(product, ctypes.c_void_p), None, shape[1],
+                             shape[0])
+        for name, tensor in zip(("packed", "scale", "excess"), tensors):
+            setattr(self.matrix, name, tensor.data_ptr())
 
     def __call__(self, x: Tensor, weight=None, bias=None) -> Tensor:
         x, m = x.contiguous(), self.matrix
@@ -301,8 +307,9 @@ def best_product(weight: Tensor):
 def fuse_all(model: Decoder):
     "Norms, activations and the way into attention as one kernel each."
     fuse(model)
-    if can_pack(model): cut_prompts(model)
-    if can_pack(model) and CAN_BUILD: fuse_attention(model)
+    if not can_pack(model): return
+    cut_prompts(model)
+    if CAN_BUILD: fuse_attention(model)
 
 
 def finish(model: Decoder):

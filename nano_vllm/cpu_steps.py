@@ -9,8 +9,7 @@ __all__ = ['LAYER', 'STEP', 'addresses', 'stepper', 'decodes', 'Steps', 'fits', 
 import ctypes, functools
 import torch
 from torch import Tensor
-from .attention import slots_of
-from .cpu_kernels import (CAN_BUILD, NORM, SOURCE, SWIGLU, InPlaceAttention,
+from .cpu_kernels import (NORM, SOURCE, SWIGLU, InPlaceAttention,
                                    InPlaceDecodes, call, load_library)
 from .cpu_products import PIECE, PLACE, PRODUCT, finish
 from .layers import Linear
@@ -89,10 +88,8 @@ def decodes(attend) -> InPlaceDecodes | None:
 class Steps:
     "The `forward` of a float32 `model` on a CPU: all layers in one call, if possible."
     def __init__(self, model: Decoder):
-        self.model, layers = model, model.model.layers
-        self.layers = torch.tensor([addresses(layer) for layer in layers])
-        self.inner = layers[0].mlp.down_proj.product.matrix.inputs
-        self.lengths = layers[0].self_attn.qkv_proj.lengths
+        self.model = model
+        self.layers = torch.tensor([addresses(layer) for layer in model.model.layers])
 
     def __call__(self, token_ids, positions, attend) -> Tensor:
         "What `model(token_ids, positions, attend)` gives."
@@ -106,14 +103,14 @@ class Steps:
 
     def run(self, delta, stream, cos, sin, attend, part: InPlaceDecodes):
         "All layers: `delta` and `stream` (N, hidden) are written in place."
-        (N, dim), c, heads = stream.shape, self.model.config, self.lengths[0]
-        keys = slots_of(attend.kv_cache, 0)[0]
-        half = stream.new_empty(min(N, PIECE) * self.inner)
-        wide = stream.new_empty(max(N * sum(self.lengths), 2 * half.numel()))
-        x, q, mixed = torch.empty_like(stream), *stream.new_empty(2, N, heads)
-        step = stepper(c.head_dim, keys.shape[1], heads // self.lengths[1],
-                       8 * keys.itemsize)
-        call(step, self.layers, len(self.layers), N, dim, self.inner, c.rms_norm_eps,
+        (N, dim), c, keys = stream.shape, self.model.config, attend.kv_cache[0, 0]
+        D, heads, kv_heads, inner = (c.head_dim, c.num_heads, c.num_kv_heads,
+                                     c.intermediate_size)
+        half = stream.new_empty(min(N, PIECE) * inner)
+        wide = stream.new_empty(max(N * (heads + 2*kv_heads) * D, 2 * half.numel()))
+        x, q, mixed = torch.empty_like(stream), *stream.new_empty(2, N, heads * D)
+        step = stepper(D, kv_heads, heads // kv_heads, 8 * keys.itemsize)
+        call(step, self.layers, len(self.layers), N, dim, inner, c.rms_norm_eps,
              delta, stream, x, wide, half, q, mixed, cos, sin,
              attend.batch.slot_mapping, attend.kv_cache, keys.numel(), part.tables,
              part.tokens, part.starts, part.ends, *part.tables.shape, part.size,
@@ -124,7 +121,7 @@ def fits(model: Decoder) -> bool:
     "Are all layers of `model` of the kind that `step` computes?"
     c = model.config
     whole = c.head_dim % 16 == 0 and c.intermediate_size % 16 == 0   # vectors
-    return (CAN_BUILD and whole and not c.qk_norm
+    return (whole and not c.qk_norm
             and all(type(layer.mlp) is MLP and layer.self_attn.o_proj.ranks.size == 1
                     for layer in model.model.layers)
             and all(hasattr(m.product, "matrix") for m in model.modules()

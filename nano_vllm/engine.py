@@ -162,7 +162,7 @@ class EngineArgs:
     enable_prefix_caching: bool = True
     enforce_eager: bool = False           # no CUDA graphs
     overlap: bool | None = None           # prepare a step while one is computed
-    compile: bool = False                 # join small operations by torch.compile
+    compile: bool = False                 # join small operations in fewer kernels
     attention_backend: str = "auto"
     load_format: str = "auto"             # "dummy": random weights, for benchmarks
     quantization: str | None = None       # how the weights are held

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from .cpu_kernels import (CAN_BUILD, REDUCE, VECTOR_TYPES, call,
                                    load_library, replace_matrices)
-from .cpu_products import (MULTIPLY, PRODUCT, TILE, Matrix, TiledProduct,
-                                    fuse_all, load_product, tiled)
+from .cpu_products import (MULTIPLY, PRODUCT, TILE, TiledProduct, fuse_all,
+                                    load_product, tiled)
 from .model import Decoder
 from .weights import FORMS
 
@@ -169,12 +169,9 @@ class TiledInt8Product(TiledProduct):
     "The same by the kernel; for 16 n inputs and 16 n outputs."
     def __init__(self, weight: Tensor):
         q, scale = turned_int8(weight)
-        self.product = int8_product(weight.shape[1])
-        self.packed, self.scale = tiled(q.view(torch.int32)), scale[:, 0].contiguous()
-        self.excess = 128 * q.sum(1, dtype=torch.int32)
-        self.matrix = Matrix(ctypes.cast(self.product, ctypes.c_void_p),
-                             self.packed.data_ptr(), *reversed(weight.shape),
-                             self.scale.data_ptr(), self.excess.data_ptr())
+        self.hold(int8_product(weight.shape[1]), weight.shape,
+                  tiled(q.view(torch.int32)), scale[:, 0].contiguous(),
+                  128 * q.sum(1, dtype=torch.int32))
 
 
 def best_int8_product(weight: Tensor):
