@@ -40,7 +40,7 @@ fuzz: venv       ## the fuzz tests for longer: FUZZ=number of workloads
 lab: venv        ## open the notebooks in JupyterLab
 	$(BIN)/python -m jupyterlab --allow-root --notebook-dir nbs
 
-notebooks: venv  ## execute the notebooks in place and clean them: NB=nbs/01_tokenizer.ipynb for one, RECORD=1 to measure anew
+notebooks: venv  ## execute the notebooks in place and clean them: NB=nbs/02_tokenizer.ipynb for one, RECORD=1 to measure anew
 	TRITON_INTERPRET=1 NANO_VLLM_RECORD=$(RECORD) $(BIN)/python tools/run_notebooks.py $(NB)
 
 lines: venv      ## count the exported lines and write them into README.md

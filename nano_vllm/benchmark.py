@@ -8,7 +8,7 @@ __all__ = ['Workload', 'random_workload', 'peak_memory', 'measure', 'throughput'
 # %% ../nbs/11_benchmark.ipynb #6c242594
 import random, sys, time
 from typing import NamedTuple
-from .sampling import SamplingParams
+from .sampling_params import SamplingParams
 
 # %% ../nbs/11_benchmark.ipynb #785f1f4c
 class Workload(NamedTuple):

@@ -15,7 +15,7 @@ from pathlib import Path
 from .benchmark import random_workload, throughput
 from .latency import check_options, latency, serve_like
 from .llm import LLM
-from .sampling import SamplingParams
+from .sampling_params import SamplingParams
 from .workbench import MODEL_NAME, fetch
 
 # %% ../nbs/11_command_line.ipynb #1ea67fe6

@@ -12,8 +12,8 @@ from collections import deque
 from typing import NamedTuple
 import numpy as np
 from .benchmark import Workload, random_workload, throughput
-from .llm import LLM, under_way
-from .sampling import check_number
+from .llm import LLM, running
+from .sampling_params import check_number
 
 # %% ../nbs/11_latency.ipynb #057a524d
 LIMITS = dict(num_prompts=(int, 1, 10**6), batch_size=(int, 1, 10**6),
@@ -59,21 +59,21 @@ class Timeline(NamedTuple):
     @property
     def gaps(self) -> np.ndarray: return np.diff(self.tokens)
 
-# %% ../nbs/11_latency.ipynb #1c218e3d
+# %%
 def serve(llm: LLM, work: Workload, arrivals: list[float]) -> list[Timeline]:
     "Hand over each request at its time; what their readers see."
-    requests = llm.make_requests(*work)
-    lines, start = [Timeline(at, []) for at in arrivals], time.perf_counter()
-    coming = deque(zip(arrivals, requests, strict=True))
+    engine, lines = llm.engine, [Timeline(at, []) for at in arrivals]
+    requests = engine.input_processor.make_requests(*work)
+    coming, start = deque(zip(arrivals, requests, strict=True)), time.perf_counter()
     def now(): return time.perf_counter() - start
     try:
-        while coming or llm.requests:
-            while coming and coming[0][0] <= now(): llm.add(coming.popleft()[1])
-            if llm.requests: llm.step()
+        while coming or engine.requests:
+            while coming and coming[0][0] <= now(): engine.add(coming.popleft()[1])
+            if engine.requests: engine.step()
             else: time.sleep(max(0, coming[0][0] - now()))
             note_tokens(requests, lines, now())
     finally:
-        for request in requests: llm.abort(request.request_id)
+        for request in requests: engine.abort(request.request_id)
     return lines
 
 
@@ -113,21 +113,22 @@ def serve_like(llm: LLM, work: Workload, request_rate=float("inf"), seed=0) -> d
 def step_seconds(llm: LLM) -> float:
     "Time one step."
     start = time.perf_counter()
-    llm.step()
+    llm.engine.step()
     return time.perf_counter() - start
 
 
 def stall(llm: LLM, num_readers=30, prompt_len=4000, seed=0) -> dict:
     "Readers' usual gap, and their gaps while a long prompt is computed, in seconds."
-    vocab_size, output_len = llm.vocab_size, (prompt_len, prompt_len)
-    readers = llm.make_requests(*random_workload(num_readers, (32, 32), output_len,
-                                                 vocab_size, seed))
-    late = llm.make_requests(*random_workload(1, (prompt_len, prompt_len), (1, 1),
-                                              vocab_size, seed + 1))
-    with under_way(llm, readers):
-        while not all(r.metrics.num_generated_tokens for r in readers): llm.step()
+    engine, output_len = llm.engine, (prompt_len, prompt_len)
+    make_requests = engine.input_processor.make_requests
+    readers = make_requests(*random_workload(num_readers, (32, 32), output_len,
+                                             llm.vocab_size, seed))
+    late = make_requests(*random_workload(1, (prompt_len, prompt_len), (1, 1),
+                                          llm.vocab_size, seed + 1))
+    with running(engine, readers):
+        while not all(r.metrics.num_generated_tokens for r in readers): engine.step()
         usual, gaps = [step_seconds(llm) for _ in range(10)], []
-        with under_way(llm, late):
+        with running(engine, late):
             while not late[0].finished: gaps.append(step_seconds(llm))
         usual += [step_seconds(llm) for _ in range(10)]   # their texts have grown
     return dict(usual=float(np.median(usual)), gaps=gaps)

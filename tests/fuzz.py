@@ -3,16 +3,20 @@
 Each slot of the fake cache remembers the text (all tokens up to and including its own) that it
 was written for. So reading a slot tells whether the engine would have read the right KV.
 """
+import inspect
 import random
+import sys
+import textwrap
 from collections import Counter
 
 from nano_vllm import prefix_cache
 from nano_vllm.kv_blocks import Sequence, blocks_needed
-from nano_vllm.prefix_cache import PrefixCachingPool
-from nano_vllm.sampling import SamplingParams
+from nano_vllm.prefix_cache import KVCacheManager
+from nano_vllm.sampling_params import SamplingParams
 from nano_vllm.scheduler import Scheduler, check_fits
 
 EOS = 0
+STRONG_HASH = prefix_cache.hash_block
 
 
 def next_token(seq):
@@ -41,14 +45,19 @@ class Workload:
         rng = self.rng = random.Random(seed)
         size = rng.choice([1, 2, 3, 4, 8])
         self.max_model_len = rng.randint(4, 60)
-        self.pool = PrefixCachingPool(rng.randint(2, 30), size)
-        self.scheduler = Scheduler(self.pool, rng.randint(1, 6), rng.choice([1, 2, 5, 16, 64]))
+        self.window = rng.choice([None, None, None, rng.randint(1, 20)])
+        self.manager = KVCacheManager(rng.randint(2, 30), size, self.window)
+        threshold = rng.choice([0, 0, 0, 1, 3, 10])
+        self.scheduler = Scheduler(self.manager, rng.randint(1, 6), rng.choice([1, 2, 5, 16, 64]), threshold)
         self.kv = [None] * (self.pool.num_blocks * size)
         self.sharing = rng.random() < 0.8
         self.prompts = [[rng.randint(1, 3) for _ in range(rng.randint(1, 40))] for _ in range(3)]
         self.to_come = rng.randint(1, 8)
         self.live, self.done, self.num_steps = [], [], 0
         self.refused = 0
+
+    @property
+    def pool(self): return self.manager.pool
 
     def arrive(self):
         "A request with a prompt that often begins as another did, and now and then several samples."
@@ -57,7 +66,7 @@ class Workload:
         prompt = base[:rng.randint(1, len(base))] + [rng.randint(1, 3) for _ in range(rng.randint(0, 3))]
         params = SamplingParams(n=rng.choice([1, 1, 1, 3]), max_tokens=rng.randint(1, 20),
                                 prompt_logprobs=rng.choice([None, None, None, 0]))
-        try: check_fits(len(prompt), params.max_tokens, self.max_model_len, self.pool)
+        try: check_fits(len(prompt), params.max_tokens, self.max_model_len, self.pool.num_blocks, self.pool.block_size)
         except ValueError:
             self.refused += 1
             longest = min(len(prompt) + params.max_tokens, self.max_model_len)
@@ -66,7 +75,8 @@ class Workload:
             return
         salt = 0 if self.sharing else self.to_come + 1
         for i in range(params.n):
-            seq = Sequence(str(self.to_come), prompt, params, i, rng.getrandbits(30), cache_salt=salt)
+            seq = Sequence(str(self.to_come), prompt, params, i, rng.getrandbits(30), cache_salt=salt,
+                           max_len=min(len(prompt) + params.max_tokens, self.max_model_len))
             self.live.append(seq)
             self.scheduler.add(seq)
 
@@ -78,12 +88,13 @@ class Workload:
         s, rng = self.scheduler, self.rng
         residents, before = list(s.running), s.num_preemptions
         missing = [seq.num_tokens - seq.num_computed_tokens for seq in residents]
-        assert all(n == 1 for n in missing[:-1]), "law 5: a prompt stands before a decode"
-        work = s.schedule()
-        self.check_schedule(work, residents, preempted=s.num_preemptions > before)
-        for chunk in work: self.compute(chunk)
-        tokens = [next_token(c.seq) for c in work if c.samples]
-        for seq in s.update(work, tokens):
+        whole = s.max_tokens_per_sequence == s.budget
+        assert not whole or all(n == 1 for n in missing[:-1]), "law 5: a prompt stands before a decode"
+        output = s.schedule()
+        self.check_schedule(output, residents, preempted=s.num_preemptions > before)
+        for scheduled in output.scheduled: self.compute(scheduled)
+        s.update(output, [next_token(x.seq) for x in output.sampled])
+        for seq in [x.seq for x in output.sampled]:
             if is_complete(seq, self.max_model_len):
                 s.finish(seq, "stop")
                 self.live.remove(seq)
@@ -92,40 +103,55 @@ class Workload:
         if self.live and rng.random() < 0.02: self.abort_one()
         self.num_steps += 1
 
-    def compute(self, chunk):
-        "Write the chunk's KV and read all of its past (laws 2 and, through reading, 3)."
-        seq, size, pool = chunk.seq, self.pool.block_size, self.pool
-        text = tuple(seq.tokens(0, chunk.end))
-        slots = [seq.block_table[p // size] * size + p % size for p in range(chunk.end)]
-        for p in range(chunk.start, chunk.end):
-            block = slots[p] // size
-            assert pool.ref_counts[block] == 1, "a shared block is written"
-            assert pool.entries[block] is None, "a findable block is written"
-            self.kv[slots[p]] = text[:p + 1]
-        for p, slot in enumerate(slots): assert self.kv[slot] == text[:p + 1], "wrong KV is read"
+    def first_seen(self, position):
+        "The first position that the token at `position` looks at."
+        return 0 if self.window is None else max(0, position + 1 - self.window)
 
-    def check_schedule(self, work, residents, preempted):
-        s = self.scheduler
-        assert all(c.num_new_tokens >= 1 for c in work), "a chunk computes nothing"
-        assert sum(c.num_new_tokens for c in work) <= s.budget, "law 4: over budget"
+    def compute(self, scheduled):
+        "Write the KV of a step and read all of the past it sees (laws 2 and, through reading, 3)."
+        seq, size, pool = scheduled.seq, self.pool.block_size, self.pool
+        text, first = tuple(seq.tokens(0, scheduled.end)), self.first_seen(scheduled.start)
+        slots = {p: seq.block_table[p // size] * size + p % size for p in range(first, scheduled.end)}
+        for p in range(scheduled.start, scheduled.end):
+            block = slots[p] // size
+            assert p // size >= seq.num_released_blocks, "a block that was given back is written"
+            assert pool.ref_counts[block] == 1, "a shared block is written"
+            assert self.manager.cache.entries[block] is None, "a findable block is written"
+            self.kv[slots[p]] = text[:p + 1]
+        assert first // size >= seq.num_released_blocks, "a block that is seen was given back"
+        for p, slot in slots.items(): assert self.kv[slot] == text[:p + 1], "wrong KV is read"
+
+    def check_schedule(self, output, residents, preempted):
+        s, scheduled = self.scheduler, output.scheduled
+        assert all(c.num_tokens >= 1 for c in scheduled), "a sequence computes nothing"
+        assert sum(c.num_tokens for c in scheduled) <= s.budget, "law 4: over budget"
+        assert all(c.num_tokens <= s.max_tokens_per_sequence for c in scheduled)
         assert len(s.running) <= s.max_running, "law 4: too many residents"
-        assert all(c.end <= c.seq.num_tokens <= self.max_model_len for c in work)
-        working = {c.seq for c in work}
-        assert len(working) == len(work), "a sequence is scheduled twice"
+        assert all(c.end <= c.seq.num_tokens <= self.max_model_len for c in scheduled)
+        assert all(c.samples == (c.end == c.seq.num_tokens) for c in scheduled)
+        working = {c.seq for c in scheduled}
+        assert len(working) == len(scheduled), "a sequence is scheduled twice"
         assert working == set(s.running), "law 5: a resident sequence stalls"
         assert preempted or set(residents) <= working, "law 5: a sequence lost its place"
-        assert not (self.live and not work), "law 4: nobody moves"
+        assert {c.seq for c in output.admitted} == working - set(residents), "admitted are those that were not there"
+        assert not (self.live and not scheduled), "law 4: nobody moves"
 
     def check_pool(self):
-        pool = self.pool
-        held = Counter(b for seq in self.live for b in seq.block_table)
+        pool, cache = self.pool, self.manager.cache
+        held = Counter(b for seq in self.live for b in seq.block_table[seq.num_released_blocks:])
         assert pool.ref_counts == [held[b] for b in range(pool.num_blocks)], "law 1: references"
         assert set(pool.free_blocks) == set(range(pool.num_blocks)) - set(held), "law 1: partition"
-        assert all(pool.entries[b].hash == h for h, b in pool.cached.items()), "cache out of step"
-        assert sum(e is not None for e in pool.entries) == len(pool.cached)
-        assert all(seq in self.scheduler.running for seq in pool.pending.values()), "pending owner is gone"
-        size = pool.block_size
-        for block, entry in enumerate(pool.entries):  # findable means computed (law 2)
+        findable = [cache.entries[b] is not None for b in pool.free_blocks]
+        assert findable == sorted(findable), "a block that can be found is handed out before one that cannot"
+        assert all(cache.entries[b].hash == h for h, b in cache.block_of.items()), "cache out of step"
+        assert sum(e is not None for e in cache.entries) == len(cache.block_of)
+        assert all(seq in self.scheduler.running for seq in self.manager.pending.values()), "pending owner is gone"
+        self.check_contents()
+
+    def check_contents(self):
+        "Findable means computed (law 2)."
+        size = self.pool.block_size
+        for block, entry in enumerate(self.manager.cache.entries):
             if entry: assert [text and text[-1] for text in self.kv[block * size:(block + 1) * size]] == entry.tokens
 
     def run(self):
@@ -135,7 +161,7 @@ class Workload:
             assert self.num_steps < 5000, "law 4: no end in sight"
         self.drain()
         assert len(self.pool.free_blocks) == self.pool.num_blocks, "law 1: leaked"
-        assert not self.pool.pending and not self.scheduler.waiting and not self.scheduler.running
+        assert not self.manager.pending and not self.scheduler.waiting and not self.scheduler.running
         for seq in self.done: assert seq.output_token_ids == self.expected(seq), "not what it says alone"
 
     def drain(self): "What is left to do when every sequence has ended: here nothing."
@@ -144,12 +170,21 @@ class Workload:
 
 def run_workload(seed, kind=Workload):
     "Run workload `seed` of a kind; every third one under a hash of only seven values. Returns what it exercised."
-    strong = prefix_cache.hash_block
     if seed % 3 == 0: prefix_cache.hash_block = lambda parent, tokens: (parent * 31 + sum(tokens)) % 7
     try:
         w = kind(seed)
         w.run()
     except AssertionError as e: raise AssertionError(f"workload {seed}: {e}") from e
-    finally: prefix_cache.hash_block = strong
+    finally: prefix_cache.hash_block = STRONG_HASH
     return dict(steps=w.num_steps, finished=len(w.done), preempted=w.scheduler.num_preemptions,
                 refused=w.refused)
+
+
+def plant(monkeypatch, owner, name, old, new):
+    "Plant a bug in a method of the class `owner`, or a function of the module `owner`: for the text `old`, which is there once, `new`."
+    function = getattr(owner, name)
+    source = textwrap.dedent(inspect.getsource(function))
+    assert source.count(old) == 1, f"{old!r} is {source.count(old)} times in {name}"
+    found = {}
+    exec(source[source.index("def "):].replace(old, new), vars(sys.modules[function.__module__]), found)
+    monkeypatch.setattr(owner, name, found[name])

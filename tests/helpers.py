@@ -2,21 +2,40 @@
 import shutil
 
 import torch
-from nano_vllm.model import checkpoint_pieces
+from nano_vllm.model import weight_shards
 from nano_vllm.workbench import fetch
 
 
-def checkpoint_views(model):
+def weight_views(model):
     "Checkpoint name -> the place of this tensor in `model`."
-    return {name: piece.place for name, piece in checkpoint_pieces(model).items()}
+    return {name: shard.parameter for name, shard in weight_shards(model).items()}
+
+
+def rounding_tolerance(num_terms, largest, dtype=torch.float32):
+    """How far two right computations of numbers up to `largest` may lie apart, each by sums of `num_terms` terms in all.
+
+    A rounding moves a number by at most eps/2 of its size. As often up as down: `n` of them add up to about the root of `n`. Eight times
+    that leaves room for both computations, for the worst of thousands of results, and for a network that magnifies what comes in."""
+    return 8 * torch.finfo(dtype).eps / 2 * num_terms**0.5 * largest
+
+
+def logits_tolerance(config, num_tokens, logits):
+    "How far two right computations of a model's float32 `logits`, of texts of up to `num_tokens` tokens, may lie apart."
+    heads = config.num_heads * config.head_dim
+    attention = config.hidden_size + config.head_dim + num_tokens + heads
+    mlp = config.hidden_size + config.intermediate_size
+    num_terms = config.num_layers * (attention + mlp) + config.hidden_size
+    return rounding_tolerance(num_terms, float(logits.abs().max()))
 
 
 def assert_idle(llm):
-    "Nothing is under way and nothing was left behind: law 1 for an engine at rest."
-    pool = llm.pool
+    "Nothing runs and nothing was left behind: law 1 for an engine at rest."
+    engine = llm.engine
+    manager, scheduler = engine.scheduler.manager, engine.scheduler
+    pool = manager.pool
     assert sorted(pool.free_blocks) == list(range(pool.num_blocks)) and not any(pool.ref_counts)
-    assert not pool.pending
-    assert not llm.requests and not llm.scheduler.waiting and not llm.scheduler.running
+    assert not manager.pending and not engine.in_flight
+    assert not engine.requests and not scheduler.waiting and not scheduler.running
 
 
 def tiny_folder(folder, tokenizer=True, **changes):

@@ -352,7 +352,7 @@ def test_logprobs_of_chunks_and_of_preempted_sequences(folder, theirs):
     llm = LLM(folder, max_model_len=64, num_kv_blocks=20, block_size=4, max_num_batched_tokens=7)
     params = SamplingParams(temperature=1, max_tokens=25, logprobs=2, prompt_logprobs=2, ignore_eos=True)
     outs = llm.generate([list(range(10 * i, 10 * i + 9 + i)) for i in range(1, 9)], params, use_tqdm=False)
-    assert llm.scheduler.num_preemptions > 0
+    assert llm.engine.scheduler.num_preemptions > 0
     for out in outs: check_logprobs(theirs, llm, out, 2, 2)
     assert_idle(llm)
 
@@ -411,14 +411,14 @@ def test_greedy_rows_of_a_mixed_batch(llm):
 def test_n_answers_share_the_blocks_of_their_prompt(llm):
     ids = list(range(100, 170))  # four full blocks of 16, and 6 tokens more
     stream = llm.stream([ids], SamplingParams(n=4, temperature=1, max_tokens=30, seed=0, ignore_eos=True))
-    seen = 0
+    pool, seen = llm.engine.scheduler.manager.pool, 0
     for _ in stream:
-        tables = [seq.block_table for seq in llm.scheduler.running]
+        tables = [seq.block_table for seq in llm.engine.scheduler.running]
         if len(tables) < 4: continue
         seen += 1
         assert all(table[:4] == tables[0][:4] for table in tables) and len({table[4] for table in tables}) == 4
-        assert [llm.pool.ref_counts[b] for b in tables[0][:4]] == [4] * 4
-        assert llm.pool.num_blocks - len(llm.pool.free_blocks) == 4 + sum(len(table) - 4 for table in tables)
+        assert [pool.ref_counts[b] for b in tables[0][:4]] == [4] * 4
+        assert pool.num_blocks - len(pool.free_blocks) == 4 + sum(len(table) - 4 for table in tables)
     assert seen > 10
 
 
@@ -489,12 +489,12 @@ def test_pieces_join(llm, params, prompts):
 
 def test_pieces_come_as_they_are_made(llm):
     "A reader has the first piece while the rest is still to be computed."
-    steps, step = [], llm.step
-    llm.step = lambda: steps.append(1) or step()
+    steps, step = [], llm.engine.step
+    llm.engine.step = lambda: steps.append(1) or step()
     try:
         stream, seen = llm.stream("Hello there", SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)), []
         for piece in stream: seen.append(len(steps))
-    finally: del llm.step
+    finally: del llm.engine.step
     assert len(steps) == 30 and seen[0] <= 4 and len(set(seen)) > 10
 
 
@@ -529,7 +529,7 @@ def test_a_stream_that_others_finish(llm):
 
 def test_a_stream_is_queued_when_it_is_first_read(llm):
     stream = llm.stream("A cat", SHORT)
-    assert len(llm.requests) <= 1
+    assert len(llm.engine.requests) <= 1
     del stream
     gc.collect()
     assert_idle(llm)
@@ -541,9 +541,9 @@ def test_closing_a_stream(llm, num_read):
     kept = [next(other)]
     stream = llm.stream(["A cat " * 20, "A cow"], SamplingParams(n=2, max_tokens=40, ignore_eos=True))
     for _ in range(num_read): next(stream)
-    assert len(llm.requests) == 3
+    assert len(llm.engine.requests) == 3
     stream.close()
-    assert len(llm.requests) == 1
+    assert len(llm.engine.requests) == 1
     assert list(stream) == []
     kept += other
     assert "".join(texts(kept)) == texts(llm.generate("A dog", LONG, use_tqdm=False))[0]
@@ -569,7 +569,7 @@ def test_bad_input_to_a_stream_is_refused_at_the_call(llm):
 def test_abort(llm):
     stream, other = llm.stream("A cat", LONG), llm.stream("A dog", LONG)
     kept, lost = [next(other)], [next(stream) for _ in range(3)]
-    llm.abort(lost[0].request_id)
+    llm.engine.abort(lost[0].request_id)
     lost += stream
     assert lost[-1].finished and lost[-1]["finish_reason"] == "abort"
     whole, = llm.generate("A cat", LONG, use_tqdm=False)
@@ -581,12 +581,13 @@ def test_abort(llm):
 
 def test_abort_of_what_waits_and_of_what_is_unknown(folder):
     llm = LLM(folder, num_kv_blocks=100, max_num_seqs=1)
-    requests = llm.make_requests(["A cat", "A dog", "A cow"], LONG)
-    for r in requests: llm.add(r)
-    for _ in range(3): llm.step()
-    for i in (1, 1, 0): llm.abort(requests[i].request_id)
-    llm.abort("nobody")
-    while llm.requests: llm.step()
+    engine = llm.engine
+    requests = engine.input_processor.make_requests(["A cat", "A dog", "A cow"], LONG)
+    for r in requests: engine.add(r)
+    for _ in range(3): engine.step()
+    for i in (1, 1, 0): engine.abort(requests[i].request_id)
+    engine.abort("nobody")
+    while engine.requests: engine.step()
     reasons = [r.output()["finish_reason"] for r in requests]
     assert reasons == ["abort", "abort", "length"] and [len(r.output()["token_ids"]) for r in requests] == [3, 0, 40]
     assert requests[1].output().finished and requests[1].output()["text"] == ""
@@ -630,13 +631,15 @@ class Trap:
         return result
 
 
-PLACES = ["runner.execute", "choose", "scheduler.schedule", "note_start", "pool.start", "completion",  # before a step is booked
-          "scheduler.update", "scheduler.finish", "receive", "pool.register"]                          # while it is
+PLACES = ["runner.execute", "launch", "scheduler.schedule", "note_start", "scheduler.manager.begin", "runner.input_batch.prepare",
+          "scheduler.update", "scheduler.finish", "receive", "scheduler.manager.cache_blocks",   # these, while a step is booked
+          "receive_logprobs", "output_processor.process", "output_processor.keep_logprobs", "output_processor.finish"]
+ONCE_FOR_EACH = ["note_start", "scheduler.finish", "scheduler.manager.begin", "scheduler.manager.cache_blocks", "output_processor.finish"]
 
 
 @pytest.fixture
-def engine(folder, made={}):
-    "An engine for rough handling; a new one if the last test has left something behind."
+def rough(folder, made={}):
+    "An LLM for rough handling; a new one if the last test has left something behind."
     try: assert_idle(made["llm"])
     except (KeyError, AssertionError): made["llm"] = LLM(folder, num_kv_blocks=100)
     return made["llm"]
@@ -644,7 +647,7 @@ def engine(folder, made={}):
 
 def set_trap(monkeypatch, llm, place, at, after, error=KeyboardInterrupt):
     *path, name = place.split(".")
-    owner = llm
+    owner = llm.engine
     for part in path: owner = getattr(owner, part)
     monkeypatch.setattr(owner, name, Trap(getattr(owner, name), at, after, error))
 
@@ -652,40 +655,40 @@ def set_trap(monkeypatch, llm, place, at, after, error=KeyboardInterrupt):
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("n", [1, 2])
-def test_interrupt_leaves_nothing_behind(engine, monkeypatch, place, after, n):
+def test_interrupt_leaves_nothing_behind(rough, monkeypatch, place, after, n):
     prompts, params = ["A cat " * 20, "A dog", "A cow"], SamplingParams(temperature=.8, seed=3, n=n, max_tokens=4, logprobs=1, ignore_eos=True)
-    expected = engine.generate(prompts, params, use_tqdm=False)
+    expected = rough.generate(prompts, params, use_tqdm=False)
     for at in (1, 3):
         with monkeypatch.context() as m:
-            set_trap(m, engine, place, at, after)
-            with pytest.raises(KeyboardInterrupt): engine.generate([p + "!" * at for p in prompts], params, use_tqdm=False)
-        assert_idle(engine)
-        outs = engine.generate(prompts, params, use_tqdm=False)
+            set_trap(m, rough, place, at, after)
+            with pytest.raises(KeyboardInterrupt): rough.generate([p + "!" * at for p in prompts], params, use_tqdm=False)
+        assert_idle(rough)
+        outs = rough.generate(prompts, params, use_tqdm=False)
         assert tokens(outs) == tokens(expected) and texts(outs) == texts(expected)
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("place", PLACES[:6])
-def test_interrupt_does_not_touch_a_stream_beside_it(engine, monkeypatch, place, after):
+@pytest.mark.parametrize("place", PLACES)
+def test_interrupt_does_not_touch_a_stream_beside_it(rough, monkeypatch, place, after):
     params = SamplingParams(temperature=.9, seed=1, max_tokens=20, logprobs=1, ignore_eos=True)
-    whole, = engine.generate("A cat", params, use_tqdm=False)
-    stream = engine.stream("A cat", params)
+    whole, = rough.generate("A cat", params, use_tqdm=False)
+    stream = rough.stream("A cat", params)
     pieces = [next(stream)]
     with monkeypatch.context() as m:
-        set_trap(m, engine, place, 2 if place == "pool.start" else 4, after)
-        with pytest.raises(KeyboardInterrupt): engine.generate(["A dog", "A cow"], SHORT, use_tqdm=False)
+        set_trap(m, rough, place, 2 if place in ONCE_FOR_EACH else 4, after)
+        with pytest.raises(KeyboardInterrupt): rough.generate(["A dog " * 8, "A cow " * 8], SHORT_RATED, use_tqdm=False)
     pieces += stream
     assert sum(tokens(pieces), []) == whole["token_ids"] and "".join(texts(pieces)) == whole["text"]
     rated = sum((p["logprobs"] for p in pieces), [])
     assert [set(entry) for entry in rated] == [set(entry) for entry in whole["logprobs"]]
 
 
-def test_an_error_inside_a_step(engine, monkeypatch):
+def test_an_error_inside_a_step(rough, monkeypatch):
     with monkeypatch.context() as m:
-        set_trap(m, engine, "runner.execute", 2, False, RuntimeError("out of memory"))
-        with pytest.raises(RuntimeError, match="out of memory"): engine.generate(["A cat", "A dog"], LONG)
-    assert_idle(engine)
-    assert len(engine.generate("A cat", use_tqdm=False)) == 1
+        set_trap(m, rough, "runner.execute", 2, False, RuntimeError("out of memory"))
+        with pytest.raises(RuntimeError, match="out of memory"): rough.generate(["A cat", "A dog"], LONG)
+    assert_idle(rough)
+    assert len(rough.generate("A cat", use_tqdm=False)) == 1
 
 
 def test_a_call_without_parameters_follows_generation_config(tmp_path):

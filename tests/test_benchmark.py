@@ -6,6 +6,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer as RawTokenizer, models, pre_tokenizers
 
+from helpers import assert_idle
 from nano_vllm import benchmark
 from nano_vllm.benchmark import measure, peak_memory, random_workload, throughput
 from nano_vllm.cli import main
@@ -99,7 +100,7 @@ def test_throughput_of_an_llm(llm):
                          ("output_tokens_per_second", work.num_output_tokens)):
         assert math.isclose(result[rate] * result["elapsed_time"], amount)
     assert json.loads(json.dumps(result)) == result
-    assert not llm.requests and len(llm.pool.free_blocks) == llm.pool.num_blocks
+    assert_idle(llm)
 
 
 def test_a_new_seed_finds_nothing_in_the_prefix_cache(llm):

@@ -1,23 +1,45 @@
 """The CPU's own ways: packed matrices give the plain ones' numbers, and attention in place agrees with the slow oracle."""
 import ctypes
+import sys
 import threading
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
 from helpers import assert_idle, tiny_folder
 from nano_vllm import LLM, SamplingParams, cpu_kernels
-from nano_vllm.attention import FASTEST, DecodeGroup, ReferenceAttention, TorchAttention, attention_backend, make_batch
-from nano_vllm.cpu_kernels import InPlaceAttention, InPlaceDecodes, build, fused_norm, fused_swiglu, kernels, pack, prepare
-from nano_vllm.kv_blocks import Chunk
-from nano_vllm.layers import RMSNorm, SwiGLU
+from nano_vllm.attention import DecodeGroup, ReferenceAttention, TorchAttention, attention_backend, make_batch
+from nano_vllm.cpu_kernels import (CAN_BUILD, InPlaceAttention, InPlaceDecodes, PackedProduct, PlainProduct, build, build_environment,
+                                   fused_norm, fused_swiglu, kernels, load_library, packed_linear)
+from nano_vllm.kv_blocks import ScheduledSequence
+from nano_vllm.layers import OPS, Ops, Target, choose_ops, rms_norm, silu_and_mul
 from nano_vllm.model import ModelConfig
 from nano_vllm.weights import load_model
 from test_attention import attend, cases, check_against_the_reference, check_nothing_before_the_window_is_read, new, slow
 from test_model import make, our_logits
 
-compiled = pytest.mark.skipif(FASTEST["cpu"] != "in_place", reason="no AVX-512 or no g++ here")
+compiled = pytest.mark.skipif(not CAN_BUILD, reason="no AVX-512 or no g++ here")
 CASES = cases(dims=(16, 64), groups=(1, 3, 7))   # each triple of numbers is compiled once
+ROUNDING = 2**-24   # a float32 is off by at most this part of its size
+
+
+def target(config=None, dtype=torch.float32, device="cpu", **changes):
+    "What ops are chosen for."
+    return Target(config, torch.device(device), dtype, changes.pop("kv_cache_dtype", dtype), **changes)
+
+
+def close(ours, expected, config, tokens, unit=ROUNDING):
+    """Are these what a model of `config` gives for texts of `tokens`, but for rounding? A sum of n numbers is off by n roundings of its
+    terms at most, and a decoder is a chain of sums: in each layer over the hidden size (two norms, two products), over heads and tokens
+    (scores, averages, o) and over the MLP, at the end over the hidden size. If the cache rounds more coarsely, a number between two that
+    it can hold may go either way: then all may be off by such a unit."""
+    c = config
+    layer = 4*c.hidden_size + c.head_dim + tokens + c.num_heads*c.head_dim + c.intermediate_size
+    roundings = c.num_layers*layer + 2*c.hidden_size
+    bound = max(2 * roundings * ROUNDING, unit)
+    torch.testing.assert_close(ours, expected, atol=float(bound * expected.nan_to_num().abs().max()), rtol=0, equal_nan=True)
 
 
 # ---- packed matrices
@@ -28,22 +50,30 @@ CASES = cases(dims=(16, 64), groups=(1, 3, 7))   # each triple of numbers is com
 def test_a_packed_model_gives_the_plain_models_logits(family, changes, tmp_path):
     make(family, tmp_path, **changes)
     config, ids = ModelConfig.from_folder(tmp_path), [(7*i + i*i) % 90 for i in range(40)]
-    plain, packed = (load_model(tmp_path, config, torch.float32, "cpu") for _ in range(2))
-    pack(packed)
-    for n in (1, 2, 40): torch.testing.assert_close(our_logits(packed, ids[:n]), our_logits(plain, ids[:n]), atol=1e-5, rtol=0)
+    plain, packed = (load_model(tmp_path, config, torch.float32, "cpu", ops=ops) for ops in (Ops(), Ops(linear=packed_linear)))
+    for n in (1, 2, 40): close(our_logits(packed, ids[:n]), our_logits(plain, ids[:n]), config, n)
     left = {n for n, p in packed.named_parameters() if p.dim() == 2}
     assert left == {"model.embed_tokens.weight"}   # no matrix is held twice, but for the embedding
+    assert all(type(m.product) is PackedProduct for m in packed.modules() if getattr(m, "product", None))
 
 
 def test_other_number_types_stay_as_they_are(tmp_path):
     make("Llama", tmp_path)
-    model = load_model(tmp_path, ModelConfig.from_folder(tmp_path), torch.bfloat16, "cpu")
-    names = [n for n, _ in model.named_parameters()]
-    pack(model)
-    assert [n for n, _ in model.named_parameters()] == names and our_logits(model, [1, 2, 3]).dtype == torch.bfloat16
+    config = ModelConfig.from_folder(tmp_path)
+    plain, chosen = (load_model(tmp_path, config, torch.bfloat16, "cpu", ops=ops)
+                     for ops in (Ops(), choose_ops(target(config, torch.bfloat16))))
+    assert [n for n, _ in plain.named_parameters()] == [n for n, _ in chosen.named_parameters()]
+    logits = our_logits(chosen, [1, 2, 3])
+    assert logits.dtype == torch.bfloat16 and torch.equal(logits, our_logits(plain, [1, 2, 3]))
+    weight, x = torch.randn(4, 6, dtype=torch.bfloat16), torch.randn(2, 6, dtype=torch.bfloat16)
+    assert type(packed_linear(weight)) is PlainProduct   # whoever packs one all the same gets the plain product
+    assert torch.equal(packed_linear(weight)(x, x[0, :4]), torch.nn.functional.linear(x, weight, x[0, :4]))
 
 
 # ---- attention in place
+
+def decode(seq): return ScheduledSequence(seq, seq.num_computed_tokens, 1, True)
+
 
 @compiled
 @slow
@@ -65,14 +95,14 @@ def test_a_decode_is_the_same_to_the_bit_whoever_shares_its_batch(seed, length):
     seqs = [new(n, n - 1, range(10*i, 10*i + 10)) for i, n in enumerate((length, 33, 90))]
     cache = torch.randn(1, 2, 30, 10, 3, 64, generator=g)
     q, k, v = (torch.randn(3, h, 64, generator=g) for h in (9, 3, 3))
-    both, _ = attend(InPlaceAttention, make_batch([Chunk(s, 1) for s in seqs], 10), cache, q, k, v, 0)
-    alone, _ = attend(InPlaceAttention, make_batch([Chunk(seqs[0], 1)], 10), cache, q[:1], k[:1], v[:1], 0)
+    both, _ = attend(InPlaceAttention, make_batch([decode(s) for s in seqs], 10), cache, q, k, v, 0)
+    alone, _ = attend(InPlaceAttention, make_batch([decode(seqs[0])], 10), cache, q[:1], k[:1], v[:1], 0)
     assert torch.equal(both[:1], alone)
 
 
 @compiled
 def test_large_scores_do_not_overflow():
-    batch = make_batch([Chunk(new(50, 49, range(5)), 1)], 10)
+    batch = make_batch([decode(new(50, 49, range(5)))], 10)
     cache, q = torch.randn(1, 2, 5, 10, 1, 16) * 100, torch.randn(1, 1, 16) * 100
     k, v = torch.randn(2, 1, 1, 16)
     expected, out = (attend(b, batch, cache, q, k, v, 0)[0] for b in (ReferenceAttention, InPlaceAttention))
@@ -81,19 +111,67 @@ def test_large_scores_do_not_overflow():
 
 
 def parts(dtype, dim):
-    batch = make_batch([Chunk(new(50, 49, range(5)), 1), Chunk(new(9, 0, [5]), 9)], 10)
+    batch = make_batch([decode(new(50, 49, range(5))), ScheduledSequence(new(9, 0, [5]), 0, 9, True)], 10)
     return InPlaceAttention(batch, torch.zeros(1, 2, 6, 10, 1, dim, dtype=dtype), 1.0).parts
 
 
-def test_what_the_kernel_cannot_do_is_pytorchs():
-    for dtype in (torch.float32, torch.bfloat16): assert [type(p) for p in parts(dtype, 32)][0] is InPlaceDecodes
+@compiled
+def test_what_the_kernel_cannot_do_is_pytorchs(monkeypatch):
+    for dtype in (torch.float32, torch.bfloat16): assert [type(p) for p in parts(dtype, 32)] == [InPlaceDecodes]
     for dtype, dim in ((torch.float16, 32), (torch.float32, 20)): assert type(parts(dtype, dim)[0]) is DecodeGroup
+    monkeypatch.setattr(cpu_kernels, "CAN_BUILD", False)
+    assert type(parts(torch.float32, 32)[0]) is DecodeGroup
 
 
-def test_the_choice_of_a_backend(monkeypatch):
-    assert attention_backend("in_place") is InPlaceAttention and attention_backend("torch") is TorchAttention
-    assert attention_backend("auto", "cpu") is (InPlaceAttention if cpu_kernels.CAN_BUILD else TorchAttention)
-    assert attention_backend("auto", "cuda") is not InPlaceAttention
+@compiled
+@slow
+@given(CASES, st.integers(0, 9), st.integers(0, 9))
+def test_tables_are_read_where_they_lie(case, more_rows, more_columns):
+    "The block table is a view of a wider one, whose other numbers lead nowhere; none of it is copied."
+    batch, *rest = case
+    num_rows, width = batch.block_tables.shape
+    wide = torch.full((num_rows + more_rows, width + more_columns), 2**40)
+    view = wide[:num_rows, :width]
+    view.copy_(batch.block_tables)
+    expected, _ = attend(InPlaceAttention, batch, *rest)
+    out, _ = attend(InPlaceAttention, replace(batch, block_tables=view), *rest)
+    assert torch.equal(out, expected)
+    part = InPlaceDecodes(replace(batch, block_tables=view), np.arange(num_rows), rest[0].shape[3])
+    assert part.queries.block_tables == wide.data_ptr() and part.queries.stride == wide.shape[1]
+
+
+@compiled
+def test_preparing_many_sequences_takes_no_more_calls_than_preparing_few():
+    "What the host does for a step of decodes is a few operations on whole columns."
+    def count(num_seqs):
+        batch, calls = make_batch([decode(new(50, 49, range(5))) for _ in range(num_seqs)], 10), []
+        cache = torch.zeros(1, 2, 6, 10, 1, 16)
+        sys.setprofile(lambda frame, event, argument: calls.append(event))
+        try: attention = InPlaceAttention(batch, cache, 1.0)
+        finally: sys.setprofile(None)
+        assert attention.parts[0].queries.num_tokens == num_seqs
+        return len(calls)
+    assert count(256) == count(2)
+
+
+def test_the_choice_of_a_backend():
+    assert attention_backend("torch") is TorchAttention
+    if CAN_BUILD: assert attention_backend("in_place") is InPlaceAttention
+    else:
+        with pytest.raises(ValueError, match="attention_backend is 'in_place', which needs"): attention_backend("in_place")
+    with pytest.raises(ValueError, match="attention_backend is 'in_place', which needs"): attention_backend("in_place", "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_chosen(dtype):
+    "Attention in place for every number type, the rest for float32; without the compiler what oneDNN has."
+    ops = OPS["cpu_kernels"](target(dtype=dtype))
+    backend = InPlaceAttention if CAN_BUILD else TorchAttention
+    if dtype == torch.float32:
+        small = dict(norm=fused_norm, activation=fused_swiglu) if CAN_BUILD else {}
+        assert ops == Ops(attention=backend, linear=packed_linear, **small)
+    else: assert ops == (Ops(attention=backend) if CAN_BUILD else None)
+    for other in (dict(device="cuda"), dict(quantization="int8"), dict(compile=True)): assert OPS["cpu_kernels"](target(dtype=dtype, **other)) is None
 
 
 # ---- compiling
@@ -114,6 +192,20 @@ def test_a_library_is_compiled_once_and_found_again(tmp_path, monkeypatch):
 
 
 @compiled
+@pytest.mark.parametrize("changed", [0, 1, 2])
+def test_a_library_stays_with_its_processor_compiler_and_capability(changed, tmp_path, monkeypatch):
+    "A home may be shared by machines: what another one compiled may hold instructions that this one lacks."
+    monkeypatch.setenv("NANO_VLLM_CACHE", str(tmp_path))
+    source = 'extern "C" int one() { return 1; }'
+    load_library(source)
+    environment = list(build_environment())
+    assert "avx512f" in environment[0].split() and "g++" in environment[1] and environment[2] == "AVX512"
+    environment[changed] += " and more"
+    monkeypatch.setattr(cpu_kernels, "build_environment", lambda: tuple(environment))
+    assert load_library(source).one() == 1 and len(list((tmp_path/"kernels").iterdir())) == 2
+
+
+@compiled
 def test_a_compiler_that_fails_says_why(tmp_path):
     with pytest.raises(RuntimeError, match="(?s)g.. could not compile.*nonsense"): build("nonsense;", [], tmp_path/"a.so")
     assert list(tmp_path.iterdir()) == []
@@ -130,11 +222,11 @@ def test_the_engine_answers_as_with_the_plain_path(tmp_path):
     prompts = ["Hello", "Once upon a time there was a cat", "1 2 3 " * 20]
     params = [SamplingParams(temperature=t, seed=3, max_tokens=30, ignore_eos=True) for t in (0.0, 0.8, 0.0)]
     answers = []
-    for backend in ("torch", "auto"):
-        llm = LLM(folder, attention_backend=backend, num_kv_blocks=40, max_num_batched_tokens=32)
+    for settings in (dict(ops="torch"), dict(ops="cpu_kernels"), dict(attention_backend="torch"), {}):
+        llm = LLM(folder, **settings, num_kv_blocks=40, max_num_batched_tokens=32)
         answers.append([o["token_ids"] for o in llm.generate(prompts, params, use_tqdm=False)])
         assert_idle(llm)
-    assert answers[0] == answers[1]
+    assert answers[0] == answers[1] == answers[2] == answers[3]
 
 
 def test_a_quantization_that_nobody_knows():
@@ -148,52 +240,66 @@ def test_a_quantization_that_nobody_knows():
 @slow
 @given(st.integers(0, 2**31), st.integers(1, 9), st.sampled_from([1, 7, 64, 576, 100]), st.floats(1e-3, 1e4), st.booleans())
 def test_the_fused_norm_is_the_norm(seed, rows, dim, size, has_residual):
+    "In float64 the norm is exact; a mean of n squares is off by n roundings, its root by half of them, and a few follow."
     g = torch.Generator().manual_seed(seed)
     x, residual = torch.randn(2, rows, dim, generator=g) * size
-    layer = RMSNorm(dim)
-    layer.weight.copy_(torch.randn(dim, generator=g))
-    before, arguments = (x.clone(), residual.clone()), (x, residual) if has_residual else (x,)
-    ours, expected = fused_norm(layer, *arguments), layer(*arguments)
-    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5 * size if has_residual else 1e-5)
+    weight, eps = torch.randn(dim, generator=g), 1e-6
+    before, other = (x.clone(), residual.clone()), residual if has_residual else None
+    ours = fused_norm(x, weight, eps, other)
+    total = x + residual if has_residual else x
+    normed = ours
+    if has_residual:
+        normed, ours_total = ours
+        assert torch.equal(ours_total, total)
+    torch.testing.assert_close(normed.double(), rms_norm(total.double(), weight.double(), eps), rtol=(dim/2 + 8) * ROUNDING, atol=0)
     assert torch.equal(x, before[0]) and torch.equal(residual, before[1])   # law 7
-    if rows > 1: assert torch.equal(fused_norm(layer, x[:1]), fused_norm(layer, x)[:1])
+    if rows > 1: assert torch.equal(fused_norm(x[:1], weight, eps), fused_norm(x, weight, eps)[:1])
 
 
 @compiled
 def test_the_fused_norm_takes_views_and_heads():
-    layer, x = RMSNorm(16), torch.randn(5, 3, 40)[..., 3:19]   # as q_norm sees queries within q, k and v
-    layer.weight.fill_(2.0)
-    torch.testing.assert_close(fused_norm(layer, x), layer(x), rtol=1e-5, atol=1e-5)
+    x, weight = torch.randn(5, 3, 40)[..., 3:19], torch.full((16,), 2.0)   # as q_norm sees queries within q, k and v
+    exact = rms_norm(x.double(), weight.double(), 1e-6)
+    torch.testing.assert_close(fused_norm(x, weight, 1e-6).double(), exact, rtol=16 * ROUNDING, atol=0)
 
 
 @compiled
 @slow
 @given(st.integers(0, 2**31), st.integers(1, 9), st.sampled_from([3, 16, 48, 43, 1536]), st.floats(1e-3, 200))
 def test_the_fused_activation_is_the_activation(seed, rows, dim, size):
+    "The exponential is off by its series' rest (2 roundings' worth) and 4 roundings, sum, quotient and products by 6; 16 leave room."
     x = torch.randn(rows, 2*dim, generator=torch.Generator().manual_seed(seed)) * size
     before = x.clone()
-    torch.testing.assert_close(fused_swiglu(x), SwiGLU()(x), rtol=1e-5, atol=1e-5)
+    exact = silu_and_mul(x.double())
+    tiny = float(x.abs().max())**2 * 2**-125   # beyond e**-87 the kernel's exponential is no smaller
+    torch.testing.assert_close(fused_swiglu(x).double(), exact, rtol=16 * ROUNDING, atol=tiny)
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_number_types_go_the_plain_way(dtype):
+    x, residual, weight = torch.randn(3, 4, 32).to(dtype)
+    assert torch.equal(fused_swiglu(x), silu_and_mul(x))
+    for ours, plain in zip(fused_norm(x, weight[0], 1e-6, residual), rms_norm(x, weight[0], 1e-6, residual)): assert torch.equal(ours, plain)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
 def test_a_prepared_model_gives_the_plain_models_logits(family, tmp_path):
     make(family, tmp_path)
     config, ids = ModelConfig.from_folder(tmp_path), [(7*i + i*i) % 90 for i in range(40)]
-    plain, ours = (load_model(tmp_path, config, torch.float32, "cpu") for _ in range(2))
-    prepare(ours)
-    torch.testing.assert_close(our_logits(ours, ids), our_logits(plain, ids), atol=1e-5, rtol=0)
+    plain, ours = (load_model(tmp_path, config, torch.float32, "cpu", ops=ops) for ops in (Ops(), OPS["cpu_kernels"](target(config))))
+    close(our_logits(ours, ids), our_logits(plain, ids), config, len(ids))
 
 
 # A cache in 16 bits
 
 def test_a_cache_in_bfloat16_has_twice_the_blocks(tmp_path, monkeypatch):
     from nano_vllm import engine
-    monkeypatch.setattr(engine, "kv_memory", lambda device, utilization: 2**20)
+    monkeypatch.setattr(engine, "kv_memory", lambda *_: 2**20)
     folder = tiny_folder(tmp_path, hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
     blocks = {}
     for kind in ("auto", "bfloat16"):
-        runner = LLM(folder, kv_cache_dtype=kind, max_num_seqs=64).runner
+        runner = LLM(folder, kv_cache_dtype=kind, max_num_seqs=64).engine.runner
         blocks[runner.kv_cache.dtype] = runner.kv_cache.shape[2]
     assert blocks[torch.bfloat16] == 2 * blocks[torch.float32]
 
@@ -209,7 +315,7 @@ def test_every_cache_under_every_model(dtype, kv_cache_dtype, tmp_path):
         llm = LLM(folder, dtype=dtype, kv_cache_dtype=kv_cache_dtype, attention_backend=backend, num_kv_blocks=60, max_model_len=400)
         outs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=8, logprobs=1, ignore_eos=True), use_tqdm=False)
         answers.append([max(p.logprob for p in o.outputs[0].logprobs[0].values()) for o in outs])
-        assert llm.runner.kv_cache.dtype == getattr(torch, kv_cache_dtype)
+        assert llm.engine.runner.kv_cache.dtype == getattr(torch, kv_cache_dtype)
     assert torch.allclose(*map(torch.tensor, answers), atol=1e-3 if dtype == "float32" else 0.1)
 
 

@@ -8,16 +8,18 @@ import torch
 from hypothesis import given, settings, strategies as st
 from helpers import assert_idle, tiny_folder
 from nano_vllm import LLM, SamplingParams, cpu_kernels, cpu_steps
-from nano_vllm.attention import FASTEST, TorchAttention, make_batch
-from nano_vllm.cpu_kernels import InPlaceAttention
-from nano_vllm.cpu_products import finish
-from nano_vllm.cpu_steps import Steps, decodes
-from nano_vllm.kv_blocks import Chunk, Sequence
-from nano_vllm.model import Decoder, ModelConfig
-from nano_vllm.weights import FORMS, load_model
-from test_model import make
+from nano_vllm.attention import TorchAttention, make_batch
+from nano_vllm.cpu_kernels import CAN_BUILD, InPlaceAttention, packed_linear
+from nano_vllm.cpu_products import MAX_MLP_TOKENS
+from nano_vllm.cpu_steps import all_decodes, layer_table, run_layers_at_once
+from nano_vllm.kv_blocks import ScheduledSequence, Sequence
+from nano_vllm.layers import OPS, Ops, choose_ops
+from nano_vllm.model import ModelConfig
+from nano_vllm.weights import load_model
+from test_cpu_kernels import close, target
+from test_model import make, our_logits
 
-pytestmark = pytest.mark.skipif(FASTEST["cpu"] != "in_place", reason="no AVX-512 or no g++ here")
+compiled = pytest.mark.skipif(not CAN_BUILD, reason="no AVX-512 or no g++ here")
 FITTING = dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96, head_dim=16, max_position_embeddings=512)
 
 
@@ -27,9 +29,9 @@ def random_batch(draw, size, longest=70):
     width = longest // size + 1
     blocks, chunks = draw(st.permutations(range(width * len(texts)))), []
     for i, (n, m) in enumerate(texts):
-        seq = Sequence(str(i), [(7*j + i) % 90 for j in range(n)], SamplingParams(), num_computed_tokens=n - m)
+        seq = Sequence(str(i), [(7*j + i) % 90 for j in range(n)], SamplingParams())
         seq.block_table = list(blocks[i*width:(i + 1)*width])
-        chunks.append(Chunk(seq, m))
+        chunks.append(ScheduledSequence(seq, n - m, m, True))
     return make_batch(chunks, size), len(blocks)
 
 
@@ -39,12 +41,10 @@ def models(request, tmp_path_factory):
     folder, (family, changes) = tmp_path_factory.mktemp("steps"), request.param
     make(family, folder, **FITTING | changes)
     config = ModelConfig.from_folder(folder)
-    plain, ours = (load_model(folder, config, torch.float32, "cpu") for _ in range(2))
-    FORMS[None](ours)
-    assert isinstance(ours.forward, Steps)
-    return plain, ours
+    return [load_model(folder, config, torch.float32, "cpu", ops=OPS[name](target(config))) for name in ("torch", "cpu_steps")]
 
 
+@compiled
 @settings(max_examples=20, deadline=None)
 @given(data=st.data(), size=st.sampled_from([16, 32]), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_one_call_computes_what_the_model_does(data, size, dtype, models):
@@ -54,17 +54,17 @@ def test_one_call_computes_what_the_model_does(data, size, dtype, models):
     cache = torch.full((c.num_layers, 2, blocks, size, c.num_kv_heads, c.head_dim), float("nan"))
     used = torch.cat([t.repeat_interleave(size)[:n] * size + torch.arange(n) % size for t, n in zip(batch.block_tables, batch.context_lens)])
     cache.flatten(2, 3)[:, :, used] = torch.randn(c.num_layers, 2, len(used), c.num_kv_heads, c.head_dim, generator=torch.Generator().manual_seed(size))
-    caches, outs = [cache.to(dtype), cache.to(dtype)], []
+    caches, outs = [cache.to(dtype, copy=True) for _ in range(2)], []
     with torch.inference_mode():
         for model, kind, own in zip((plain, ours), (TorchAttention, InPlaceAttention), caches):
-            attend = kind(batch, own, c.head_dim**-0.5, window)
-            assert (decodes(attend) is not None) == (kind is InPlaceAttention)
-            outs.append(model(batch.token_ids, batch.positions, attend))
-    exact = dtype == torch.float32
-    torch.testing.assert_close(outs[1], outs[0], atol=1e-4 if exact else 3e-2, rtol=0 if exact else 2e-2)
-    torch.testing.assert_close(*caches, atol=1e-4 if exact else 3e-2, rtol=0 if exact else 2e-2, equal_nan=True)
+            attention = kind(batch, own, c.head_dim**-0.5, window)
+            assert (all_decodes(attention) is not None) == (kind is InPlaceAttention)
+            outs.append(model(batch.token_ids, batch.positions, attention))
+    unit = 2**-24 if dtype == torch.float32 else 2**-7   # from one number to the next, in parts of it
+    for mine, expected in (outs[::-1], caches[::-1]): close(mine.float(), expected.float(), c, 70, unit)
 
 
+@compiled
 @pytest.mark.parametrize("quantization", [None, "int8"])
 def test_the_engine_gives_the_same_tokens_call_by_call(quantization, tmp_path, monkeypatch):
     "Long prompts, which do not fit, short ones and decodes, in chunks and with shared prefixes."
@@ -74,46 +74,98 @@ def test_the_engine_gives_the_same_tokens_call_by_call(quantization, tmp_path, m
     answers = []
     for one_call in (True, False):
         llm = LLM(folder, quantization=quantization, num_kv_blocks=60, max_num_batched_tokens=320, max_model_len=400)
-        steps, calls = llm.runner.model.forward, []
-        assert isinstance(steps, Steps)
-        monkeypatch.setattr(cpu_steps, "decodes", (lambda attend: calls.append(decodes(attend)) or calls[-1]) if one_call else lambda attend: None)
+        assert llm.engine.runner.ops.run_layers is run_layers_at_once
+        found = []
+        monkeypatch.setattr(cpu_steps, "all_decodes", (lambda attention: found.append(all_decodes(attention)) or found[-1]) if one_call else lambda attention: None)
         answers.append([o["token_ids"] for o in llm.generate([dict(prompt_token_ids=p) for p in prompts], params, use_tqdm=False)])
         assert_idle(llm)
-        if one_call: assert None in calls and sum(c is not None for c in calls) > 20   # both ways were gone
+        if one_call: assert None in found and sum(f is not None for f in found) > 20   # both ways were gone
     assert answers[0] == answers[1]
 
 
+@compiled
 def test_a_long_prompt_in_pieces(tmp_path, monkeypatch):
     "Many short prompts are more tokens than the MLP takes at a time."
     make("Llama", tmp_path, **FITTING)
-    plain, ours = (load_model(tmp_path, ModelConfig.from_folder(tmp_path), torch.float32, "cpu") for _ in range(2))
-    FORMS[None](ours)
+    config = ModelConfig.from_folder(tmp_path)
+    plain, ours = (load_model(tmp_path, config, torch.float32, "cpu", ops=OPS[name](target(config))) for name in ("torch", "cpu_steps"))
     chunks = []
     for i in range(20):
         seq = Sequence(str(i), [(3*j + i) % 90 for j in range(60)], SamplingParams())
         seq.block_table = list(range(4*i, 4*i + 4))
-        chunks.append(Chunk(seq, 60))
+        chunks.append(ScheduledSequence(seq, 0, 60, True))
     batch, c = make_batch(chunks, 16), plain.config
-    assert len(batch.token_ids) > cpu_steps.PIECE
+    assert len(batch.token_ids) > MAX_MLP_TOKENS
     cache = torch.zeros(c.num_layers, 2, 80, 16, c.num_kv_heads, c.head_dim)
     with torch.inference_mode():
         a, b = (m(batch.token_ids, batch.positions, kind(batch, cache.clone(), 0.25, None))
                 for m, kind in ((plain, TorchAttention), (ours, InPlaceAttention)))
-    torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+    close(b, a, config, 60)
 
 
-@pytest.mark.parametrize("family, changes", [("Qwen3", {}), ("Llama", dict(head_dim=8)), ("Llama", dict(intermediate_size=40))])
-def test_other_models_keep_their_forward(family, changes, tmp_path):
-    "Norms on q and k; heads of 8; an MLP that no tile fits."
+@pytest.mark.parametrize("family, changes", [("Qwen3", {}), ("Llama", dict(head_dim=8)), ("Llama", dict(intermediate_size=40)), ("Llama", dict(hidden_size=72))])
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_other_models_keep_their_loop(family, changes, quantization, tmp_path):
+    "Norms on q and k; heads of 8; an MLP or a hidden size that no tile fits."
     make(family, tmp_path, **FITTING | changes)
-    model = load_model(tmp_path, ModelConfig.from_folder(tmp_path), torch.float32, "cpu")
-    FORMS[None](model)
-    assert not isinstance(model.forward, Steps)
+    config = ModelConfig.from_folder(tmp_path)
+    assert all(OPS[name](target(config, quantization=quantization)) is None for name in ("cpu_steps", "int8_steps"))
+    if quantization is None: assert choose_ops(target(config)).run_layers is Ops().run_layers
+
+
+@pytest.mark.parametrize("changes", [dict(dtype=torch.bfloat16), dict(device="cuda"), dict(tensor_parallel_size=2), dict(compile=True), {}])
+def test_where_it_suits(changes, tmp_path, monkeypatch):
+    make("Llama", tmp_path, **FITTING)
+    config = ModelConfig.from_folder(tmp_path)
+    suits = CAN_BUILD and not changes
+    for name, other, quantization in (("cpu_steps", "cpu_products", None), ("int8_steps", "int8", "int8")):
+        asked = target(config, **changes, quantization=quantization)
+        if suits: assert OPS[name](asked) == replace(OPS[other](asked), run_layers=run_layers_at_once) == choose_ops(asked)
+        elif quantization is None: assert OPS[name](asked) is None
+    if not changes:
+        monkeypatch.setattr(cpu_kernels, "CAN_BUILD", False)   # as on a CPU without AVX-512: what is left is packed
+        assert OPS["cpu_steps"](target(config)) is None
+        ops = choose_ops(target(config))
+        plain, ours = (load_model(tmp_path, config, torch.float32, "cpu", ops=o) for o in (Ops(), ops))
+        close(our_logits(ours, list(range(20))), our_logits(plain, list(range(20))), config, 20)
+
+
+@compiled
+@pytest.mark.parametrize("ops", [Ops(), Ops(linear=packed_linear)])
+def test_layers_in_other_products_go_one_by_one(ops, tmp_path):
+    "Whoever joins the call with other products, or with none, gets the loop."
+    make("Llama", tmp_path, **FITTING)
+    config = ModelConfig.from_folder(tmp_path)
+    model = load_model(tmp_path, config, torch.float32, "cpu", ops=replace(ops, run_layers=run_layers_at_once, attention=InPlaceAttention))
+    assert layer_table(model.model.layers) is None
+    seq = Sequence("0", list(range(20)), SamplingParams())
+    seq.block_table = [1, 0]
+    batch = make_batch([ScheduledSequence(seq, 0, 20, True)], 16)
+    cache = torch.zeros(config.num_layers, 2, 2, 16, config.num_kv_heads, config.head_dim)
+    with torch.inference_mode():
+        attention = InPlaceAttention(batch, cache, config.head_dim**-0.5)
+        assert all_decodes(attention) is not None
+        logits = model.compute_logits(model(batch.token_ids, batch.positions, attention))
+    assert cache.any()
+    close(logits, our_logits(load_model(tmp_path, config, torch.float32, "cpu"), list(range(20))), config, 20)
+
+
+@compiled
+def test_no_table_keeps_a_model_alive(tmp_path):
+    make("Llama", tmp_path, **FITTING)
+    config = ModelConfig.from_folder(tmp_path)
+    model = load_model(tmp_path, config, torch.float32, "cpu", ops=OPS["cpu_steps"](target(config)))
+    assert layer_table(model.model.layers) is layer_table(model.model.layers) is not None
+    gc.collect()
+    gone, size = weakref.ref(model.model.layers), len(cpu_steps.TABLES)
+    del model
+    gc.collect()
+    assert gone() is None and len(cpu_steps.TABLES) == size - 1
 
 
 def test_an_engine_is_freed(tmp_path):
     llm = LLM(tiny_folder(tmp_path, **FITTING), num_kv_blocks=8)
-    gone = weakref.ref(llm.runner.model)
+    gone = weakref.ref(llm.engine.runner.model)
     del llm
     gc.collect()
     assert gone() is None

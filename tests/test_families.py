@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from greedy_reference import hf_greedy
-from helpers import assert_idle
+from helpers import assert_idle, logits_tolerance
 from hypothesis import given, settings, strategies as st
 from nano_vllm import LLM, SamplingParams, engine
-from nano_vllm.layers import LAUNCHERS, Ranks, SwiGLU
-from nano_vllm.model import ModelConfig, checkpoint_pieces
+from nano_vllm.layers import LAUNCHERS, Ops, TensorParallelGroup, silu_and_mul
+from nano_vllm.model import ModelConfig, weight_shards
 from nano_vllm.moe import Experts, MoE, grouped_linear, route
 from nano_vllm.workbench import fetch
 from safetensors.torch import load_file, save_file
@@ -36,7 +36,7 @@ IDS = [(7*i + i*i) % 97 for i in range(23)]
 NUM_TOKENS = 12
 
 
-class ThreadRanks(Ranks):
+class ThreadGroup(TensorParallelGroup):
     "Ranks that are threads. All see the list of what each has given, once it is complete."
     def __init__(self, rank, size, given, barrier, messages):
         super().__init__(rank, size)
@@ -52,21 +52,21 @@ class ThreadRanks(Ranks):
     def all_reduce(self, x): return sum(self.exchange(x.clone()))
     def gather(self, x): return torch.cat(self.exchange(x), dim=-1)
     def minimum(self, n): return min(self.exchange(n))
-    def send(self, message):
+    def broadcast(self, message):
         for queue in self.messages[1:]: queue.put(message)
     def receive(self): return self.messages[self.rank].get(timeout=60)
-    def close(self): self.send(None)
+    def close(self): self.broadcast(None)
 
 
 def start_threads(size, device_type, target, args):
     "A launcher: the other ranks serve as threads; what breaks one breaks all."
     given, barrier, messages = [None]*size, threading.Barrier(size), [SimpleQueue() for _ in range(size)]
-    ranks = [ThreadRanks(rank, size, given, barrier, messages) for rank in range(size)]
-    def serve(rank):
-        try: engine.serve(rank, args)
+    groups = [ThreadGroup(rank, size, given, barrier, messages) for rank in range(size)]
+    def serve(group):
+        try: engine.serve_rank(group, args)
         except BaseException: barrier.abort(); raise
-    for rank in ranks[1:]: threading.Thread(target=serve, args=(rank,), daemon=True).start()
-    return ranks[0]
+    for group in groups[1:]: threading.Thread(target=serve, args=(group,), daemon=True).start()
+    return groups[0]
 
 
 def make_eager(*args, **changes):
@@ -103,12 +103,12 @@ def pair(request, saved):
         patch.setitem(LAUNCHERS, "processes", start_threads)
         llm = make_llm(folder, size)
     yield theirs, llm
-    if size > 1: llm.ranks.close()
+    if size > 1: llm.engine.runner.group.close()
 
 
 def greedy(llm, prompts, budget, **params):
     "Token ids of the answers, with at most `budget` tokens in a step."
-    llm.scheduler.budget = budget
+    llm.engine.scheduler.budget = budget
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, **params)
     outs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
     assert_idle(llm)
@@ -116,15 +116,26 @@ def greedy(llm, prompts, budget, **params):
 
 
 def logits_of_all_positions(llm, ids, budget):
-    "(answer, position -> logits): what the model runner gave for the prompt and the answer."
-    rows, execute = {}, llm.runner.execute
-    def watch(batch):
-        logits = execute(batch)
-        rows.update(zip(batch.positions[batch.logits_rows].tolist(), logits))
+    "(answer, position -> logits): what the model gave for the prompt and the answer, in whatever pieces it was asked."
+    runner, rows, wanted = llm.engine.runner, {}, []
+    model, forward, compute_logits = runner.model, runner.forward, runner.model.compute_logits
+
+    def watch_forward(batch):
+        hidden = forward(batch)
+        order = torch.cat((batch.logits_indices, batch.prompt_indices))
+        wanted[:] = batch.positions[order].tolist()
+        return hidden
+
+    def watch_logits(hidden):
+        logits = compute_logits(hidden)
+        for row in logits: rows[wanted.pop(0)] = row
         return logits
-    llm.runner.execute = watch
-    try: answer, = greedy(llm, [ids], budget, prompt_logprobs=0)
-    finally: del llm.runner.execute
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "forward", watch_forward)
+        patch.setattr(model, "compute_logits", watch_logits)
+        answer, = greedy(llm, [ids], budget, prompt_logprobs=0)
+    assert not wanted
     return answer, torch.stack([rows[p] for p in sorted(rows)])
 
 
@@ -136,7 +147,7 @@ def test_logits_and_greedy_tokens_equal_transformers(pair, request):
     for budget in (64, 7, 1):
         answer, logits = logits_of_all_positions(llm, IDS, budget)
         assert answer == expected_answer
-        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(logits, expected, rtol=0, atol=logits_tolerance(llm.engine.runner.model.config, len(logits), expected))
         worst = max(worst, float((logits - expected).abs().max()))
     print(f"{request.node.callspec.id} ranks: largest logit {expected.abs().max():.1f}, largest difference {worst:.1e}")
 
@@ -153,7 +164,7 @@ def test_a_mixture_in_processes_of_its_own(tmp_path):
     theirs = make_eager("Qwen3Moe", tmp_path, **SHAPE | EXPERTS | dict(num_key_value_heads=1))
     llm = make_llm(tmp_path, 2)
     assert greedy(llm, [IDS], 7) == [hf_greedy(theirs, IDS, NUM_TOKENS)]
-    llm.ranks.close()
+    llm.engine.runner.group.close()
 
 
 def test_the_window_is_what_the_config_says(saved):
@@ -163,8 +174,8 @@ def test_the_window_is_what_the_config_says(saved):
     assert ModelConfig.from_folder(folder).sliding_window == WINDOW
     assert ModelConfig.from_folder(saved("Mistral")[1]).sliding_window is None
     with torch.inference_mode(): a, b = (m(torch.tensor([IDS])).logits[0] for m in (theirs, plain))
-    differ = (a - b).abs().amax(-1)
-    assert differ[:WINDOW].max() < 1e-5 and differ[WINDOW:].min() > 1e-3  # the same weights
+    differ, tolerance = (a - b).abs().amax(-1), logits_tolerance(ModelConfig.from_folder(folder), len(IDS), a)
+    assert differ[:WINDOW].max() < tolerance and differ[WINDOW:].min() > 10 * tolerance  # the same weights
 
 
 # ---- mixtures of experts
@@ -174,7 +185,7 @@ def one_by_one(experts, x, chosen, weights):
     out, gate_up, down = torch.zeros(x.shape, dtype=torch.float64), experts.gate_up_proj.double(), experts.down_proj.double()
     for t in range(len(x)):
         for e, w in zip(chosen[t].tolist(), weights[t].double()):
-            out[t] += w * (down[e] @ SwiGLU()(gate_up[e] @ x[t].double()))
+            out[t] += w * (down[e] @ silu_and_mul(gate_up[e] @ x[t].double()))
     return out
 
 
@@ -190,7 +201,7 @@ def test_grouped_experts_equal_one_by_one(num_tokens, num_experts, data):
     top_k, only = data.draw(st.integers(1, num_experts)), data.draw(st.integers(1, num_experts))
     hidden, inner = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 20))
     rng = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
-    layer = random_layer(Experts, hidden, inner, num_experts, Ranks(), seed=data.draw(st.integers(0, 9)))
+    layer = random_layer(Experts, hidden, inner, num_experts, TensorParallelGroup(), seed=data.draw(st.integers(0, 9)))
     scores = torch.randn(num_tokens, num_experts, generator=rng)
     scores[:, :only] += 9  # skewed: some experts stay without a row
     x = torch.randn(num_tokens, hidden, generator=rng)
@@ -216,7 +227,7 @@ def test_a_group_without_rows_costs_nothing(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("inner", [32, 11])
 def test_experts_on_a_gpu(dtype, inner):
-    layer, x = random_layer(Experts, 64, inner, 8, Ranks()), torch.randn(50, 64)
+    layer, x = random_layer(Experts, 64, inner, 8, TensorParallelGroup()), torch.randn(50, 64)
     chosen, weights = route(torch.randn(50, 8), 3, True)
     low = layer.to("cuda", dtype)
     out = low(x.to("cuda", dtype), chosen.cuda(), weights.to("cuda", dtype)).cpu().double()
@@ -237,18 +248,18 @@ def test_route_works_in_float32():
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
-def test_ranks_sum_to_the_whole_and_their_pieces_cover_it(size):
+def test_ranks_sum_to_the_whole_and_their_shards_cover_it(size):
     "Also where there are more ranks than rows."
     c, numbers = SimpleNamespace(hidden_size=12), dict(num_experts=5, top_k=2, intermediate_size=4, normalise=True)
-    whole, x = random_layer(MoE, c, Ranks(), **numbers), torch.randn(9, 12)
-    tensors = {n: p.place.clone() for n, p in checkpoint_pieces(whole).items()}
+    whole, x = random_layer(MoE, c, TensorParallelGroup(), **numbers), torch.randn(9, 12)
+    tensors = {n: s.parameter.clone() for n, s in weight_shards(whole).items()}
     seen, total = {n: torch.zeros_like(t) for n, t in tensors.items()}, 0
     for rank in range(size):
-        part = MoE(c, Ranks(rank, size), **numbers)
-        for n, piece in checkpoint_pieces(part).items():
-            assert piece.shape == tensors[n].shape
-            piece.place.copy_(tensors[n][piece.index])
-            seen[n][piece.index] += 1
+        part = MoE(c, TensorParallelGroup(rank, size), **numbers)
+        for n, shard in weight_shards(part).items():
+            assert shard.shape == tensors[n].shape
+            shard.parameter.copy_(tensors[n][shard.index])
+            seen[n][shard.index] += 1
         total = total + part(x)
     torch.testing.assert_close(total, whole(x), atol=1e-5, rtol=1e-5)
     for n, count in seen.items(): assert torch.equal(count, torch.full_like(count, size if n.startswith("gate") else 1))

@@ -3,10 +3,9 @@ import os
 from collections import Counter
 
 import pytest
-from fuzz import run_workload
-from nano_vllm import prefix_cache
+from fuzz import plant, run_workload
 from nano_vllm.kv_blocks import BlockPool
-from nano_vllm.prefix_cache import PrefixCachingPool
+from nano_vllm.prefix_cache import KVCacheManager, PrefixCache
 from nano_vllm.scheduler import Scheduler
 
 NUM_WORKLOADS = int(os.environ.get("NANO_VLLM_FUZZ", 1500))
@@ -30,47 +29,86 @@ def caught(seeds=60):
 def test_catches_a_leak(monkeypatch):
     def free(self, seq):
         for block in seq.block_table[1:]: self.release(block)
-        seq.block_table.clear()
-        seq.num_computed_tokens = 0
-    monkeypatch.setattr(BlockPool, "free", free)
+        seq.reset()
+    monkeypatch.setattr(KVCacheManager, "free", free)
     caught()
 
 
 def test_catches_trusting_the_hash(monkeypatch):
-    monkeypatch.setattr(PrefixCachingPool, "find", lambda self, hash, parent, tokens: self.cached.get(hash))
+    monkeypatch.setattr(PrefixCache, "find", lambda self, hash, parent, tokens: self.block_of.get(hash))
     caught()
 
 
 def test_catches_ignoring_the_parent(monkeypatch):
     def find(self, hash, parent, tokens):
-        block = self.cached.get(hash)
+        block = self.block_of.get(hash)
         return block if block is not None and self.entries[block].tokens == tokens else None
-    monkeypatch.setattr(PrefixCachingPool, "find", find)
+    monkeypatch.setattr(PrefixCache, "find", find)
     caught(300)
 
 
 def test_catches_early_registration(monkeypatch):
-    start = PrefixCachingPool.start
-    def eager(self, seq, matched, spare=0):
-        ok = start(self, seq, matched, spare)
-        if ok:
-            computed, seq.num_computed_tokens = seq.num_computed_tokens, seq.num_tokens
-            self.register(seq)
-            seq.num_computed_tokens = computed
+    allocate_slots = KVCacheManager.allocate_slots
+    def eager(self, seq, num_tokens, computed_blocks=(), watermark=0):
+        begins = not seq.block_table
+        ok = allocate_slots(self, seq, num_tokens, computed_blocks, watermark)
+        if ok and begins: self.cache_blocks(seq, seq.num_tokens)
         return ok
-    monkeypatch.setattr(PrefixCachingPool, "start", eager)
+    monkeypatch.setattr(KVCacheManager, "allocate_slots", eager)
     caught()
 
 
 def test_catches_a_stalled_decode(monkeypatch):
-    continue_running = Scheduler.continue_running
+    schedule_running = Scheduler.schedule_running
     def forget_the_youngest(self):
-        work = continue_running(self)
-        return work[:-1] or work
-    monkeypatch.setattr(Scheduler, "continue_running", forget_the_youngest)
+        scheduled = schedule_running(self)
+        return scheduled[:-1] or scheduled
+    monkeypatch.setattr(Scheduler, "schedule_running", forget_the_youngest)
     caught()
 
 
 def test_catches_forgotten_eviction(monkeypatch):
-    monkeypatch.setattr(PrefixCachingPool, "allocate", BlockPool.allocate)
+    monkeypatch.setattr(KVCacheManager, "new_block", lambda self: self.pool.allocate())
     caught()
+
+
+PLANTED = {
+    "a placeholder that stays": (Scheduler, "update", "num_output_placeholders -= 1", "num_output_placeholders -= 0"),
+    "a token too few behind a window": (KVCacheManager, "free_behind_window", "computed_tokens + 1 -", "computed_tokens + 2 -"),
+    "a block too many behind a window": (KVCacheManager, "free_behind_window", "last = min(unseen // self.block_size",
+                                         "last = min(unseen // self.block_size + 1"),
+    "a block behind a window that is not noted": (KVCacheManager, "free_behind_window", "num_released_blocks = i + 1",
+                                                  "num_released_blocks = i"),
+    "a block behind a window that nobody filled": (KVCacheManager, "free_behind_window", ", len(seq.cache_entries))", ", 2**62)"),
+    "blocks behind a window are given back twice": (KVCacheManager, "free", "seq.block_table[seq.num_released_blocks:]",
+                                                    "seq.block_table"),
+    "kept blocks first": (BlockPool, "free", "if not keep", "if keep"),
+    "no block first": (BlockPool, "free", "if not keep", "if False"),
+    "findable blocks are released as if they were not": (KVCacheManager, "release", "is not None", "is None"),
+    "what gives way keeps its place": (KVCacheManager, "cache_blocks", "self.pool.put_first(replaced)", "pass"),
+    "put_first puts last": (BlockPool, "put_first", "last=False", "last=True"),
+    "a pending block is never done": (KVCacheManager, "cache_blocks", "if self.pending.get(hash) is seq: del self.pending[hash]",
+                                      "pass"),
+    "a pending block of a sequence that is gone": (KVCacheManager, "free", "if self.pending.get(hash) is seq: del self.pending[hash]",
+                                                   "pass"),
+    "revived blocks count as free": (KVCacheManager, "allocate_slots", "missing + revived + watermark", "missing + watermark"),
+    "a whole prompt is found": (KVCacheManager, "get_computed_blocks", "(seq.num_tokens - 1)", "(seq.num_tokens)"),
+    "touched blocks stay free": (BlockPool, "touch", "del self.free_blocks[block]", "pass"),
+    "over budget": (Scheduler, "schedule_running", "budget - reserved)", "budget)"),
+    "a preempted sequence is forgotten": (Scheduler, "preempt_until_fits", "self.waiting[newest] = None", "return False"),
+    "a preempted sequence keeps its blocks": (Scheduler, "preempt_until_fits", "self.remove(newest)", "pass"),
+    "an ended sequence keeps its blocks": (Scheduler, "finish", "self.remove(seq)", "pass"),
+    "admission into a pool that is full": (Scheduler, "schedule_waiting", "watermark=len(self.running)", "watermark=-1"),
+    "a token for one that has ended": (Scheduler, "update", "if s.seq.finish_reason is None: ", ""),
+}
+
+
+@pytest.mark.parametrize("owner, name, old, new", PLANTED.values(), ids=PLANTED)
+def test_catches(monkeypatch, owner, name, old, new):
+    plant(monkeypatch, owner, name, old, new)
+    caught(400)
+
+
+def test_catches_nothing_where_nothing_is_planted(monkeypatch):
+    for owner, name, old, _ in PLANTED.values(): plant(monkeypatch, owner, name, old, old)
+    for seed in range(60): run_workload(seed)

@@ -1,19 +1,27 @@
 """Recorded decode steps: the tokens of eager ones, for every batch size, from static tensors alone.
 
-The recorder is a stand-in that remembers the step and calls it again; Triton's kernels run in the interpreter."""
+The recorder is a stand-in that remembers the step and calls it again; Triton's kernels run in the interpreter. The block tables of the
+device are its own, as they are on a GPU."""
+import gc
 import random
+import weakref
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
 from helpers import tiny_folder
-from nano_vllm import LLM, SamplingParams
-from nano_vllm.attention import TorchAttention, make_batch
-from nano_vllm.kv_blocks import BlockPool, Chunk, Sequence
-from nano_vllm.layers import Ranks
-from nano_vllm.model_runner import GRAPHS, RECORDERS, TABLE, DecodeGraphs, GpuRecorder, ModelRunner, bucket_sizes
-from test_model_runner import make_config, make_runner
+from nano_vllm import LLM, SamplingParams, engine as engine_module
+from nano_vllm.attention import TorchAttention
+from nano_vllm.cuda_graphs import SEQ_LEN, TEMPERATURE, DecodeGraphs, GpuRecorder, bucket_sizes, make_graphs
+from nano_vllm.kv_blocks import ScheduledSequence, SchedulerOutput, Sequence
+from nano_vllm.layers import Ops, TensorParallelGroup
+from nano_vllm.model import ModelConfig
+from nano_vllm.model_runner import ModelRunner
+from nano_vllm.weights import load_model
 
 triton_attention = pytest.importorskip("nano_vllm.triton_attention")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a stand-in for the GPU")
@@ -32,50 +40,90 @@ class StandIn:
         return lambda: (self.replayed.append(step.args[0]), step())
 
 
-@pytest.fixture
-def recorder(monkeypatch):
-    "The stand-in, and the graphs of chapter 08, which send everything in every step (the others: test_rows.py)."
-    monkeypatch.setitem(RECORDERS, "cpu", StandIn)
-    monkeypatch.setitem(GRAPHS, "decode", DecodeGraphs)
-    return StandIn
+def make_config(**changed):
+    shape = dict(vocab_size=37, hidden_size=24, intermediate_size=40, num_layers=1, num_heads=6, num_kv_heads=2,
+                 head_dim=10, rms_norm_eps=1e-5, max_position=64,
+                 rope=dict(rope_type="default", rope_theta=100.0, original_max_position_embeddings=64))
+    return ModelConfig(**(shape | changed))
 
 
-def graph_runner(max_num_seqs=5, max_len=40, **changes):
+def make_model(config, attention=triton_attention.TritonAttention):
+    "A model with random weights, not too small ones, on a CPU."
+    model = load_model("unused", config, torch.float32, torch.device("cpu"), "dummy", ops=Ops(attention=attention))
+    rng = torch.Generator().manual_seed(1)
+    for p in model.parameters(): p.normal_(1.0 if p.dim() == 1 else 0.0, 0.3, generator=rng)
+    return model
+
+
+def own_tables(runner):
+    "Let the device have block tables of its own, as a GPU has."
+    runner.input_batch.device.block_tables = runner.input_batch.device.block_tables.clone()
+    return runner
+
+
+def graph_runner(max_num_seqs=5, max_len=40, recorder=None, **changes):
     "Two equal runners, one of them with recorded steps."
-    config = make_config(num_layers=1, **changes)
-    eager = make_runner(triton_attention.TritonAttention, config, num_blocks=60)
-    graphs = ModelRunner(eager.model, triton_attention.TritonAttention, 60, 4, max_num_seqs=max_num_seqs)
-    graphs.capture_graphs(max_len)
+    eager = ModelRunner(make_model(make_config(**changes)), 60, 4, max_num_seqs, max_len)
+    graphs = own_tables(ModelRunner(eager.model, 60, 4, max_num_seqs, max_len))
+    graphs.graphs = make_graphs(graphs, max_len, recorder or StandIn())
     return eager, graphs
 
 
 def sequences(n, rng, vary):
     "`n` sequences with blocks for 20 tokens, prompts of 1 to 9."
-    pool, seqs = BlockPool(60, 4), []
+    blocks, seqs = list(range(60)), []
     for i in range(n):
         seqs.append(Sequence(str(i), [rng.randrange(37) for _ in range(rng.randint(1, 9))], SamplingParams(**vary(i)),
-                             seed=rng.getrandbits(62), stop_token_ids={1, 2}))
-    for seq in rng.sample(seqs, n): assert pool.grow(seq, 20)
+                             seed=rng.getrandbits(62), stop_token_ids=frozenset({1, 2})))
+    for seq in rng.sample(seqs, n): seq.block_table = [blocks.pop(0) for _ in range(5)]
     return seqs
 
 
-def run(runner, seqs, steps=3, before=lambda: None):
-    for seq in seqs: seq.num_computed_tokens, seq.output_token_ids = 0, []
+def schedule(runner, seqs, removed=()):
+    "The step in which each of `seqs` computes all that it has not, known or not, and samples."
+    scheduled = []
+    for seq in seqs:
+        known = seq.num_tokens + seq.num_output_placeholders
+        scheduled.append(ScheduledSequence(seq, seq.num_computed_tokens, known - seq.num_computed_tokens, samples=True))
+        seq.num_computed_tokens = known
+        seq.num_output_placeholders += 1
+    scheduled.sort(key=lambda s: s.seq not in runner.input_batch.row_of)     # who is admitted stands at the end
+    num_admitted = sum(s.seq not in runner.input_batch.row_of for s in scheduled)
+    return SchedulerOutput(tuple(scheduled), num_admitted, tuple(removed))
+
+
+def receive(handle):
+    "Let the sequences of a step have their tokens."
+    for s, token in zip(handle.output.sampled, handle.result().token_ids):
+        s.seq.num_output_placeholders -= 1
+        s.seq.output_token_ids.append(token)
+
+
+def forget(runner, seqs):
+    "Back to the prompts, and to a runner that knows nobody."
+    runner.clear()
+    for seq in seqs: seq.num_computed_tokens, seq.num_output_placeholders, seq.output_token_ids = 0, 0, []
+
+
+def run(runner, seqs, steps=3, before=lambda: None, in_flight=1):
+    "The output tokens of each, `in_flight` steps being asked for before the first one's tokens are known."
+    forget(runner, seqs)
+    handles = []
     for step in range(steps):
-        work = [Chunk(seq, seq.num_tokens - seq.num_computed_tokens) for seq in seqs]
         before()
-        for seq, token in zip(seqs, runner.sample(make_batch(work, 4), seqs).tolist()):
-            seq.num_computed_tokens = seq.num_tokens
-            seq.output_token_ids.append(token)
+        handles.append(runner.execute(schedule(runner, seqs)))
+        if len(handles) >= in_flight: receive(handles.pop(0))
+    for handle in handles: receive(handle)
     return [list(seq.output_token_ids) for seq in seqs]
 
 
 @torch.inference_mode()
 def poison(graphs):
     "Legal values, all wrong, in every tensor that a step must fill in."
-    graphs.rows[:, :TABLE] = torch.tensor([3, 30, 5, 5, torch.tensor(50.).view(torch.int32)])
-    graphs.rows[:, TABLE:] = 59
+    graphs.fields[:] = torch.tensor([3, 30, 5, 5, torch.tensor(50.).view(torch.int32)])[:, None]
+    for metadata in graphs.metadata.values(): metadata.slot_mapping.fill_(59), metadata.context_lens.fill_(7)
     graphs.logits.fill_(torch.nan)
+    graphs.forget()
 
 
 PLAIN = [dict(temperature=0), dict(temperature=1), dict(temperature=.6), dict(temperature=0, stop="x")]
@@ -89,32 +137,35 @@ def test_every_batch_size_has_a_bucket(largest):
     for n in range(1, largest + 1): assert min(s for s in sizes if s >= n) - n < 8
 
 
+@pytest.mark.parametrize("in_flight", [1, 2])
 @pytest.mark.parametrize("changes", [{}, dict(sliding_window=6), dict(num_heads=3, num_kv_heads=3, tied=True)], ids=str)
-def test_graph_equals_eager_at_every_batch_size(recorder, changes):
-    eager, graphs = graph_runner(**changes)
-    used = recorder.made[-1]
+def test_graph_equals_eager_at_every_batch_size(changes, in_flight):
+    used = StandIn()
+    eager, graphs = graph_runner(recorder=used, **changes)
     assert used.recorded == [5, 4, 2, 1]                    # the largest first
     for n in range(1, 6):
         rng = random.Random(n)
         seqs = sequences(n, rng, lambda i: rng.choice(PLAIN))
         expected, before = run(eager, seqs), len(used.replayed)
-        assert run(graphs, seqs, before=lambda: poison(graphs.graphs)) == expected
+        wrong = partial(poison, graphs.graphs) if in_flight == 1 else lambda: None    # else a token would be lost
+        assert run(graphs, seqs, before=wrong, in_flight=in_flight) == expected
         replays = used.replayed[before:]
         assert 2 <= len(replays) <= 3 and set(replays) == {min(s for s in (1, 2, 4, 5) if s >= n)}
         torch.testing.assert_close(graphs.kv_cache, eager.kv_cache)
 
 
-def test_rows_that_ask_for_more_are_sampled_outside(recorder):
-    eager, graphs = graph_runner()
+def test_rows_that_ask_for_more_are_sampled_outside():
+    used = StandIn()
+    eager, graphs = graph_runner(recorder=used)
     for seed in range(3):
         rng = random.Random(seed)
         seqs = sequences(rng.randint(2, 5), rng, lambda i: rng.choice(MORE))
-        expected, before = run(eager, seqs), len(recorder.made[-1].replayed)
+        expected, before = run(eager, seqs), len(used.replayed)
         assert run(graphs, seqs, before=lambda: poison(graphs.graphs)) == expected
-        assert len(recorder.made[-1].replayed) - before >= 2
+        assert len(used.replayed) - before >= 2
 
 
-def test_padding_writes_nothing(recorder):
+def test_padding_writes_nothing():
     _, graphs = graph_runner()
     seqs = [seq for seq in sequences(4, random.Random(0), lambda i: {}) if 0 not in seq.block_table]
     assert len(seqs) == 3      # in the bucket of 4; block 0 is where the padded row would write, were it not for slot -1
@@ -125,47 +176,76 @@ def test_padding_writes_nothing(recorder):
     assert written == sorted(mine)
 
 
-def test_the_logits_of_a_step_outlive_the_next(recorder):
+def test_the_results_of_a_step_outlive_the_next():
+    "Ids and log-probabilities that are read after other steps have overwritten what they came from."
     eager, graphs = graph_runner()
-    seqs = sequences(3, random.Random(1), lambda i: dict(temperature=0))
-    run(graphs, seqs, steps=1), run(eager, seqs, steps=1)
-    batch = make_batch([Chunk(seq, 1) for seq in seqs], 4)
-    kept, expected = graphs.execute(batch), eager.execute(batch)
-    poison(graphs.graphs)
-    torch.testing.assert_close(kept, expected)
+    seqs = sequences(3, random.Random(1), lambda i: dict(temperature=0, logprobs=3))
+    found = []
+    for runner in (eager, graphs):
+        forget(runner, seqs)
+        handles = [runner.execute(schedule(runner, seqs)) for _ in range(3)]
+        if runner is graphs: poison(graphs.graphs)
+        results = [handle.result() for handle in handles]
+        found.append(([r.token_ids for r in results], [[(t, x.rank) for e in r.logprobs for t, x in e.items()] for r in results],
+                      torch.tensor([[x.logprob for e in r.logprobs for x in e.values()] for r in results])))
+    assert found[0][:2] == found[1][:2]
+    torch.testing.assert_close(found[0][2], found[1][2])
 
 
-def test_the_last_tokens_feed_the_next_step(recorder):
-    "A batch that names rows of the last step gives what the tokens themselves give, eager and recorded, in another order."
+def test_the_last_tokens_feed_the_next_step():
+    "A step that names the tokens of the last one by their rows gives what the tokens themselves give, eager and recorded; in other rows."
     for runner in graph_runner():
-        seqs = sequences(4, random.Random(2), lambda i: dict(temperature=.8))
-        run(runner, seqs, steps=2)
-        again, rows = [seqs[i] for i in (2, 0, 3)], (2, 0, 3)
-        tokens = [seq.output_token_ids[-1] for seq in again]
-        for seq, row in zip(again, rows): seq.output_token_ids[-1] = -1 - row
-        named = runner.execute(make_batch([Chunk(s, 1) for s in again], 4))
-        for seq, token in zip(again, tokens): seq.output_token_ids[-1] = token
-        torch.testing.assert_close(named, runner.execute(make_batch([Chunk(s, 1) for s in again], 4)))
+        found = []
+        for known in (True, False):
+            seqs = sequences(4, random.Random(2), lambda i: dict(temperature=.8))
+            run(runner, seqs, steps=2)
+            handles = []
+            for chosen, removed in ((seqs[:3], ()), (seqs, ()), ([seqs[i] for i in (3, 0, 2)], [seqs[1]]), ([seqs[2], seqs[3]], ()), ([seqs[0], seqs[3]], [])):
+                handles.append(runner.execute(schedule(runner, chosen, removed)))
+                if known: receive(handles[-1])
+            found.append([handle.result().token_ids for handle in handles])
+        assert found[0] == found[1]
 
 
-def test_static_tensors_stay_where_they_are(recorder):
+def test_static_tensors_stay_where_they_are():
     _, graphs = graph_runner()
-    def addresses(): return [x.data_ptr() for x in (*(v for v in vars(graphs.graphs).values() if isinstance(v, torch.Tensor)), graphs.last_ids)]
+    def addresses():
+        held = [*vars(graphs.graphs).values(), *vars(graphs.input_batch.device).values(),
+                *(x for m in graphs.graphs.metadata.values() for x in (*vars(m).values(), *m.splits))]
+        return [x.data_ptr() for x in held if isinstance(x, torch.Tensor)]
     before = addresses()
     run(graphs, sequences(5, random.Random(3), lambda i: {}))
-    assert addresses() == before
+    assert addresses() == before and len(before) > 30
 
 
-def test_nothing_is_recorded_where_it_cannot_work(recorder):
-    def recorded(backend, ranks=Ranks(), **changes):
-        runner = make_runner(backend, make_config(**changes))
-        runner.ranks, runner.last_ids = ranks, runner.last_ids[:2]
-        runner.capture_graphs(40)
-        return runner.graphs is not None
-    assert recorded(triton_attention.TritonAttention)
-    assert not recorded(TorchAttention) and not recorded(triton_attention.TritonAttention, Ranks(0, 2))
-    del RECORDERS["cpu"]
-    assert not recorded(triton_attention.TritonAttention)
+def test_splits_have_one_memory_for_all_sizes():
+    _, graphs = graph_runner()
+    assert len({id(m.splits) for m in graphs.graphs.metadata.values()}) == 1
+
+
+def test_a_step_with_more_splits_than_there_is_memory_for_is_eager(monkeypatch):
+    "Room is made by the size of the cache, and not for as many texts of full length as there are rows."
+    used = StandIn()
+    eager, graphs = graph_runner(recorder=used)
+    metadata = graphs.graphs.metadata
+    assert all(m.capacity == n for n, m in metadata.items())     # of 40 tokens there is one split
+    seqs = sequences(4, random.Random(0), lambda i: {})
+    expected = run(eager, seqs)
+    metadata[4].capacity = 3
+    before = len(used.replayed)
+    assert run(graphs, seqs) == expected and len(used.replayed) == before
+    _, graphs = graph_runner(max_len=4096, max_position=4096)
+    assert [m.capacity for m in graphs.graphs.metadata.values()] == [5 + 7, 4 + 7, 2 + 7, 1 + 7]    # 8 * 240 slots / 256
+
+
+def test_nothing_is_recorded_where_it_cannot_work():
+    def recorded(attention=triton_attention.TritonAttention, group=TensorParallelGroup(), recorder=StandIn, mlp=None):
+        runner = ModelRunner(make_model(make_config(), attention), 16, 4, 2, 40)
+        runner.group, runner.model.config = group, replace(runner.model.config, mlp=mlp)
+        return make_graphs(runner, 40, recorder and recorder()) is not None
+    assert recorded()
+    assert not recorded(attention=TorchAttention) and not recorded(group=TensorParallelGroup(0, 2))
+    assert not recorded(mlp=len) and not recorded(recorder=None)
 
 
 def test_a_gpu_records_after_a_first_run(monkeypatch):
@@ -186,7 +266,7 @@ def test_a_gpu_records_after_a_first_run(monkeypatch):
     assert events[-1] == "replay"
 
 
-def test_steps_run_on_the_runners_own_device(recorder, monkeypatch):
+def test_steps_run_on_the_runners_own_device(monkeypatch):
     "An engine on cuda:1 launches there, whatever the current device: when it records, and when it computes eagerly."
     current = []
     @contextmanager
@@ -198,20 +278,34 @@ def test_steps_run_on_the_runners_own_device(recorder, monkeypatch):
     eager, graphs = graph_runner()
     def watch(runner):
         "Does every launch of attention, from here on, happen on the device of the runner's cache?"
-        seen, backend = [], runner.backend
-        class Watched(backend):
+        seen = []
+        class Watched(runner.ops.attention):
             def __call__(self, *args):
                 seen.append(current == [runner.kv_cache.data_ptr()])
                 return super().__call__(*args)
-        runner.backend = Watched
+        runner.ops = replace(runner.ops, attention=Watched)
         return seen
     seen = watch(eager)
     run(eager, sequences(2, random.Random(0), lambda i: {}))
     assert seen and all(seen)
     seen = watch(graphs)
-    graphs.capture_graphs(40)
+    make_graphs(graphs, 40, StandIn())
     assert seen and all(seen)
     assert not current
+
+
+def test_a_runner_goes_when_nobody_wants_it():
+    "Graphs do not hold the runner that holds them, which would keep its memory until a garbage collection."
+    class Nothing:
+        def record(self, step): return None
+    _, graphs = graph_runner(recorder=Nothing())
+    gc.collect()
+    gc.disable()
+    try:
+        gone = weakref.ref(graphs.graphs)
+        del graphs
+        assert gone() is None
+    finally: gc.enable()
 
 
 # ---- the engine
@@ -220,27 +314,45 @@ def test_steps_run_on_the_runners_own_device(recorder, monkeypatch):
 def folder(tmp_path_factory): return tiny_folder(tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.fixture
+def recorder(monkeypatch):
+    "Engines on a CPU record by the stand-in, and their device has block tables of its own."
+    def stand_in(runner, max_model_len): return make_graphs(own_tables(runner), max_model_len, StandIn())
+    monkeypatch.setattr(engine_module, "make_graphs", stand_in)
+    return StandIn
+
+
 def test_the_engine_with_graphs_in_both_loops(recorder, folder, capsys):
     options = dict(num_kv_blocks=20, attention_backend="triton", max_num_seqs=3, max_model_len=64, block_size=16)
     params = [SamplingParams(temperature=t, seed=i, max_tokens=3 + i % 3, ignore_eos=True, **more)
               for i, (t, more) in enumerate([(0, {}), (1, {}), (.7, dict(top_k=9)), (.9, {}), (0, dict(logprobs=1))])]
     prompts = ["A cat", "A dog and", "The", "One two", "Once"]
     eager = LLM(folder, enforce_eager=True, **options)
-    assert eager.runner.graphs is None
+    assert eager.engine.runner.graphs is None
     expected = [o["token_ids"] for o in eager.generate(prompts, params, use_tqdm=False)]
-    for overlap in (False, True):
-        llm = LLM(folder, overlap=overlap, **options)
-        assert "recording graphs" in capsys.readouterr().err and sorted(llm.runner.graphs.replay) == [1, 2, 3]
+    for ahead in (False, True):
+        llm = LLM(folder, async_scheduling=ahead, **options)
+        assert "recording graphs" in capsys.readouterr().err and sorted(llm.engine.runner.graphs.replay) == [1, 2, 3]
         assert [o["token_ids"] for o in llm.generate(prompts, params, use_tqdm=False)] == expected
         assert len(recorder.made[-1].replayed) > 3
 
 
-def test_the_bite_a_forgotten_input(recorder, monkeypatch):
+def test_the_bite_a_forgotten_input(monkeypatch):
     "The poison shows: leave one input out, and the tokens differ."
+    eager, graphs = graph_runner()
+    seqs = sequences(5, random.Random(0), lambda i: dict(temperature=i / 3))
+    expected = run(eager, seqs)
+    send = graphs.graphs.send
+    for left_out in range(SEQ_LEN, TEMPERATURE + 1):
+        monkeypatch.setattr(graphs.graphs, "send", lambda changes: send(changes[:, changes[0] != left_out]))
+        assert run(graphs, seqs, before=lambda: poison(graphs.graphs)) != expected
+
+
+def test_the_bite_a_forgotten_block():
     eager, graphs = graph_runner()
     seqs = sequences(5, random.Random(0), lambda i: dict(temperature=0))
     expected = run(eager, seqs)
-    @torch.inference_mode()
-    def write(wanted): graphs.graphs.rows[:len(wanted), :TABLE] = wanted[:, :TABLE]
-    monkeypatch.setattr(graphs.graphs, "write", write)
-    assert run(graphs, seqs, before=lambda: poison(graphs.graphs)) != expected
+    assert run(graphs, seqs) == expected
+    graphs.input_batch.send_new_cells = graphs.input_batch.new_cells.clear
+    graphs.input_batch.device.block_tables.fill_(59)
+    assert run(graphs, seqs) != expected

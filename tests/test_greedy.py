@@ -127,7 +127,7 @@ def test_the_same_with(options, hf):
     llm = make_llm(**options)
     outs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
     check(outs, hf)
-    assert llm.scheduler.num_preemptions == 0
+    assert llm.engine.scheduler.num_preemptions == 0
     if not options.get("enable_prefix_caching", True): assert not any(out.num_cached_tokens for out in outs)
     assert_idle(llm)
 
@@ -135,8 +135,8 @@ def test_the_same_with(options, hf):
 def test_the_same_after_preemptions(hf):
     llm = make_llm(num_tokens=1600)  # the longest needs 1,563 of them
     check(llm.generate(PROMPTS, GREEDY, use_tqdm=False), hf)
-    print(f"{llm.scheduler.num_preemptions} preemptions")
-    assert llm.scheduler.num_preemptions > 0
+    print(f"{llm.engine.scheduler.num_preemptions} preemptions")
+    assert llm.engine.scheduler.num_preemptions > 0
     assert_idle(llm)
 
 
@@ -146,7 +146,7 @@ def test_the_same_with_everything_scarce(hf):
     indices = [26, 27, *range(4, 16, 2)]
     outs = llm.generate([PROMPTS[i] for i in indices], replace(GREEDY, max_tokens=24), use_tqdm=False)
     check(outs, hf, indices, num_tokens=24)
-    assert llm.scheduler.num_preemptions > 0
+    assert llm.engine.scheduler.num_preemptions > 0
     assert_idle(llm)
 
 

@@ -48,8 +48,9 @@ def test_arrivals_are_seeded_and_all_at_once_at_an_infinite_rate():
 # ---- the loop, on an engine whose steps take one second of a clock of ours
 
 class Toy:
-    "Gives each request a token in every step; a step takes a second."
+    "An LLM, its engine and its input processor: gives each request a token in every step; a step takes a second."
     def __init__(self, monkeypatch):
+        self.engine = self.input_processor = self
         self.now, self.requests, self.slept = 0.0, {}, []
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: self.now, sleep=self.sleep))
 
@@ -83,7 +84,7 @@ def test_a_clock_starts_at_the_arrival_and_not_when_the_loop_looks(monkeypatch):
 def test_a_step_that_fails_leaves_nothing_behind(llm, monkeypatch):
     def step(): raise KeyboardInterrupt
     with monkeypatch.context() as m:
-        m.setattr(llm, "step", step)
+        m.setattr(llm.engine, "step", step)
         with pytest.raises(KeyboardInterrupt): serve(llm, works(3), [0, 0, 100])
     assert_idle(llm)
 

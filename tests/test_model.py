@@ -1,10 +1,13 @@
 """model: tiny random models built by transformers, and the demo model, against transformers' logits."""
 import json
+from dataclasses import replace
+
 import pytest
 import torch
-from helpers import checkpoint_views
-from nano_vllm.model import ARCHITECTURES, Decoder, ModelConfig, rope_settings
-from nano_vllm.weights import load_model
+from helpers import logits_tolerance, rounding_tolerance, weight_views
+from nano_vllm.layers import Ops, TensorParallelGroup, silu_and_mul
+from nano_vllm.model import ARCHITECTURES, Decoder, ModelConfig, PlainAttention, rope_settings
+from nano_vllm.weights import empty_model, load_model
 from nano_vllm.workbench import fetch
 
 TINY = dict(vocab_size=97, hidden_size=48, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3,
@@ -49,29 +52,37 @@ def make(family, folder, rope=None, **changes):
     return model
 
 
-def attend_plain(q, k, v, layer):
-    "Causal attention of one sequence, q (N, heads, d), k and v (N, kv_heads, d), by the textbook formula."
-    n, heads, d = q.shape
-    k, v = (t.repeat_interleave(heads // k.shape[1], dim=1) for t in (k, v))
-    scores = torch.einsum("qhd,khd->hqk", q, k) * d**-0.5
-    scores = scores.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), float("-inf"))
-    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
+class FormulaAttention:
+    "Causal attention of one whole text by the textbook formula, written apart from the package's; notes what it is given."
+    def __init__(self): self.seen = []
+
+    def store(self, k, v, layer):
+        self.k, self.v = k, v
+        self.seen.append((layer, tuple(k.shape), tuple(v.shape)))
+
+    def __call__(self, q, layer):
+        self.seen.append((layer, tuple(q.shape)))
+        n, heads, d = q.shape
+        k, v = (t.repeat_interleave(heads // t.shape[1], dim=1) for t in (self.k, self.v))
+        scores = torch.einsum("qhd,khd->hqk", q, k) * d**-0.5
+        scores = scores.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), float("-inf"))
+        return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
 
 
 @torch.inference_mode()
 def our_logits(model, ids):
     ids = torch.as_tensor(ids)
-    return model.compute_logits(model(ids, torch.arange(len(ids)), attend_plain))
+    return model.compute_logits(model(ids, torch.arange(len(ids)), FormulaAttention()))
 
 
 @torch.inference_mode()
-def check(theirs, folder, num_tokens, atol=1e-4):
+def check(theirs, folder, num_tokens):
     config = ModelConfig.from_folder(folder)
     ours = load_model(folder, config, torch.float32, "cpu")
     ids = torch.randint(0, config.vocab_size, (num_tokens,), generator=torch.Generator().manual_seed(1))
     expected, logits = theirs(ids[None]).logits[0], our_logits(ours, ids)
     assert logits.shape == (num_tokens, config.vocab_size) and expected.std() > 0.1
-    torch.testing.assert_close(logits, expected, rtol=0, atol=atol)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=logits_tolerance(config, num_tokens, expected))
     return config
 
 
@@ -174,25 +185,30 @@ def test_tokens_are_independent_of_their_companions(tmp_path):
     make("Qwen3", tmp_path)
     model = load_model(tmp_path, ModelConfig.from_folder(tmp_path), torch.float32, "cpu")
     a, b = torch.arange(9), torch.arange(40, 45)
-    def attend_both(q, k, v, layer):
-        return torch.cat([attend_plain(q[:9], k[:9], v[:9], layer), attend_plain(q[9:], k[9:], v[9:], layer)])
+
+    class BothAttention:
+        def __init__(self): self.first, self.second = FormulaAttention(), FormulaAttention()
+        def store(self, k, v, layer):
+            self.first.store(k[:9], v[:9], layer)
+            self.second.store(k[9:], v[9:], layer)
+        def __call__(self, q, layer): return torch.cat((self.first(q[:9], layer), self.second(q[9:], layer)))
+
     positions = torch.cat((torch.arange(9), torch.arange(5)))
-    with torch.inference_mode(): both = model.compute_logits(model(torch.cat((a, b)), positions, attend_both))
-    torch.testing.assert_close(both[:9], our_logits(model, a), rtol=0, atol=1e-5)
-    torch.testing.assert_close(both[9:], our_logits(model, b), rtol=0, atol=1e-5)
+    with torch.inference_mode(): both = model.compute_logits(model(torch.cat((a, b)), positions, BothAttention()))
+    tolerance = logits_tolerance(model.config, 9, both)
+    torch.testing.assert_close(both[:9], our_logits(model, a), rtol=0, atol=tolerance)
+    torch.testing.assert_close(both[9:], our_logits(model, b), rtol=0, atol=tolerance)
 
 
-def test_attend_sees_each_layer_once_and_no_input_is_written(tmp_path):
+def test_attention_sees_each_layer_once_and_no_input_is_written(tmp_path):
     make("Llama", tmp_path)
     model = load_model(tmp_path, ModelConfig.from_folder(tmp_path), torch.float32, "cpu")
-    seen = []
-    def attend(q, k, v, layer):
-        seen.append((layer, tuple(q.shape), tuple(k.shape), tuple(v.shape)))
-        return attend_plain(q, k, v, layer)
+    attention = FormulaAttention()
     ids, positions = torch.tensor([3, 1, 4]), torch.arange(3)
     params = {n: p.clone() for n, p in model.named_parameters()}
-    with torch.inference_mode(): hidden = model(ids, positions, attend)
-    assert seen == [(i, (3, 3, 10), (3, 1, 10), (3, 1, 10)) for i in range(2)] and hidden.shape == (3, 48)
+    with torch.inference_mode(): hidden = model(ids, positions, attention)
+    each = [[(i, (3, 1, 10), (3, 1, 10)), (i, (3, 3, 10))] for i in range(2)]
+    assert attention.seen == each[0] + each[1] and hidden.shape == (3, 48)
     assert ids.tolist() == [3, 1, 4] and positions.tolist() == [0, 1, 2]
     for n, p in model.named_parameters(): assert torch.equal(p, params[n])
 
@@ -200,7 +216,7 @@ def test_attend_sees_each_layer_once_and_no_input_is_written(tmp_path):
 @pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
 def test_checkpoint_names_are_transformers_names(family, tmp_path):
     theirs = make(family, tmp_path, attention_bias=True)
-    views = checkpoint_views(Decoder(ModelConfig.from_folder(tmp_path)))
+    views = weight_views(Decoder(ModelConfig.from_folder(tmp_path)))
     assert {n: tuple(v.shape) for n, v in views.items()} == {n: tuple(p.shape) for n, p in theirs.state_dict().items()}
 
 
@@ -216,3 +232,127 @@ def test_demo_model_equals_transformers():
     logits = our_logits(load_model(path, config, torch.float32, "cpu"), ids)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-3)
     assert torch.equal(logits.argmax(-1), expected.argmax(-1)) and config.eos_token_ids == {2}
+
+
+# ---- PlainAttention, the package's own oracle
+
+@pytest.mark.parametrize("window", [None, 1, 3, 50])
+def test_plain_attention_equals_the_formula(window):
+    q, k, v = (torch.randn(9, heads, 8, generator=torch.Generator().manual_seed(heads)) for heads in (6, 2, 2))
+    attention, expected = PlainAttention(8**-0.5, window), torch.zeros_like(q)
+    for token in range(9):
+        seen = range(max(0, token + 1 - (window or 9)), token + 1)
+        for head in range(6):
+            weights = (k[seen, head // 3] @ q[token, head] * 8**-0.5).softmax(0)
+            expected[token, head] = weights @ v[seen, head // 3]
+    attention.store(k, v, 0)
+    torch.testing.assert_close(attention(q, 0), expected, rtol=0, atol=rounding_tolerance(8 + 9 + 9, float(v.abs().max())))
+
+
+# ---- Ops: handed down at construction
+
+TINY_CONFIG = ModelConfig(vocab_size=31, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
+                          rms_norm_eps=1e-5, rope=dict(rope_theta=10000.0), max_position=64, qk_norm=True)
+IDS = torch.tensor([3, 1, 4, 1, 5, 9, 2])
+
+
+class Product:
+    "A product with `weight`, held apart from the model."
+    def __init__(self, weight, calls):
+        self.weight, self.calls = weight, calls
+
+    def __call__(self, x, bias):
+        self.calls.append(("linear", tuple(self.weight.shape)))
+        return torch.nn.functional.linear(x, self.weight, bias)
+
+
+def noting(calls):
+    "Ops that compute as the plain ones do, and note that they did."
+    def note(name):
+        plain = getattr(Ops(), name)
+        def op(*args, **kwargs):
+            calls.append((name,))
+            return plain(*args, **kwargs)
+        return op
+    return Ops(linear=lambda weight: Product(weight, calls),
+               **{name: note(name) for name in ("norm", "activation", "rope_and_cache", "run_layers")})
+
+
+def random_decoder(ops=Ops(), group=TensorParallelGroup(), **changes):
+    model = empty_model(replace(TINY_CONFIG, **changes), torch.float32, "cpu", group, ops)
+    rng = torch.Generator().manual_seed(0)
+    for p in model.parameters(): p.normal_(0, 0.3, generator=rng)
+    return model
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_decoder_uses_only_the_ops_it_was_handed(tied):
+    calls = []
+    plain, noted = random_decoder(tied=tied), random_decoder(noting(calls), tied=tied)
+    expected = our_logits(plain, IDS)
+    noted.pack()
+    assert not calls and torch.equal(our_logits(noted, IDS), expected)
+    count = {name: [c[0] for c in calls].count(name) for name in {c[0] for c in calls}}
+    # norms: two a layer and two in its attention, and one at the end; products: four a layer, and the logits'
+    assert count == dict(norm=2*4 + 1, activation=2, rope_and_cache=2, run_layers=1, linear=2*4 + 1)
+    calls.clear()
+    assert torch.equal(our_logits(plain, IDS), expected) and not calls   # two models in one process
+    for module in noted.modules(): assert "forward" not in vars(module)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_packing_hands_over_every_matrix_and_keeps_the_embedding(tied):
+    calls, biases = [], dict(qkv_bias=True, o_bias=True, mlp_bias=True)
+    model = random_decoder(noting(calls), tied=tied, **biases)
+    matrices = {n for n, p in model.named_parameters() if p.dim() == 2}
+    expected = our_logits(model, IDS)
+    model.pack()
+    assert torch.equal(our_logits(model, IDS), expected)
+    left = {n for n, p in model.named_parameters() if p.dim() == 2}
+    assert left == {"model.embed_tokens.weight"} and len(matrices) == 2*4 + (1 if tied else 2)
+    shapes = sorted(shape for name, *rest in calls if name == "linear" for shape in rest)
+    assert shapes == sorted([(31, 16)] + 2*[(64, 16), (16, 32), (48, 16), (16, 24)])
+
+
+def test_packing_without_linear_changes_nothing():
+    model = random_decoder()
+    before = [(n, p.data_ptr()) for n, p in model.named_parameters()]
+    model.pack()
+    assert [(n, p.data_ptr()) for n, p in model.named_parameters()] == before
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 7, 8])
+def test_an_mlp_takes_many_tokens_in_pieces(limit):
+    "Of `limit` tokens at most, with the same result; other layers see them all at once."
+    sizes = []
+    def activation(x):
+        sizes.append(len(x))
+        return silu_and_mul(x)
+    model = random_decoder(Ops(activation=activation, max_mlp_tokens=limit))
+    expected, logits = our_logits(random_decoder(), IDS), our_logits(model, IDS)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=logits_tolerance(TINY_CONFIG, len(IDS), expected))
+    assert sum(sizes) == 2*len(IDS) and max(sizes) == min(limit, len(IDS)) and len(sizes) == 2 * -(-len(IDS) // limit)
+
+
+def test_run_layers_may_write_to_what_it_is_given():
+    "An implementation may compute in place: nobody reads what went in."
+    def in_place(layers, hidden_states, residual, *rest):
+        for layer in layers:
+            new_hidden_states, new_residual = layer(hidden_states, residual, *rest)
+            hidden_states.copy_(new_hidden_states)
+            residual.copy_(new_residual)
+        return hidden_states, residual
+    model, expected = random_decoder(Ops(run_layers=in_place)), our_logits(random_decoder(), IDS)
+    for _ in range(2): assert torch.equal(our_logits(model, IDS), expected)
+
+
+def test_a_family_with_an_mlp_of_its_own_gets_group_and_ops():
+    seen = []
+    class Mine(torch.nn.Module):
+        def __init__(self, c, group, ops):
+            super().__init__()
+            seen.append((c, group, ops))
+        def forward(self, x): return x
+    ops, group = Ops(max_mlp_tokens=5), TensorParallelGroup()
+    model = random_decoder(ops, group, mlp=Mine)
+    assert seen == 2*[(model.config, group, ops)] and our_logits(model, IDS).shape == (7, 31)

@@ -1,4 +1,4 @@
-"Chapter 01: the stream of pieces against decoding everything at once; stop strings; refusals."
+"Chapter 02: the stream of pieces against decoding everything at once; stop strings; refusals."
 import codecs, json, random
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -70,7 +70,7 @@ def stream(tokenizer, ids, rng=None, **kwargs):
         size = rng.choice([1, 1, 2, 3, 7]) if rng else 1
         pieces.append(d.add(ids[at:at+size]))
         at += size
-        assert d.text == "".join(pieces)
+        assert d.text == "".join(pieces) and d.text_from(len(d.text) - len(pieces[-1])) == pieces[-1]
     pieces.append(d.finish())
     assert d.text == "".join(pieces) and d.finish() == "" and d.add([0] if d.stop_reason else []) == ""
     return pieces, d
@@ -269,6 +269,27 @@ def test_stop_rules(demo, stops, text, expected):
     for order in (stops, stops[::-1]):
         d = stream(demo, plain(demo, text), stop=order)[1]
         assert (d.text, d.stop_reason) == expected
+
+
+@pytest.mark.parametrize("start", [0, 1, 4, 5, 6])
+def test_text_from_a_character_on(demo, start):
+    "Characters, not bytes; reading disturbs nothing that is written afterwards."
+    d, ids = Detokenizer(demo), plain(demo, "né 👋 你")
+    for n in range(len(ids)):
+        d.add(ids[n:n + 1])
+        assert d.text_from(start) == d.text[start:] and d.text_from(0) == d.text
+    assert d.text == "né 👋 你"
+
+
+@pytest.mark.parametrize("min_tokens, expected", [(0, "a"), (1, "a"), (2, "a b a"), (3, "a b a"), (4, "a b a b a"),
+                                                  (5, "a b a b a"), (9, None)])
+def test_stop_strings_are_looked_for_after_min_tokens(demo, min_tokens, expected):
+    ids = plain(demo, "a b a b a b a b")
+    assert [demo.decode([i]) for i in ids] == ["a", " b"] + [" a", " b"] * 3
+    for rng in (None, random.Random(1)):
+        d = stream(demo, ids, rng, stop=" b", min_tokens=min_tokens)[1]
+        if expected is None: assert (d.text, d.stop_reason) == (demo.decode(ids), None)
+        else: assert d.stop_reason == " b" and d.text == expected
 
 
 def test_borders():

@@ -12,12 +12,13 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 import nano_vllm.triton_attention as module
-from gpu_checks import mixed
+from gpu_checks import attend as store_and_attend, mixed
 from helpers import tiny_folder
-from nano_vllm.attention import BACKENDS, ReferenceAttention, attention_backend, log_once, make_batch, slots_of
-from nano_vllm.kv_blocks import Chunk, Sequence
-from nano_vllm.sampling import SamplingParams
-from nano_vllm.triton_attention import MIN_DOT, FlashAttention, Plan, Tiles, TritonAttention, count_items, store_kv
+from nano_vllm.attention import BACKENDS, ReferenceAttention, TorchAttention, attention_backend, log_once, make_batch, slots_of
+from nano_vllm.kv_blocks import ScheduledSequence, Sequence
+from nano_vllm.layers import Target, choose_ops
+from nano_vllm.sampling_params import SamplingParams
+from nano_vllm.triton_attention import MIN_DOT, AttentionMetadata, FlashAttention, Tiles, TritonAttention, count_items, store_kv
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted where there is no GPU; make gpu runs them on one")
 SIZES = [1, 8, 16, 32, 64, 128, 256]
@@ -51,11 +52,11 @@ def cases(draw, sizes=SIZES, dtypes=(torch.float32,)):
             tiles, window)
 
 
-def attend(batch, cache, q, k, v, tiles=None, window=None, layer=1, plan=None):
+def attend(batch, cache, q, k, v, tiles=None, window=None, layer=1, metadata=None):
     "(output, the cache afterwards); the arguments are checked to be as they were."
     cache, before = cache.clone(), [x.clone() for x in (q, k, v)]
-    plan = plan or tiles and Plan.of(batch, tiles, window)
-    out = TritonAttention(batch, cache, 0.3, window, plan)(q, k, v, layer)
+    metadata = metadata or tiles and AttentionMetadata.of(batch, tiles, window)
+    out = store_and_attend(TritonAttention(batch, cache, 0.3, window, metadata), q, k, v, layer)
     assert all(torch.equal(x, y) for x, y in zip((q, k, v), before)), "law 7: an input was written to"
     assert out.shape == q.shape and out.dtype == q.dtype and out.is_contiguous()
     return out, cache
@@ -63,7 +64,7 @@ def attend(batch, cache, q, k, v, tiles=None, window=None, layer=1, plan=None):
 
 def reference(batch, cache, q, k, v, window=None, layer=1):
     cache = cache.clone()
-    return ReferenceAttention(batch, cache, 0.3, window)(q, k, v, layer), cache
+    return store_and_attend(ReferenceAttention(batch, cache, 0.3, window), q, k, v, layer), cache
 
 
 def permuted(cache):
@@ -105,13 +106,13 @@ def test_offsets_beyond_32_bits():
     cache = torch.frombuffer(pages, dtype=torch.float16).view(shape)
     seq = Sequence("test", list(range(20)), SamplingParams())
     seq.block_table = [num_blocks - 1, num_blocks - 2]
-    batch = make_batch([Chunk(seq, 20)], size)
+    batch = make_batch([ScheduledSequence(seq, 0, 20, samples=True)], size)
     q, k, v = (torch.randn(20, h, dim).half() for h in (2, heads, heads))
-    out = TritonAttention(batch, cache, 0.3)(q, k, v, 0)
+    out = store_and_attend(TritonAttention(batch, cache, 0.3), q, k, v, 0)
     assert torch.equal(cache[0, 0, num_blocks-1], k[:16]) and torch.equal(cache[0, 1, num_blocks-2, :4], v[16:])
     small = torch.zeros(1, 2, 2, size, heads, dim).half()
     near = replace(batch, block_tables=torch.tensor([[1, 0]]), slot_mapping=batch.slot_mapping - (num_blocks - 2)*size)
-    assert torch.equal(out, TritonAttention(near, small, 0.3)(q, k, v, 0))
+    assert torch.equal(out, store_and_attend(TritonAttention(near, small, 0.3), q, k, v, 0))
 
 
 # ---- against the oracle
@@ -190,7 +191,7 @@ def test_the_layout_makes_no_difference(case):
     batch, cache, q, k, v, tiles, window = case
     by_head = permuted(cache)
     assert by_head.shape == cache.shape and (by_head.stride() != cache.stride() or 1 in by_head.shape[3:5])
-    out, expected = (TritonAttention(batch, c, 0.3, window)(q, k, v, 1) for c in (by_head, cache.clone()))
+    out, expected = (store_and_attend(TritonAttention(batch, c, 0.3, window), q, k, v, 1) for c in (by_head, cache.clone()))
     assert torch.equal(out, expected)
 
 
@@ -209,14 +210,29 @@ def test_a_sequence_gets_the_same_bits_whoever_shares_its_batch(case, rng):
     batch, cache, q, k, v, tiles, window = case
     both, _ = attend(*case)
     row = rng.randrange(len(batch.query_lens))
-    start = sum(batch.query_lens[:row])
-    span = slice(start, start + batch.query_lens[row])
+    start = int(batch.query_lens[:row].sum())
+    span = slice(start, start + int(batch.query_lens[row]))
     alone = type(batch)(batch.token_ids[span], batch.positions[span], batch.slot_mapping[span], batch.block_tables[row:row+1],
-                        [batch.query_lens[row]], [batch.context_lens[row]], batch.logits_rows[:0])
+                        batch.query_lens[row:row+1], batch.context_lens[row:row+1], batch.logits_indices[:0], batch.prompt_indices[:0])
     assert torch.equal(attend(alone, cache, q[span], k[span], v[span], tiles, window)[0], both[span])
 
 
-# ---- the plan
+@few(15)
+@given(cases(dtypes=list(DTYPES)), st.randoms(use_true_random=False))
+def test_block_tables_may_be_a_view_of_wider_ones(case, rng):
+    "As in the persistent tables of the engine: past a sequence's own blocks stands whatever stood there before."
+    batch, cache, q, k, v, tiles, window = case
+    num_seqs, width = batch.block_tables.shape
+    wide = torch.tensor([[rng.randrange(cache.shape[2]) for _ in range(width + 3)] for _ in range(num_seqs + 2)])
+    for row, context in enumerate(batch.context_lens.tolist()):
+        own = -(-context // cache.shape[3])
+        wide[row, :own] = batch.block_tables[row, :own]
+    view = replace(batch, block_tables=wide[:num_seqs, :width + 1])
+    assert view.block_tables.stride(0) == width + 3
+    assert torch.equal(attend(view, cache, q, k, v, tiles, window)[0], attend(*case)[0])
+
+
+# ---- the metadata
 
 @few(200)
 @given(st.lists(st.tuples(st.sampled_from([0, 1, 1]) | st.integers(0, 300), st.integers(0, 900)), min_size=1, max_size=9), st.none() | st.integers(1, 600),
@@ -230,34 +246,34 @@ def test_count_items(pairs, window, group):
         else: assert got == len({token*group // (tiles.chunk_rows // group * group) for token in range(n)})
 
 
-def static_plan(rows, tiles, window=None, width=40, capacity=60):
-    "A plan for decodes such as a CUDA graph keeps: `rows` rows, all of them padding."
-    return Plan(torch.arange(rows + 1, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32),
-                torch.zeros(rows, width, dtype=torch.int64), torch.full((rows,), -1), tiles, capacity, window)
+def static_metadata(rows, tiles, window=None, width=40, capacity=60):
+    "Metadata for decodes such as a CUDA graph keeps: `rows` rows, all of them padding."
+    return AttentionMetadata(torch.arange(rows + 1, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32),
+                             torch.zeros(rows, width, dtype=torch.int64), torch.full((rows,), -1), tiles, capacity, window)
 
 
-def fill(plan, batch):
+def fill(metadata, batch):
     "What a replay writes before it starts: the step's numbers into the first rows, padding into the others."
     n, w = batch.block_tables.shape
-    plan.context_lens.zero_()[:n] = torch.tensor(batch.context_lens)
-    plan.block_tables[:n, :w] = batch.block_tables
-    plan.slot_mapping.fill_(-1)[:n] = batch.slot_mapping
-    plan.refill()
+    metadata.context_lens.zero_()[:n] = torch.tensor(batch.context_lens)
+    metadata.block_tables[:n, :w] = batch.block_tables
+    metadata.slot_mapping.fill_(-1)[:n] = batch.slot_mapping
+    metadata.list_work()
 
 
 @few(12)
 @given(st.lists(st.lists(st.integers(1, 400), min_size=1, max_size=6), min_size=2, max_size=3), st.none() | st.integers(1, 400),
        st.integers(0, 99))
-def test_a_static_plan_serves_step_after_step(steps, window, seed):
-    "Padded rows give zeros and store nothing, stale tables do no harm, and the bits are those of a plan made anew."
+def test_static_metadata_serves_step_after_step(steps, window, seed):
+    "Padded rows give zeros and store nothing, stale tables do no harm, and the bits are those of metadata made anew."
     tiles = Tiles(1, 3, 32, split=64)
-    plan = static_plan(6, tiles, window)
+    metadata = static_metadata(6, tiles, window)
     for lengths in steps:
         batch, cache, q, k, v = mixed(lengths, [1]*len(lengths), 16, 1, 3, 32, seed)
-        fill(plan, batch)
+        fill(metadata, batch)
         wide = [torch.cat([x, torch.full((6 - len(x), *x.shape[1:]), torch.nan)]) for x in (q, k, v)]
         (q6, k6, v6), stored = wide, cache.clone()
-        out = TritonAttention(None, stored, 0.3, window, plan)(q6, k6, v6, 1)
+        out = store_and_attend(TritonAttention(None, stored, 0.3, window, metadata), q6, k6, v6, 1)
         expected, after = attend(batch, cache, q, k, v, tiles, window)
         assert torch.equal(out[:len(q)], expected) and not out[len(q):].any()
         torch.testing.assert_close(stored, after, atol=0, rtol=0, equal_nan=True)
@@ -269,8 +285,8 @@ def test_sequences_without_new_tokens_do_no_harm():
     context = torch.tensor([0, 30, 0, 50, 9, 0], dtype=torch.int32)
     tables = torch.full((6, batch.block_tables.shape[1]), 10**9)
     tables[[1, 3, 4]] = batch.block_tables
-    plan = Plan(start, context, tables, batch.slot_mapping, Tiles(2, 2, 32), 20, has_chunks=True)
-    assert torch.equal(attend(batch, cache, q, k, v, plan=plan)[0], attend(batch, cache, q, k, v)[0])
+    metadata = AttentionMetadata(start, context, tables, batch.slot_mapping, Tiles(2, 2, 32), 20, has_chunks=True)
+    assert torch.equal(attend(batch, cache, q, k, v, metadata=metadata)[0], attend(batch, cache, q, k, v)[0])
 
 
 def test_nothing_in_a_launch_changes_from_step_to_step(monkeypatch):
@@ -285,28 +301,28 @@ def test_nothing_in_a_launch_changes_from_step_to_step(monkeypatch):
 
     for name in ("store_kv_kernel", "attention_kernel", "reduce_kernel"):
         monkeypatch.setattr(module, name, Spy(getattr(module, name)))
-    plan = static_plan(4, Tiles(1, 2, 32))
+    metadata = static_metadata(4, Tiles(1, 2, 32))
     cache, q, k, v, out = torch.zeros(1, 2, 90, 16, 1, 32), *(torch.zeros(4, h, 32) for h in (2, 1, 1, 2))
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *_: out)
     for lengths in ([1], [40, 300, 7], [1200, 3, 5, 90]):
-        fill(plan, mixed(lengths, [1]*len(lengths), 16, 1, 2, 32)[0]) if max(lengths) < 600 else plan.context_lens.fill_(600)
+        fill(metadata, mixed(lengths, [1]*len(lengths), 16, 1, 2, 32)[0]) if max(lengths) < 600 else metadata.context_lens.fill_(600)
         launches.append([])
         with monkeypatch.context() as m:
             for name in ("item", "tolist", "__int__", "__bool__", "cpu", "numpy"): m.setattr(torch.Tensor, name, None)
-            plan.refill()
-            TritonAttention(None, cache, 0.3, None, plan)(q, k, v, 0)
+            metadata.list_work()
+            store_and_attend(TritonAttention(None, cache, 0.3, None, metadata), q, k, v, 0)
     assert len(launches[0]) == 3 and launches[0] == launches[1] == launches[2]
 
 
 def test_a_short_context_writes_no_partial_results():
     batch = mixed([256, 30, 300], [1, 1, 70], 16, 1, 1, 32)[0]
-    assert Plan.of(batch, Tiles(1, 1, 32)).part.numel() == 0
-    assert not Plan.of(batch, Tiles(1, 1, 32)).has_splits
+    short = AttentionMetadata.of(batch, Tiles(1, 1, 32))
+    assert short.splits.out.numel() == 0 and not short.has_splits
     longer = mixed([257, 30], [1, 1], 16, 1, 1, 32)
-    plan = Plan.of(longer[0], Tiles(1, 1, 32))
-    assert plan.part.shape[0] == 3
-    attend(*longer, plan=plan)
-    assert plan.part[:2].isfinite().all() and plan.part[2].isnan().all()        # of 30 tokens nothing was written
+    metadata = AttentionMetadata.of(longer[0], Tiles(1, 1, 32))
+    assert metadata.splits.out.shape[0] == 3
+    attend(*longer, metadata=metadata)
+    assert metadata.splits.out[:2].isfinite().all() and metadata.splits.out[2].isnan().all()        # of 30 tokens nothing was written
 
 
 def test_tiles_respect_the_least_sizes_of_dot():
@@ -351,7 +367,7 @@ def compiled(name, types, constants):
     assert len(asm["cubin"]) > 1000
     return asm["ptx"]
 
-floats = dict.fromkeys(["part", "part_top", "part_total"], "*fp32")
+floats = dict.fromkeys(["split_out", "split_best", "split_mass"], "*fp32")
 ints = dict.fromkeys(["query_start", "context_lens", "first_item", "item_seq"], "*i32")
 for dtype, t, chunks, window in (("bf16", Tiles(8, 2, 128), 0, 0), ("fp16", Tiles(3, 3, 80), 1, 4096)):
     data = dict.fromkeys(["q", "k", "v", "keys", "values", "out"], "*" + dtype)
@@ -408,8 +424,8 @@ def flash(monkeypatch):
 def test_flash_is_given_the_right_arguments(flash, window, size):
     batch, cache, q, k, v = mixed([1, 300, 256, 257, 70], [1, 40, 1, 1, 70], size, 2, 3, 32, dtype=torch.bfloat16)
     wide = [x.float() for x in (cache, q, k, v)]
-    expected = ReferenceAttention(batch, wide[0], 0.3, window)(*wide[1:], 1)
-    out = FlashAttention(batch, cache, 0.3, window)(q, k, v, 1)
+    expected = store_and_attend(ReferenceAttention(batch, wide[0], 0.3, window), *wide[1:], 1)
+    out = store_and_attend(FlashAttention(batch, cache, 0.3, window), q, k, v, 1)
     torch.testing.assert_close(out.float(), expected, atol=0.05, rtol=0)
     torch.testing.assert_close(cache.float(), wide[0], atol=0, rtol=0, equal_nan=True)
 
@@ -437,7 +453,7 @@ def test_flash_where_it_is_not_installed(monkeypatch):
 def test_the_engine_with_flash(tmp_path, flash, monkeypatch):
     from nano_vllm import LLM
     check = FlashAttention.check
-    monkeypatch.setattr(FlashAttention, "check", staticmethod(lambda device_type, block_size: check("cuda", block_size)))
+    monkeypatch.setattr(FlashAttention, "check", classmethod(lambda cls, device_type, block_size: check("cuda", block_size)))
     folder = tiny_folder(tmp_path/"m", num_attention_heads=4, num_key_value_heads=2, hidden_size=64, max_position_embeddings=512)
     work = [list(range(5, 5 + n)) for n in (3, 300)], SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
     with pytest.raises(ValueError, match="block_size is 16"): LLM(folder, attention_backend="flash")
@@ -450,7 +466,14 @@ def test_the_engine_with_flash(tmp_path, flash, monkeypatch):
 
 def test_the_choice_is_logged_once(caplog):
     log_once.cache_clear()
+    target = Target(None, torch.device("cuda"), torch.float32, torch.float32)
     with caplog.at_level("INFO", "nano_vllm"):
-        for name in ("auto", "auto", "torch", "triton", "triton"): attention_backend(name, "cuda")
+        for name in ("auto", "auto", "torch", "torch", "auto"): choose_ops(target, "triton", attention_backend=name)
     assert [r.message for r in caplog.records] == [
-        "attention backend: triton, the fastest for cuda", "attention backend: torch, as asked for", "attention backend: triton, as asked for"]
+        f"ops: triton with {backend}, as asked for on {target}" for backend in ("TritonAttention", "TorchAttention")]
+
+
+def test_the_kernels_are_what_a_gpu_gets():
+    target = Target(None, torch.device("cuda"), torch.bfloat16, torch.bfloat16)
+    assert choose_ops(target).attention is TritonAttention
+    assert choose_ops(target, "torch").attention is TorchAttention

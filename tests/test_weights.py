@@ -4,7 +4,7 @@ import struct
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from helpers import checkpoint_views
+from helpers import weight_views
 from nano_vllm import weights
 from nano_vllm.model import ModelConfig
 from nano_vllm.weights import empty_model, load_model, load_weights, read_tensors, resolve_model, weight_files
@@ -38,7 +38,7 @@ def test_every_parameter_is_written_exactly_once(folder):
     for p in model.parameters(): p.fill_(float("nan"))
     load_weights(model, folder)
     assert not any(p.isnan().any() for p in model.parameters())
-    views = checkpoint_views(model)
+    views = weight_views(model)
     for name in tensors: assert torch.equal(views[name], tensors[name])
     assert sum(v.numel() for v in views.values()) == sum(p.numel() for p in model.parameters())
 
@@ -47,21 +47,21 @@ def test_views_partition_the_parameters(folder):
     "Each number of each parameter belongs to exactly one view."
     model = empty_model(ModelConfig.from_folder(folder), torch.float32, "cpu")
     for p in model.parameters(): p.zero_()
-    for view in checkpoint_views(model).values(): view += 1
+    for view in weight_views(model).values(): view += 1
     for p in model.parameters(): assert p.eq(1).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtype_is_converted_on_copy(folder, dtype):
     model, tensors = load(folder, dtype), load_file(folder/"model.safetensors")
-    for name, view in checkpoint_views(model).items(): assert torch.equal(view, tensors[name].to(dtype))
+    for name, view in weight_views(model).items(): assert torch.equal(view, tensors[name].to(dtype))
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert model.rotary.cos.dtype == torch.float32 and not any(p.requires_grad for p in model.parameters())
 
 
 def test_bfloat16_checkpoint(folder):
     change(folder, lambda t: t.update({n: v.bfloat16() for n, v in t.items()}))
-    for name, view in checkpoint_views(load(folder)).items():
+    for name, view in weight_views(load(folder)).items():
         assert torch.equal(view, load_file(folder/"model.safetensors")[name].float())
 
 
@@ -198,6 +198,20 @@ def test_empty_model_allocates_each_parameter_once(folder):
     assert allocated == ["meta"] * len(list(model.parameters()))
 
 
+def test_a_loaded_model_is_packed_for_its_ops(folder):
+    "Each matrix is handed over once, when it has its values; what is not a matrix of a product stays."
+    from nano_vllm.layers import Ops
+    tensors, handed = load_file(folder/"model.safetensors"), []
+    def linear(weight):
+        handed.append(weight)
+        return lambda x, bias: torch.nn.functional.linear(x, weight, bias)
+    model = load(folder, ops=Ops(linear=linear))
+    assert sum(w.numel() for w in handed) == sum(t.numel() for n, t in tensors.items() if t.dim() == 2 and "embed" not in n)
+    assert any(torch.equal(w, tensors["lm_head.weight"]) for w in handed)
+    assert [n for n, p in model.named_parameters() if p.dim() == 2] == ["model.embed_tokens.weight"]
+    assert torch.equal(our_logits(model, [5, 6, 7]), our_logits(load(folder), [5, 6, 7])) and not model.training
+
+
 def test_two_models_share_nothing(folder):
     a, b = load(folder), load(folder)
     for p in a.parameters(): p.zero_()
@@ -268,7 +282,7 @@ def test_demo_model_loads_quickly():
     model = load(path)
     assert time.perf_counter() - start < 20
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
-    assert len(checkpoint_views(model)) == 272
+    assert len(weight_views(model)) == 272
 
 
 def write_gguf(file, model, architecture="llama"):
@@ -347,7 +361,7 @@ def test_a_config_is_enough(tmp_path):
     llm = LLM(bare_folder(tmp_path/"m"), load_format="dummy", num_kv_blocks=30)
     out, = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=5, ignore_eos=True, logprobs=1, stop="x"), use_tqdm=False)
     assert len(out["token_ids"]) == 5 and out["text"] == "" and out["finish_reason"] == "length"
-    assert llm.eos_token_ids == {7} and llm.get_tokenizer() is None
+    assert llm.engine.input_processor.eos_token_ids == {7} and llm.get_tokenizer() is None
     assert [len(p["token_ids"]) for p in llm.stream([[5]], SamplingParams(max_tokens=3, ignore_eos=True))][-1] >= 1
     for call in (lambda: llm.generate("Hi"), lambda: llm.chat([{"role": "user", "content": "Hi"}])):
         with pytest.raises(ValueError, match=r"Hi.* has no tokenizer; give token ids"): call()

@@ -1,6 +1,6 @@
 """Measure this engine on this machine: `make bench`. About five minutes on two idle cores; writes results/<machine>.json.
 
-Every run has fresh random prompts, so no prefix cache helps where it should not. Chapters 11_benchmark and 11_latency explain
+Every run has fresh random prompts, so no prefix cache helps where it should not. Chapters 16_benchmark and 17_latency explain
 what is measured; the plots of the latter read the file."""
 import os
 import statistics

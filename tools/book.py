@@ -11,7 +11,10 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-NBDEV = r"export|exporti|exports|hide|notest|cuda|slow|default_exp [\w.]+"
+EXPORT = "export|exporti|exports"
+NBDEV = rf"{EXPORT}|hide|notest|cuda|slow|default_exp \w+"
+# "chapter 13", "chapters 06, 16 and 24"
+NUMBERED = re.compile(r"\b[Cc]hapters? \d+(?:(?:, | and | to )\d+)*\b")
 
 
 @dataclass
@@ -33,7 +36,7 @@ class Cell:
 
     @property
     def exported(self) -> bool:
-        return any(d.split(":")[0] in ("export", "exporti", "exports") for d in self.directives)
+        return any(re.match(rf"({EXPORT})\b", d) for d in self.directives)
 
     @cached_property
     def tree(self) -> ast.Module:
@@ -75,43 +78,47 @@ class Chapter:
 
     @cached_property
     def head(self) -> re.Match:
-        "Title, label and one-line promise, which open every chapter."
-        found = re.match(r"# (.+?) \{#(sec-[a-z0-9-]+)\}\n\n> (.+)\n?$", self.cells[0].source)
-        if not found: raise ValueError(f"{self.name} does not open with '# Title {{#sec-label}}' and '> promise'")
+        "Title and one-line promise, which open every chapter."
+        found = re.match(r"# (.+)\n\n> (.+)\n?$", self.cells[0].source)
+        if not found:
+            raise ValueError(f"{self.name} does not open with '# Title' and '> promise'")
         return found
 
     @property
     def title(self) -> str: return self.head[1]
 
     @property
-    def promise(self) -> str: return self.head[3]
+    def promise(self) -> str: return self.head[2]
 
     @cached_property
-    def module(self) -> str:
+    def module(self) -> str | None:
+        "The module that it exports (`default_exp`); None, if it only tells."
         found = [d.split()[1] for c in self.code for d in c.directives if d.startswith("default_exp ")]
-        if len(found) != 1: raise ValueError(f"{self.name} has {len(found)} cells with default_exp, not one")
-        return found[0]
+        if len(found) > 1 or (not found and any(c.exported for c in self.code)):
+            raise ValueError(f"{self.name} has {len(found)} cells with default_exp, not one")
+        return found[0] if found else None
 
     @property
-    def module_path(self) -> Path: return ROOT/"nano_vllm"/f"{self.module}.py"
+    def module_path(self) -> Path | None:
+        return ROOT/"nano_vllm"/f"{self.module}.py" if self.module else None
 
 
 def quarto() -> dict:
     return yaml.safe_load((ROOT/"_quarto.yml").read_text(encoding="utf-8"))
 
 
-def listed() -> list[str]:
-    "The files of the book in reading order, as _quarto.yml names them."
+def listed(key: str = "chapters") -> list[str]:
+    "The files under `chapters` of _quarto.yml, or under `appendices`, in its order."
     files = []
-    for entry in quarto()["book"]["chapters"]:
+    for entry in quarto()["book"].get(key, []):
         files += entry["chapters"] if isinstance(entry, dict) else [entry]
     return files
 
 
 def chapters() -> list[Chapter]:
-    "The notebooks of the book in reading order."
-    paths = [ROOT/name for name in listed() if name.endswith(".ipynb")]
-    return [Chapter(p) for p in paths if p.exists()]
+    "The notebooks in reading order: the appendices (00), which any chapter may use, then the chapters."
+    paths = [ROOT/name for name in listed("appendices") + listed() if name.endswith(".ipynb")]
+    return [Chapter(path) for path in paths if path.exists()]
 
 
 def plain(source: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from book import ROOT
 
 
-def export(scratch: Path, root: Path = ROOT) -> Path:
+def exported(scratch: Path, root: Path = ROOT) -> Path:
     "The package that the notebooks of `root` export to, made under `scratch`."
     for name in ("settings.ini", "setup.py"): shutil.copy(root/name, scratch)
     shutil.copytree(root/"nbs", scratch/"nbs", ignore=shutil.ignore_patterns(".*"))
@@ -21,19 +21,19 @@ def export(scratch: Path, root: Path = ROOT) -> Path:
     return scratch/"nano_vllm"
 
 
-def differences(exported: Path, package: Path) -> list[str]:
+def differences(fresh: Path, package: Path) -> list[str]:
     "The files that differ between two copies of the package, each with how."
-    files = {p.relative_to(d) for d in (exported, package) for p in d.rglob("*.py")}
+    files = {p.relative_to(d) for d in (fresh, package) for p in d.rglob("*.py")}
     found = []
     for name in sorted(files):
         if not (package/name).exists(): found.append(f"{name}: in the notebooks, not in the package")
-        elif not (exported/name).exists(): found.append(f"{name}: in the package, but no notebook exports it")
-        elif (exported/name).read_bytes() != (package/name).read_bytes(): found.append(f"{name}: differs")
+        elif not (fresh/name).exists(): found.append(f"{name}: in the package, but no notebook exports it")
+        elif (fresh/name).read_bytes() != (package/name).read_bytes(): found.append(f"{name}: differs")
     return found
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:
-        found = differences(export(Path(scratch)), ROOT/"nano_vllm")
-    if found: sys.exit("nano_vllm/ is not what the notebooks export; run nbdev_export:\n  " + "\n  ".join(found))
+        found = differences(exported(Path(scratch)), ROOT/"nano_vllm")
+    if found: sys.exit("nano_vllm/ is not what the notebooks export; run .venv/bin/nbdev_export:\n  " + "\n  ".join(found))
     print("nano_vllm/ is what the notebooks export")

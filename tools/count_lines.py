@@ -4,18 +4,22 @@ import re
 from book import ROOT, chapters, code_lines
 
 BEGIN, END = "<!-- chapters: written by `make lines` -->\n", "<!-- end of chapters -->\n"
-CORE = range(1, 11)  # the chapters under the size rule, but for
-KERNELS = "05_triton_kernels"  # the kernels and what launches them: other small engines import theirs from a library
 
 
 def counts() -> list[tuple]:
     "(chapter, lines, lines of Triton kernels) in reading order."
-    return [(c, *code_lines(c.module_path.read_text(encoding="utf-8"))) for c in chapters()]
+    return [(c, *module_lines(c)) for c in chapters()]
 
 
-def core_total(rows: list[tuple]) -> int:
-    "The lines of chapters 01 to 10, without the chapter of Triton kernels."
-    return sum(lines for c, lines, _ in rows if c.number in CORE and c.name != KERNELS)
+def module_lines(chapter) -> tuple[int, int]:
+    "(lines, lines of Triton kernels) of the module that the chapter exports, if it exports one."
+    if not chapter.module: return 0, 0
+    return code_lines(chapter.module_path.read_text(encoding="utf-8"))
+
+
+def total(rows: list[tuple]) -> str:
+    "All lines, as the table and the tests print them."
+    return f"{sum(row[1] for row in rows):,} + {sum(row[2] for row in rows)} of kernels"
 
 
 def table(rows: list[tuple]) -> str:
@@ -24,7 +28,7 @@ def table(rows: list[tuple]) -> str:
     for c, lines, kernels in rows:
         shown = f"{lines} + {kernels} of kernels" if kernels else lines
         out.append(f"| [{c.name}](nbs/{c.path.name}) | **{c.title}.** {c.promise} | {shown} |")
-    out.append(f"| **01 to 10** | the engine, without its Triton kernels | **{core_total(rows):,}** |")
+    out.append(f"| **all** | the whole package | **{total(rows)}** |")
     return "\n".join(out) + "\n"
 
 

@@ -6,18 +6,17 @@ import random
 import tempfile
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from nano_vllm import LLM, SamplingParams
 from nano_vllm.attention import Batch, ReferenceAttention, TorchAttention, make_batch, slots_of
-from nano_vllm.kv_blocks import Chunk, Sequence, blocks_needed
-from nano_vllm.fused_rows import fuse_rows, place_rows
-from nano_vllm.fusions import split_and_turn
-from nano_vllm.layers import Rotary
-from nano_vllm.model_runner import GpuRecorder
-from nano_vllm.triton_attention import Plan, Tiles, TritonAttention, store_kv
-from nano_vllm.weights import FUSIONS
+from nano_vllm.cuda_graphs import GpuRecorder
+from nano_vllm.fusions import fused_rope_and_cache, norm_rotate_store, split_norm_rotate
+from nano_vllm.kv_blocks import ScheduledSequence, Sequence, blocks_needed
+from nano_vllm.layers import OPS, Ops, Rotary, Target, last_that_suits
+from nano_vllm.triton_attention import AttentionMetadata, Tiles, TritonAttention, store_kv
 from nano_vllm.workbench import MODEL_NAME, cache_dir
 
 UNIT = {torch.float32: 2**-18, torch.float16: 2**-11, torch.bfloat16: 2**-8}   # what a rounding may change, and a little more
@@ -39,12 +38,18 @@ def mixed(lengths, new_tokens, size, kv_heads, group, dim, seed=0, dtype=torch.f
     work = []
     for n, m in zip(lengths, new_tokens):
         seq = Sequence("test", list(range(n)), SamplingParams())
-        seq.num_computed_tokens, seq.block_table = n - m, [free.pop() for _ in range(blocks_needed(n, size))]
+        seq.block_table = [free.pop() for _ in range(blocks_needed(n, size))]
         past = torch.tensor([seq.block_table[p // size]*size + p % size for p in range(n - m)], dtype=torch.int64)
         for x in slots_of(cache, layers - 1): x[past] = torch.randn(n - m, kv_heads, dim, generator=g)
-        work.append(Chunk(seq, m))
+        work.append(ScheduledSequence(seq, n - m, m, samples=True))
     q, k, v = (torch.randn(sum(new_tokens), h, dim, generator=g) for h in (kv_heads*group, kv_heads, kv_heads))
     return make_batch(work, size), *(x.to(dtype) for x in (cache, q, k, v))
+
+
+def attend(backend, q, k, v, layer: int):
+    "Store keys and values, then attend, as a layer of a model does."
+    backend.store(k, v, layer)
+    return backend(q, layer)
 
 
 def poison():
@@ -58,9 +63,9 @@ def compare(toy, batch: Batch, cache, q, k, v, window, oracle) -> float:
 
     The oracle computes in float32 on the same rounded inputs; what the kernels store must be the same bits."""
     on = [x.to(device(toy)) for x in (cache, q, k, v)]
-    out = TritonAttention(batch.to(device(toy)), on[0], 0.3, window)(*on[1:], 1)
+    out = attend(TritonAttention(batch.to(device(toy)), on[0], 0.3, window), *on[1:], 1)
     wide = [x.float().to(device(toy) if oracle is TorchAttention else "cpu") for x in (cache, q, k, v)]
-    expected = oracle(batch.to(wide[0].device), wide[0], 0.3, window)(*wide[1:], 1).cpu()
+    expected = attend(oracle(batch.to(wide[0].device), wide[0], 0.3, window), *wide[1:], 1).cpu()
     out, stored = out.cpu().float(), on[0].cpu()
     assert not out.isnan().any(), "NaN in the output: something unwritten was read, or not written"
     assert torch.equal(stored.float().nan_to_num(1e9), wide[0].cpu().nan_to_num(1e9)), "stored keys and values differ"
@@ -107,21 +112,21 @@ def captured(run, toy: bool):
     return run
 
 
-def static_plan(toy: bool) -> dict:
-    "Decode kernels captured once serve step after step: padded rows do no harm, the bits are those of a fresh plan."
+def static_metadata(toy: bool) -> dict:
+    "Decode kernels captured once serve step after step: padded rows do no harm, the bits are those of metadata made anew."
     poison()
     rows, tiles, dev, rng = (4, Tiles(1, 1, 32), "cpu", random.Random(0)) if toy else (32, Tiles(8, 2, 128), "cuda", random.Random(0))
     longest, steps = (300, 2) if toy else (3000, 12)
     heads, width = tiles.kv_heads * tiles.group, blocks_needed(longest, 16)
-    plan = Plan(torch.arange(rows + 1, dtype=torch.int32, device=dev), torch.zeros(rows, dtype=torch.int32, device=dev),
-                torch.zeros(rows, width, dtype=torch.int64, device=dev), torch.full((rows,), -1, device=dev), tiles,
-                capacity=rows * (longest // tiles.split + 1))
+    metadata = AttentionMetadata(torch.arange(rows + 1, dtype=torch.int32, device=dev), torch.zeros(rows, dtype=torch.int32, device=dev),
+                                 torch.zeros(rows, width, dtype=torch.int64, device=dev), torch.full((rows,), -1, device=dev), tiles,
+                                 capacity=rows * (longest // tiles.split + 1))
     cache = torch.full((1, 2, rows*width + 2, 16, tiles.kv_heads, tiles.dim), torch.nan, dtype=torch.bfloat16, device=dev)
     q, k, v = (torch.zeros(rows, h, tiles.dim, dtype=torch.bfloat16, device=dev) for h in (heads, tiles.kv_heads, tiles.kv_heads))
     out = torch.empty_like(q)
     def step():
-        plan.refill()
-        out.copy_(TritonAttention(None, cache, 0.3, plan=plan)(q, k, v, 0))
+        metadata.list_work()
+        out.copy_(attend(TritonAttention(None, cache, 0.3, metadata=metadata), q, k, v, 0))
     replay = captured(step, toy)
     for turn in range(steps):
         lengths = [rng.randint(1, longest) for _ in range(rng.randint(1, rows))]
@@ -129,12 +134,12 @@ def static_plan(toy: bool) -> dict:
         n, w = batch.block_tables.shape
         cache.fill_(torch.nan)[:, :, :full.shape[2]] = full.to(dev)
         for wide, x in zip((q, k, v), new): wide.fill_(torch.nan)[:n] = x.to(dev)
-        plan.context_lens.zero_()[:n] = torch.tensor(lengths, device=dev)
-        plan.block_tables[:n, :w] = batch.block_tables.to(dev)
-        plan.slot_mapping.fill_(-1)[:n] = batch.slot_mapping.to(dev)
+        metadata.context_lens.zero_()[:n] = torch.tensor(lengths, device=dev)
+        metadata.block_tables[:n, :w] = batch.block_tables.to(dev)
+        metadata.slot_mapping.fill_(-1)[:n] = batch.slot_mapping.to(dev)
         replay()
-        fresh = TritonAttention(batch.to(dev), full.to(dev), 0.3)(*(x.to(dev) for x in new), 0)
-        assert torch.equal(out[:n], fresh), f"turn {turn}: replay and fresh plan differ"
+        fresh = attend(TritonAttention(batch.to(dev), full.to(dev), 0.3), *(x.to(dev) for x in new), 0)
+        assert torch.equal(out[:n], fresh), f"turn {turn}: replay and fresh metadata differ"
         assert not out[n:].any(), f"turn {turn}: padded rows are not 0"
     return dict(steps=steps, rows=rows)
 
@@ -153,13 +158,13 @@ def rows_case(heads, kv_heads, dim, tokens, dtype, on, layers=1, with_norms=True
 
 
 def rows_agree(toy, heads, kv_heads, dim, tokens, dtype, with_norms, seed) -> float:
-    """The largest error of `place_rows`, in roundings of the largest number. Only copied numbers, and those that nobody should
+    """The largest error of `norm_rotate_store`, in roundings of the largest number. Only copied numbers, and those that nobody should
     have written, must be the same bits; the others are rounded up to three times, and cut off instead in the interpreter."""
     (qkv,), turned, norms, slots, cache = rows_case(heads, kv_heads, dim, tokens, dtype, device(toy), 1, with_norms, seed)
     expected = cache.clone()
-    q, k, v = split_and_turn(qkv, [heads*dim, kv_heads*dim, kv_heads*dim], dim, *turned, norms)
+    q, k, v = split_norm_rotate(qkv, [heads*dim, kv_heads*dim, kv_heads*dim], dim, *turned, norms)
     store_kv(expected, 0, k, v, slots)
-    ours = place_rows(qkv, *turned, [w for w, _ in norms] or [None, None], 1e-6, slots, cache, 0)
+    ours = norm_rotate_store(qkv, *turned, [w for w, _ in norms] or [None, None], 1e-6, slots, cache, 0)
     assert torch.equal(cache[:, 1].nan_to_num(1e4), expected[:, 1].nan_to_num(1e4)), "stored values differ"
     assert not ours[slots >= 0].isnan().any() and torch.equal(cache.isnan(), expected.isnan()), "something is not written, or too much"
     gaps = [(a.float() - b.float()).nan_to_num().abs().max() / b.float().nan_to_num().abs().max()
@@ -169,7 +174,13 @@ def rows_agree(toy, heads, kv_heads, dim, tokens, dtype, with_norms, seed) -> fl
     return error
 
 
-def fused_rows(toy: bool) -> dict:
+def fused_by_hand(target: Target) -> Ops | None:
+    "For compile: the kernel alone, without the minutes of a compiler."
+    if not target.compile: return None
+    return replace(last_that_suits(replace(target, compile=False))[1], rope_and_cache=fused_rope_and_cache)
+
+
+def fusions(toy: bool) -> dict:
     "Norm, rotation and store in one launch: against the unfused functions on random shapes, then in the engine, eager and with graphs."
     poison()
     seed, worst = int.from_bytes(os.urandom(4), "little"), 0.
@@ -180,10 +191,10 @@ def fused_rows(toy: bool) -> dict:
         try: worst = max(worst, rows_agree(toy, *shape, tokens, dtype, with_norms, seed + i))
         except AssertionError as e: raise AssertionError(f"{e}: {dict(shape=shape, dtype=dtype, norms=with_norms, tokens=tokens, seed=seed + i)}") from e
     torch.use_deterministic_algorithms(False)
-    FUSIONS[True] = fuse_rows     # in this process alone: the kernel without the compiler
-    plain = dict(enforce_eager=True, overlap=False)
+    OPS["fused_by_hand"] = fused_by_hand     # in this process alone: the last name that suits is taken
+    plain = dict(enforce_eager=True, async_scheduling=False)
     return dict(first_seed=seed, cases=len(cases), worst_error_in_roundings=worst, allowed=8) | same_answers(
-        toy, plain, plain | dict(compile=True), dict(enforce_eager=False, overlap=False, compile=True))
+        toy, plain, plain | dict(compile=True), dict(enforce_eager=False, async_scheduling=False, compile=True))
 
 
 # ---- the engine
@@ -224,7 +235,7 @@ def answers(folder: Path, toy: bool, work, **wanted) -> list:
         dict(num_kv_blocks=26, block_size=16, max_num_seqs=21, max_num_batched_tokens=256)
     llm = LLM(folder, dtype="float32", device=device(toy), attention_backend="triton", **sizes, **wanted)
     outs = llm.generate(*work, use_tqdm=False)
-    assert llm.scheduler.num_preemptions > 0, "no request was preempted: the check has become too easy"
+    assert llm.engine.scheduler.num_preemptions > 0, "no request was preempted: the check has become too easy"
     return [[(o.token_ids, o.text, o.finish_reason, o.stop_reason) for o in out.outputs] for out in outs]
 
 
@@ -241,13 +252,13 @@ def same_answers(toy: bool, first: dict, *others: dict) -> dict:
 
 def graphs(toy: bool) -> dict:
     "Graphs against eager, both in the synchronous loop."
-    return same_answers(toy, dict(enforce_eager=True, overlap=False), dict(enforce_eager=False, overlap=False))
+    return same_answers(toy, dict(enforce_eager=True, async_scheduling=False), dict(enforce_eager=False, async_scheduling=False))
 
 
 def overlap(toy: bool) -> dict:
     "The overlapped against the synchronous loop, eager and with graphs."
-    return same_answers(toy, dict(enforce_eager=True, overlap=False), dict(enforce_eager=True, overlap=True),
-                        dict(enforce_eager=False, overlap=True))
+    return same_answers(toy, dict(enforce_eager=True, async_scheduling=False), dict(enforce_eager=True, async_scheduling=True),
+                        dict(enforce_eager=False, async_scheduling=True))
 
 
 def demo_model(toy: bool) -> dict | str:

@@ -4,15 +4,15 @@ import statistics
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
-from gpu_checks import captured, device, rows_case
+from gpu_checks import attend, captured, device, rows_case
 from nano_vllm import LLM
 from nano_vllm.attention import Batch
 from nano_vllm.benchmark import random_workload, throughput as measured_throughput
-from nano_vllm.fused_rows import place_rows
-from nano_vllm.fusions import compiled as compiled_function, split_and_turn
+from nano_vllm.fusions import compiled as compiled_function, norm_rotate_store, split_norm_rotate
 from nano_vllm.model import ModelConfig
-from nano_vllm.triton_attention import Plan, Tiles, TritonAttention, store_kv
+from nano_vllm.triton_attention import AttentionMetadata, Tiles, TritonAttention, store_kv
 from nano_vllm.workbench import timed
 
 CONFIGS = Path(__file__).resolve().parent.parent/"nbs/data/configs"
@@ -65,7 +65,8 @@ def uniform_batch(batch: int, context: int, new: int, size: int, on) -> tuple[Ba
     positions = torch.arange(context - new, context).repeat(batch, 1)
     slots = tables.gather(1, positions // size)*size + positions % size
     flat = positions.flatten()
-    made = Batch(flat*0, flat, slots.flatten(), tables, [new]*batch, [context]*batch, torch.arange(batch))
+    lens = np.full(batch, new), np.full(batch, context)
+    made = Batch(flat*0, flat, slots.flatten(), tables, *lens, logits_indices=torch.arange(batch), prompt_indices=torch.arange(0))
     return made.to(on), batch * width
 
 
@@ -82,9 +83,9 @@ def decode_point(toy, t: Tiles, batch: int, context: int, size: int, copy: float
     layers = 1 if toy else max(1, min(28, 2**28 // layer_bytes + 1))
     cache = torch.randn(layers, 2, blocks, size, t.kv_heads, t.dim, device=on, dtype=torch.bfloat16)
     q, k, v = inputs(batch, t, on)
-    attention = TritonAttention(made, cache, t.dim**-0.5, plan=Plan.of(made, t))
+    attention = TritonAttention(made, cache, t.dim**-0.5, metadata=AttentionMetadata.of(made, t))
     def run():
-        for layer in range(layers): attention(q, k, v, layer)
+        for layer in range(layers): attend(attention, q, k, v, layer)
     each = seconds(captured(run, toy), toy) / layers
     moved = 2*batch*context*t.kv_heads*t.dim*2 + 2*q.nbytes + 2*(k.nbytes + v.nbytes)
     return dict(batch=batch, context=context, block_size=size, layers=layers, microseconds=each*1e6, bytes=moved,
@@ -113,8 +114,8 @@ def prefill(toy: bool) -> dict:
         made, blocks = uniform_batch(batch, context, context, 16, on)
         cache = torch.zeros(1, 2, blocks, 16, t.kv_heads, t.dim, device=on, dtype=torch.bfloat16)
         q, k, v = inputs(batch*context, t, on)
-        attention = TritonAttention(made, cache, t.dim**-0.5, plan=Plan.of(made, t))
-        ours = seconds(captured(lambda: attention(q, k, v, 0), toy), toy)
+        attention = TritonAttention(made, cache, t.dim**-0.5, metadata=AttentionMetadata.of(made, t))
+        ours = seconds(captured(lambda: attend(attention, q, k, v, 0), toy), toy)
         split = [x.view(batch, context, -1, t.dim).transpose(1, 2) for x in (q, k, v)]
         theirs = functools.partial(torch.nn.functional.scaled_dot_product_attention, *split, is_causal=True, enable_gqa=True)
         sdpa = seconds(captured(theirs, toy), toy)
@@ -123,33 +124,33 @@ def prefill(toy: bool) -> dict:
     return dict(heads=t.kv_heads*t.group, kv_heads=t.kv_heads, head_dim=t.dim, dtype="bfloat16", matrix_flops_per_second=matrix_rate(toy), rows=rows)
 
 
-def placing_point(toy: bool, tokens: int, copy: float) -> dict:
-    "From the QKV product to the cache: eager, compiled and placed, over as many layers as overflow the cache."
+def rope_and_cache_point(toy: bool, tokens: int, copy: float) -> dict:
+    "From the QKV product to the cache: eager, compiled and fused, over as many layers as overflow the cache."
     shape = (2, 1, 32) if toy else (16, 8, 128)
     row = (shape[0] + 2*shape[1]) * shape[2]
     layers = 1 if toy else max(1, min(28, 2**28 // (4*tokens*row) + 1))
     qkv, turned, norms, slots, cache = rows_case(*shape, tokens, torch.bfloat16, device(toy), layers=layers)
     lengths = [n*shape[2] for n in (shape[0], shape[1], shape[1])]
-    forms = dict(eager=split_and_turn, compiled=compiled_function(split_and_turn))
+    forms = dict(eager=split_norm_rotate, compiled=compiled_function(split_norm_rotate))
     if toy: del forms["compiled"]        # the compiler of C++ takes its time
     def unfused(form):
         for layer in range(layers):
             q, k, v = form(qkv[layer], lengths, shape[2], *turned, norms)
             store_kv(cache, layer, k, v, slots)
-    def placed():
-        for layer in range(layers): place_rows(qkv[layer], *turned, [w for w, _ in norms], norms[0][1], slots, cache, layer)
+    def fused():
+        for layer in range(layers): norm_rotate_store(qkv[layer], *turned, [w for w, _ in norms], norms[0][1], slots, cache, layer)
     times = {name: seconds(captured(functools.partial(unfused, form), toy), toy) / layers for name, form in forms.items()}
-    times["placed"] = seconds(captured(placed, toy), toy) / layers
+    times["fused"] = seconds(captured(fused, toy), toy) / layers
     moved = tokens * (2*row*2 + 4*shape[2] + 8) + 2*shape[2]*2
     return dict(tokens=tokens, layers=layers, microseconds={k: t*1e6 for k, t in times.items()}, bytes=moved,
-                bytes_per_second=moved/times["placed"], fraction_of_copy=moved/times["placed"]/copy)
+                bytes_per_second=moved/times["fused"], fraction_of_copy=moved/times["fused"]/copy)
 
 
 @torch.inference_mode()
-def placing(toy: bool) -> dict:
+def rope_and_cache(toy: bool) -> dict:
     "Norm, rotation and store, in the shape of Qwen3-0.6B and bfloat16."
     copy = copy_bandwidth(toy)
-    return dict(copy_bytes_per_second=copy, rows=[placing_point(toy, n, copy) for n in ((1, 5) if toy else (1, 8, 64, 256, 2048, 8192))])
+    return dict(copy_bytes_per_second=copy, rows=[rope_and_cache_point(toy, n, copy) for n in ((1, 5) if toy else (1, 8, 64, 256, 2048, 8192))])
 
 
 # ---- the whole engine
@@ -159,7 +160,7 @@ def make_engine(toy: bool, **wanted) -> LLM:
     chosen = dict(max_model_len=100 if toy else 2048, load_format="dummy", **wanted)
     if toy: chosen |= dict(num_kv_blocks=60, device="cpu", attention_backend="triton", max_num_seqs=4)
     llm = LLM(model_folder(toy), **chosen)
-    work = random_workload(2 if toy else 64, (2, 8) if toy else (100, 1024), (2, 3) if toy else (16, 32), llm.vocab_size, seed=1)
+    work = random_workload(2 if toy else 64, (2, 8) if toy else (100, 1024), (2, 3) if toy else (16, 32), llm.engine.input_processor.vocab_size, seed=1)
     llm.generate(work.prompts, work.params, use_tqdm=False)
     return llm
 
@@ -188,7 +189,7 @@ def bound(toy: bool, work) -> dict:
 def run(toy: bool, **wanted) -> dict:
     "The throughput of an engine with these options."
     llm = make_engine(toy, **wanted)
-    work = workload(toy, llm.vocab_size)
+    work = workload(toy, llm.engine.input_processor.vocab_size)
     found = measured_throughput(llm, work)
     if not toy: found["peak_gpu_memory"] = torch.cuda.max_memory_allocated()
     return found | dict(options=wanted, prompt_tokens=work.num_prompt_tokens, output_tokens=work.num_output_tokens)
@@ -199,8 +200,8 @@ def throughput(toy: bool) -> dict:
     llm = make_engine(toy)
     runs = []
     for seed_of_tokens in range(2 if toy else 3):   # other prompts of the same lengths: the prefix cache stays cold
-        work = workload(toy, llm.vocab_size)
-        prompts = [[(t + seed_of_tokens) % llm.vocab_size for t in p] for p in work.prompts]
+        work = workload(toy, llm.engine.input_processor.vocab_size)
+        prompts = [[(t + seed_of_tokens) % llm.engine.input_processor.vocab_size for t in p] for p in work.prompts]
         runs.append(measured_throughput(llm, work._replace(prompts=prompts)))
     limit = bound(toy, work)
     best = statistics.median(r["output_tokens_per_second"] for r in runs)
@@ -214,7 +215,7 @@ def host_gap(toy: bool) -> dict:
     from torch.profiler import ProfilerActivity, profile
     llm = make_engine(toy)
     batch, steps = (2, 6) if toy else (256, 100)
-    work = random_workload(batch, (8, 8), (steps, steps), llm.vocab_size, seed=2)
+    work = random_workload(batch, (8, 8), (steps, steps), llm.engine.input_processor.vocab_size, seed=2)
     with profile(activities=[ProfilerActivity.CPU] if toy else [ProfilerActivity.CUDA]) as prof:
         llm.generate(work.prompts, work.params, use_tqdm=False)
     where = DeviceType.CPU if toy else DeviceType.CUDA
@@ -235,8 +236,8 @@ def timeline(spans: list[tuple], layers: int) -> dict:
                 gap_between_steps_microseconds=statistics.median(between), largest_gap_microseconds=max(between))
 
 
-OFF = dict(enforce_eager=True, overlap=False, compile=False)
+OFF = dict(enforce_eager=True, async_scheduling=False, compile=False)
 def eager(toy): return run(toy, **OFF)
 def graphs(toy): return run(toy, **OFF | dict(enforce_eager=False))
-def overlapped(toy): return run(toy, **OFF | dict(overlap=True))
+def overlapped(toy): return run(toy, **OFF | dict(async_scheduling=True))
 def compiled(toy): return run(toy, **OFF | dict(compile=True))
