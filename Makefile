@@ -5,10 +5,10 @@ BIN := .venv/bin
 NB ?= nbs/*.ipynb
 FUZZ ?= 50000
 
-.PHONY: help venv demo test bench gpu peers fuzz lab notebooks lines book
+.PHONY: help venv demo test test-all test-avx2 bench gpu peers fuzz lab notebooks lines book
 
 help:            ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
 
 venv:
 	@$(PYTHON) tools/make_venv.py '$(TORCH)'
@@ -16,14 +16,31 @@ venv:
 demo: venv       ## fetch the small model and let it answer a question
 	@$(BIN)/nano-vllm chat "What is the capital of France, and what is it known for?"
 
+TEST_ENV := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
+# what computes differently on a processor without AVX-512
+KERNEL_TESTS := $(addprefix tests/,test_attention.py test_cpu_kernels.py test_cpu_products.py test_cpu_steps.py test_layers.py \
+	test_quantization.py test_triton_attention.py)
+KERNEL_NOTEBOOKS := $(wildcard nbs/19_*.ipynb nbs/20_*.ipynb nbs/21_*.ipynb nbs/22_*.ipynb)
+# both cores at work: two notebooks or two groups of tests at a time, each with a thread and a process of its own
+# (one process for many notebooks would hold all their engines)
+run_notebooks = printf '%s\n' $(1) | $(TEST_ENV) $(2) TRITON_INTERPRET=1 xargs -P 2 -n 1 $(BIN)/nbdev_test --n_workers 0 --do_print --timing --path
+run_tests = $(TEST_ENV) $(1) $(BIN)/python -m pytest -n 2 --dist loadgroup
+
 test: export NANO_VLLM_TEST_START := $(shell date +%s)
-test: export HF_HUB_OFFLINE := 1
-test: export OMP_WAIT_POLICY := PASSIVE
 test: venv       ## the export is in sync, every notebook runs, pytest passes
 	$(BIN)/python tools/check_export.py
-	@# a process for each notebook, two at a time: one process for many would hold all their engines
-	printf '%s\n' nbs/*.ipynb | TRITON_INTERPRET=1 OMP_NUM_THREADS=1 xargs -P 2 -n 1 $(BIN)/nbdev_test --n_workers 0 --do_print --timing --path
-	$(BIN)/python -m pytest
+	$(call run_notebooks,$(wildcard nbs/*.ipynb))
+	$(call run_tests)
+
+test-all: venv   ## the same with the tests that are marked slow
+	$(BIN)/python tools/check_export.py
+	$(call run_notebooks,$(wildcard nbs/*.ipynb))
+	$(call run_tests) -m ""
+
+test-avx2: venv  ## what touches kernels, as on a processor that has AVX2 and no more
+	$(call run_notebooks,$(KERNEL_NOTEBOOKS),$(AVX2))
+	$(call run_tests,$(AVX2)) $(KERNEL_TESTS)
 
 bench: venv      ## this engine on this machine: throughput, waits, memory, into results/ (five minutes)
 	$(BIN)/python tools/bench.py

@@ -30,14 +30,14 @@ class PlainProduct:
         return F.linear(x, self.weight, bias)
 
 # %%
-def on_cpu(*tensors: Tensor | None) -> bool:
+def are_float32(*tensors: Tensor | None) -> bool:
     "Are these tensors, as far as they are there, float32 on a CPU?"
     return all(t.is_cpu and t.dtype == torch.float32 for t in tensors if t is not None)
 
 
 def packed_linear(weight: Tensor):
     "The product with `weight` (outputs, inputs), packed if oneDNN can hold it."
-    fits = on_cpu(weight) and torch.backends.mkldnn.is_available()
+    fits = are_float32(weight) and torch.backends.mkldnn.is_available()
     return PackedProduct(weight) if fits else PlainProduct(weight)
 
 # %%
@@ -305,10 +305,10 @@ def kernels(head_dim: int, kv_heads: int, group: int, cache_bits: int) -> ctypes
 # %%
 class Queries(ctypes.Structure):
     "The record of the same name in C."
-    ADDRESSES = ("block_tables", "table_rows", "tokens", "starts", "ends")
-    NUMBERS = ("num_tokens", "stride", "block_size")
-    _fields_ = ([(name, ctypes.c_void_p) for name in ADDRESSES]
-                + [(name, ctypes.c_int64) for name in NUMBERS])
+    _fields_ = [("block_tables", ctypes.c_void_p), ("table_rows", ctypes.c_void_p),
+                ("tokens", ctypes.c_void_p), ("starts", ctypes.c_void_p),
+                ("ends", ctypes.c_void_p), ("num_tokens", ctypes.c_int64),
+                ("stride", ctypes.c_int64), ("block_size", ctypes.c_int64)]
 
 # %%
 class InPlaceDecodes:
@@ -342,7 +342,11 @@ class InPlaceDecodes:
         if y is not out: out[self.tokens] = y[self.tokens].to(out.dtype)
 
 # %%
-MAX_IN_PLACE_QUERY_LEN = 256   # beyond it the gather is faster
+def max_in_place_query_len(length: int | np.ndarray) -> int | np.ndarray:
+    """How many query tokens, over keys of `length`, gain by reading pages in place.
+
+    Many products are faster in PyTorch's kernel, once the gather is paid for."""
+    return np.clip(2**16 // length, 32, 256)
 
 
 class InPlaceAttention(TorchAttention):
@@ -363,8 +367,11 @@ class InPlaceAttention(TorchAttention):
                 and cache.dtype in (torch.float32, torch.bfloat16))
 
     @property
-    def max_decode_query_len(self) -> int:
-        return MAX_IN_PLACE_QUERY_LEN if self.paged else 1
+    def max_decode_query_len(self) -> int | np.ndarray:
+        "How many query tokens of each sequence (S,) are handled as decodes."
+        if not self.paged: return 1
+        seen = window_len(self.batch.context_lens, self.window)
+        return max_in_place_query_len(seen)
 
     def decode_parts(self, rows: np.ndarray) -> list:
         "What attends for the sequences `rows`, all at once."
@@ -423,7 +430,7 @@ PLAIN = Ops()   # what computes wherever a kernel meets what it is not made for
 
 def fits_kernels(*tensors: Tensor | None) -> bool:
     "Can the kernels be compiled here, and take these tensors?"
-    return CAN_BUILD and on_cpu(*tensors)
+    return CAN_BUILD and are_float32(*tensors)
 
 # %%
 def fused_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None):
@@ -431,8 +438,9 @@ def fused_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = 
     if not fits_kernels(x, weight, residual):
         return PLAIN.norm(x, weight, eps, residual)
     x, dim = x.contiguous(), x.shape[-1]
-    out, total = torch.empty_like(x), torch.empty_like(x)
-    other = None if residual is None else residual.contiguous()
+    out = total = torch.empty_like(x)
+    other = None
+    if residual is not None: other, total = residual.contiguous(), torch.empty_like(x)
     call(small_kernels().norm, x, other, weight, out, total, x.numel() // dim, dim, eps)
     return out if residual is None else (out, total)
 

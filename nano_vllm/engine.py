@@ -90,41 +90,51 @@ class Completion:
             self.tokenizer, self.seq.prompt_token_ids, p.stop, p.skip_special_tokens,
             p.min_tokens)
 
-    def read_token(self, eos_token_ids: set[int]) -> tuple | None:
-        "Turn the next token into text; (finish_reason, stop_reason) if it is the last."
-        token = self.seq.output_token_ids[self.num_read]
-        self.num_read += 1
-        if token in self.seq.stop_token_ids:
-            return "stop", None if token in eos_token_ids else token
-        self.num_chars += len(self.detokenizer.add([token]))
-        if self.detokenizer.stop_reason: return "stop", self.detokenizer.stop_reason
-        length = len(self.seq.prompt_token_ids) + self.num_read
-        return ("length", None) if length == self.seq.max_len else None
+# %%
+@patch
+def read_token(self: Completion, eos_token_ids: set[int]) -> tuple | None:
+    "Turn the next token into text; (finish_reason, stop_reason) if it is the last."
+    token = self.seq.output_token_ids[self.num_read]
+    self.num_read += 1
+    if token in self.seq.stop_token_ids:
+        return "stop", None if token in eos_token_ids else token
+    self.num_chars += len(self.detokenizer.add([token]))
+    if self.detokenizer.stop_reason: return "stop", self.detokenizer.stop_reason
+    length = len(self.seq.prompt_token_ids) + self.num_read
+    return ("length", None) if length == self.seq.max_len else None
 
-    def finish(self):
-        "Release the text that was held back."
-        self.num_chars += len(self.detokenizer.finish())
+# %%
+@patch
+def finish(self: Completion):
+    "Release the text that was held back."
+    self.num_chars += len(self.detokenizer.finish())
 
-    def output(self) -> CompletionOutput:
-        "The answer so far."
-        return self.output_from(0, 0)
+# %%
+@patch
+def output(self: Completion) -> CompletionOutput:
+    "The answer so far."
+    return self.output_from(0, 0)
 
-    def new_output(self) -> CompletionOutput:
-        "What is new since the last call."
-        output = self.output_from(self.num_shown_tokens, self.num_shown_chars)
-        self.num_shown_tokens, self.num_shown_chars = self.num_read, self.num_chars
-        return output
+# %%
+@patch
+def new_output(self: Completion) -> CompletionOutput:
+    "What is new since the last call."
+    output = self.output_from(self.num_shown_tokens, self.num_shown_chars)
+    self.num_shown_tokens, self.num_shown_chars = self.num_read, self.num_chars
+    return output
 
-    def output_from(self, token: int, char: int) -> CompletionOutput:
-        "The answer so far, without its first tokens and characters."
-        seq, ids, logprobs, total = self.seq, self.seq.output_token_ids, None, None
-        if self.logprobs is not None:
-            read = self.logprobs[:self.num_read]
-            total = sum(entry[t].logprob for entry, t in zip(read, ids))
-            logprobs = read[token:]
-        return CompletionOutput(seq.index, self.detokenizer.text_from(char),
-                                ids[token:self.num_read], total, logprobs,
-                                seq.finish_reason, seq.stop_reason)
+# %%
+@patch
+def output_from(self: Completion, token: int, char: int) -> CompletionOutput:
+    "The answer so far, without its first tokens and characters."
+    seq, ids, logprobs, total = self.seq, self.seq.output_token_ids, None, None
+    if self.logprobs is not None:
+        read = self.logprobs[:self.num_read]
+        total = sum(entry[t].logprob for entry, t in zip(read, ids))
+        logprobs = read[token:]
+    return CompletionOutput(seq.index, self.detokenizer.text_from(char),
+                            ids[token:self.num_read], total, logprobs,
+                            seq.finish_reason, seq.stop_reason)
 
 # %%
 @dataclass(eq=False)
@@ -149,18 +159,24 @@ class Request:
     def has_new_text(self): return any(c.num_chars > c.num_shown_chars
                                        for c in self.completions)
 
-    def output(self) -> RequestOutput:
-        "All that the user is handed."
-        return self.output_of([c.output() for c in self.completions])
+# %%
+@patch
+def output(self: Request) -> RequestOutput:
+    "All that the user is handed."
+    return self.output_of([c.output() for c in self.completions])
 
-    def new_output(self) -> RequestOutput:
-        "What is new since the last call."
-        return self.output_of([c.new_output() for c in self.completions])
+# %%
+@patch
+def new_output(self: Request) -> RequestOutput:
+    "What is new since the last call."
+    return self.output_of([c.new_output() for c in self.completions])
 
-    def output_of(self, outputs: list[CompletionOutput]) -> RequestOutput:
-        return RequestOutput(self.request_id, self.prompt, self.prompt_token_ids,
-                             outputs, self.finished, self.num_cached_tokens,
-                             self.metrics, self.prompt_logprobs)
+# %%
+@patch
+def output_of(self: Request, outputs: list[CompletionOutput]) -> RequestOutput:
+    return RequestOutput(self.request_id, self.prompt, self.prompt_token_ids,
+                         outputs, self.finished, self.num_cached_tokens,
+                         self.metrics, self.prompt_logprobs)
 
 # %%
 def is_token_list(prompt) -> bool:
@@ -238,39 +254,45 @@ class InputProcessor:
     random: Random = field(default_factory=Random)   # gives seeds where none is given
     num_made: int = 0
 
-    def make_requests(self, prompts, sampling_params=None) -> list[Request]:
-        "A request for each prompt; if one is bad, none: ValueError says which and why."
-        prompts, checked = split_prompts(prompts), []
-        params = read_params(sampling_params, len(prompts), self.default_params)
-        for i, (prompt, p) in enumerate(zip(prompts, params)):
-            try: checked.append((*self.check(prompt, p), p))
-            except ValueError as e: raise ValueError(f"prompts[{i}]: {e}") from None
-        return [self.make_request(*c) for c in checked]
+# %%
+@patch
+def make_requests(self: InputProcessor, prompts, sampling_params=None) -> list[Request]:
+    "A request for each prompt; if one is bad, none: ValueError says which and why."
+    prompts, checked = split_prompts(prompts), []
+    params = read_params(sampling_params, len(prompts), self.default_params)
+    for i, (prompt, p) in enumerate(zip(prompts, params)):
+        try: checked.append((*self.check(prompt, p), p))
+        except ValueError as e: raise ValueError(f"prompts[{i}]: {e}") from None
+    return [self.make_request(*c) for c in checked]
 
-    def check(self, prompt, params: SamplingParams) -> tuple:
-        "(text or None, token ids) of a prompt that can be answered; else ValueError."
-        text, ids = read_prompt(prompt, self.tokenizer, self.vocab_size)
-        check_fits(len(ids), params.max_tokens, self.max_model_len, self.num_blocks,
-                   self.block_size)
-        return text, ids
+# %%
+@patch
+def check(self: InputProcessor, prompt, params: SamplingParams) -> tuple:
+    "(text or None, token ids) of a prompt that can be answered; else ValueError."
+    text, ids = read_prompt(prompt, self.tokenizer, self.vocab_size)
+    check_fits(len(ids), params.max_tokens, self.max_model_len, self.num_blocks,
+               self.block_size)
+    return text, ids
 
-    def make_request(self, text, ids: list[int], params: SamplingParams) -> Request:
-        "A request with its `n` sequences, from a prompt's text (or None) and tokens."
-        number, self.num_made = self.num_made, self.num_made + 1
-        seed = self.random.getrandbits(63) if params.seed is None else params.seed
-        eos = set() if params.ignore_eos else self.eos_token_ids
-        longest = len(ids) + (params.max_tokens or self.max_model_len)
-        shared = dict(stop_token_ids=eos | set(params.stop_token_ids),
-                      max_len=min(longest, self.max_model_len),
-                      cache_salt=0 if self.enable_prefix_caching else number + 1)
-        others = replace(params, prompt_logprobs=None)
-        seqs = [Sequence(str(number), ids, others if i else params, i,
-                         (seed + i) % 2**63, **shared) for i in range(params.n)]
-        completions = [Completion(seq, self.tokenizer) for seq in seqs]
-        request = Request(str(number), text, ids, completions,
-                          RequestMetrics(time.perf_counter()))
-        if params.prompt_logprobs is not None: request.prompt_logprobs = [None]*len(ids)
-        return request
+# %%
+@patch
+def make_request(self: InputProcessor, text, ids: list[int],
+                 params: SamplingParams) -> Request:
+    "A request with its `n` sequences, from a prompt's text (or None) and tokens."
+    number, self.num_made = self.num_made, self.num_made + 1
+    seed = self.random.getrandbits(63) if params.seed is None else params.seed
+    eos = set() if params.ignore_eos else self.eos_token_ids
+    longest = len(ids) + (params.max_tokens or self.max_model_len)
+    shared = dict(stop_token_ids=eos | set(params.stop_token_ids),
+                  max_len=min(longest, self.max_model_len),
+                  cache_salt=0 if self.enable_prefix_caching else number + 1)
+    others = replace(params, prompt_logprobs=None)
+    seqs = [Sequence(str(number), ids, others if i else params, i,
+                     (seed + i) % 2**63, **shared) for i in range(params.n)]
+    rated = None if params.prompt_logprobs is None else [None] * len(ids)
+    completions = [Completion(seq, self.tokenizer) for seq in seqs]
+    return Request(str(number), text, ids, completions,
+                   RequestMetrics(time.perf_counter()), prompt_logprobs=rated)
 
 # %%
 def with_text(entries: list[dict[int, Logprob]], tokenizer: Tokenizer) -> list[dict]:
@@ -287,43 +309,55 @@ class OutputProcessor:
     tokenizer: Tokenizer
     eos_token_ids: set[int]
 
-    def keep_logprobs(self, completion: Completion, entry: dict[int, Logprob]):
-        "Note how likely the next token of `completion` is, before it is appended."
-        next_token = len(completion.seq.output_token_ids)
-        completion.logprobs[next_token:] = with_text([entry], self.tokenizer)
+# %%
+@patch
+def keep_logprobs(self: OutputProcessor, completion: Completion,
+                  entry: dict[int, Logprob]):
+    "Note how likely the next token of `completion` is, before it is appended."
+    next_token = len(completion.seq.output_token_ids)
+    completion.logprobs[next_token:] = with_text([entry], self.tokenizer)
 
-    def keep_prompt_logprobs(self, request: Request, first: int, entries: list[dict]):
-        "The same for the prompt tokens from position `first` on."
-        place = slice(first, first + len(entries))
-        request.prompt_logprobs[place] = with_text(entries, self.tokenizer)
+# %%
+@patch
+def keep_prompt_logprobs(self: OutputProcessor, request: Request, first: int,
+                         entries: list[dict]):
+    "The same for the prompt tokens from position `first` on."
+    place = slice(first, first + len(entries))
+    request.prompt_logprobs[place] = with_text(entries, self.tokenizer)
 
-    def process(self, request: Request, completion: Completion):
-        "Read the tokens of `completion` not read yet; how it ends, if it does."
-        metrics, ids, end = request.metrics, completion.seq.output_token_ids, None
-        while end is None and completion.num_read < len(ids):
-            if metrics.first_token_time is None:
-                metrics.first_token_time = time.perf_counter()
-            metrics.num_generated_tokens += 1
-            end = completion.read_token(self.eos_token_ids)
-        if request.streams: request.news[request] = None
-        return end
+# %%
+@patch
+def process(self: OutputProcessor, request: Request, completion: Completion):
+    "Read the tokens of `completion` not read yet; how it ends, if it does."
+    metrics, ids, end = request.metrics, completion.seq.output_token_ids, None
+    while end is None and completion.num_read < len(ids):
+        if metrics.first_token_time is None:
+            metrics.first_token_time = time.perf_counter()
+        metrics.num_generated_tokens += 1
+        end = completion.read_token(self.eos_token_ids)
+    if request.streams: request.news[request] = None
+    return end
 
-    def finish(self, request: Request, completion: Completion):
-        "Release the last text of a sequence that has ended."
-        completion.finish()
-        if not request.finished: return
-        request.metrics.finished_time = time.perf_counter()
-        request.news[request] = None
+# %%
+@patch
+def finish(self: OutputProcessor, request: Request, completion: Completion):
+    "Release the last text of a sequence that has ended."
+    completion.finish()
+    if not request.finished: return
+    request.metrics.finished_time = time.perf_counter()
+    request.news[request] = None
 
-    def restart(self, request: Request):
-        "Make the text of an interrupted request anew, from its tokens."
-        request.metrics.num_generated_tokens = 0
-        for completion in request.completions:
-            seq, ended = completion.seq, completion.seq.finish_reason
-            completion.restart()
-            end = self.process(request, completion)
-            if end and not ended: seq.finish_reason, seq.stop_reason = end
-            if seq.finish_reason: self.finish(request, completion)
+# %%
+@patch
+def restart(self: OutputProcessor, request: Request):
+    "Make the text of an interrupted request anew, from its tokens."
+    request.metrics.num_generated_tokens = 0
+    for completion in request.completions:
+        seq, ended = completion.seq, completion.seq.finish_reason
+        completion.restart()
+        end = self.process(request, completion)
+        if end and not ended: seq.finish_reason, seq.stop_reason = end
+        if seq.finish_reason: self.finish(request, completion)
 
 # %%
 class Engine:
@@ -533,24 +567,29 @@ class EngineConfig:
     max_model_len: int
     ops: Ops
 
-    @classmethod
-    def from_args(cls, args: EngineArgs) -> "EngineConfig":
-        "ValueError names the field that cannot be had with this model and device."
-        device, path = choose_device(args.device), resolve_model(args.model)
-        model = ModelConfig.from_folder(path)
-        shard_heads(model, TensorParallelGroup(0, args.tensor_parallel_size))
-        dtype = choose_dtype("dtype", args.dtype, model.dtype)
-        kv_dtype = choose_dtype("kv_cache_dtype", args.kv_cache_dtype, dtype)
-        if device.type != "cpu" and kv_dtype != dtype:
-            raise ValueError(f"kv_cache_dtype must be 'auto' or the dtype {dtype} on "
-                             f"device {device.type}, got {kv_dtype}")
-        longest = model.max_position
-        max_model_len = check_number("max_model_len", args.max_model_len or longest,
-                                     int, 2, longest)
-        target = Target(model, device, dtype, kv_dtype, args.quantization, args.compile,
-                        args.tensor_parallel_size, args.block_size)
-        ops = choose_ops(target, args.ops, args.attention_backend)
-        return cls(args, path, model, device, dtype, kv_dtype, max_model_len, ops)
+# %%
+def choose_kv_dtype(args: EngineArgs, dtype: torch.dtype, device) -> torch.dtype:
+    "The number type of keys and values; ValueError if the device cannot have it."
+    kv_dtype = choose_dtype("kv_cache_dtype", args.kv_cache_dtype, dtype)
+    if device.type == "cpu" or kv_dtype == dtype: return kv_dtype
+    raise ValueError(f"kv_cache_dtype must be 'auto' or the dtype {dtype} on device "
+                     f"{device.type}, got {kv_dtype}")
+
+# %%
+def resolve_args(args: EngineArgs) -> EngineConfig:
+    "ValueError names the field that cannot be had with this model and device."
+    device, path = choose_device(args.device), resolve_model(args.model)
+    model = ModelConfig.from_folder(path)
+    shard_heads(model, TensorParallelGroup(0, args.tensor_parallel_size))
+    dtype = choose_dtype("dtype", args.dtype, model.dtype)
+    kv_dtype = choose_kv_dtype(args, dtype, device)
+    longest = model.max_position
+    max_model_len = check_number("max_model_len", args.max_model_len or longest, int, 2,
+                                 longest)
+    target = Target(model, device, dtype, kv_dtype, args.quantization, args.compile,
+                    args.tensor_parallel_size, args.block_size)
+    ops = choose_ops(target, args.ops, args.attention_backend)
+    return EngineConfig(args, path, model, device, dtype, kv_dtype, max_model_len, ops)
 
 # %%
 UTILIZATION = dict(cuda=0.92, cpu=0.4)   # a CPU's memory is for other programs, too
@@ -607,7 +646,7 @@ def make_runner(config: EngineConfig, group: TensorParallelGroup) -> ModelRunner
 
 def serve_rank(group: TensorParallelGroup, args: EngineArgs):
     "What a process started for one of the ranks runs: it follows rank 0."
-    make_runner(EngineConfig.from_args(args), group).worker_loop()
+    make_runner(resolve_args(args), group).worker_loop()
 
 # %%
 def load_tokenizer(config: EngineConfig) -> Tokenizer:
@@ -617,10 +656,25 @@ def load_tokenizer(config: EngineConfig) -> Tokenizer:
     bare = args.tokenizer is None and args.load_format == "dummy"
     return (NoTokenizer if bare and not has_tokenizer(folder) else Tokenizer)(folder)
 
+# %%
+def make_scheduler(config: EngineConfig, num_blocks: int) -> Scheduler:
+    "The scheduler and its blocks."
+    args = config.args
+    manager = KVCacheManager(num_blocks, args.block_size, config.model.sliding_window)
+    return Scheduler(manager, args.max_num_seqs, args.max_num_batched_tokens,
+                     args.long_prefill_token_threshold)
 
+
+def count_in_flight(config: EngineConfig, group: TensorParallelGroup) -> int:
+    "2 if a step is to be prepared while one is computed; the default on a GPU."
+    wanted = config.args.async_scheduling
+    if wanted is None: wanted = config.device.type == "cuda"
+    return 2 if wanted and group.size == 1 else 1
+
+# %%
 def make_engine(args: EngineArgs) -> Engine:
     "An engine and all its parts; ValueError, naming the field, if it cannot be had."
-    config = EngineConfig.from_args(args)
+    config = resolve_args(args)
     default_params = read_default_params(config.model_path)
     tokenizer = load_tokenizer(config)
     eos = config.model.eos_token_ids | {tokenizer.eos_token_id} - {None}
@@ -631,11 +685,5 @@ def make_engine(args: EngineArgs) -> Engine:
     inputs = InputProcessor(tokenizer, config.model.vocab_size, config.max_model_len,
                             num_blocks, args.block_size, eos, default_params,
                             args.enable_prefix_caching, Random(args.seed))
-    manager = KVCacheManager(num_blocks, args.block_size, config.model.sliding_window)
-    scheduler = Scheduler(manager, args.max_num_seqs, args.max_num_batched_tokens,
-                          args.long_prefill_token_threshold)
-    wants_two = args.async_scheduling
-    if wants_two is None: wants_two = config.device.type == "cuda"
-    num_in_flight = 2 if wants_two and group.size == 1 else 1
-    return Engine(inputs, scheduler, runner, OutputProcessor(tokenizer, eos),
-                  num_in_flight)
+    return Engine(inputs, make_scheduler(config, num_blocks), runner,
+                  OutputProcessor(tokenizer, eos), count_in_flight(config, group))

@@ -28,7 +28,8 @@ def progress(engine: Engine, requests: list[Request], streams: bool = False):
     for request in requests: request.news, request.streams = news, streams
     with running(engine, requests):
         while unfinished:
-            while not news: engine.step()
+            # texts that an interrupted step left half made are whole after the next
+            while not (news and engine.is_consistent): engine.step()
             request = next(iter(news))
             del news[request]
             if request.finished: unfinished.discard(request)

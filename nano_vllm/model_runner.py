@@ -127,6 +127,11 @@ class InputBatch:
             num_output_tokens=torch.zeros(max_num_seqs, **whole),
             temperature=torch.zeros(max_num_seqs, device=device))
 
+    @property
+    def has_own_tables(self) -> bool:
+        "Has the device block tables of its own, which must be sent what is new?"
+        return self.device.block_tables.data_ptr() != self.block_tables.ctypes.data
+
     def clear(self):
         "Forget all sequences."
         self.seqs, self.row_of, self.num_blocks = [], {}, []
@@ -150,7 +155,7 @@ def add_blocks(self: InputBatch, row: int):
     first, table = self.num_blocks[row], self.seqs[row].block_table
     self.block_tables[row, first:len(table)] = table[first:]
     self.num_blocks[row] = len(table)
-    if self.device.block_tables.is_cuda:
+    if self.has_own_tables:
         self.new_cells += [(row, i, table[i]) for i in range(first, len(table))]
 
 # %%
@@ -174,7 +179,7 @@ def move_blocks(self: InputBatch, row: int, last: int, num_blocks: int):
     blocks = self.block_tables[last, :num_blocks]
     self.block_tables[row, :num_blocks] = blocks
     self.num_blocks[row] = num_blocks
-    if self.device.block_tables.is_cuda:
+    if self.has_own_tables:
         self.new_cells += [(row, i, b) for i, b in enumerate(blocks.tolist())]
 
 # %%
@@ -183,7 +188,10 @@ def send_new_cells(self: InputBatch):
     "Write what is new in the tables into the device's, in one go."
     if not self.new_cells: return
     device = self.device.block_tables.device
-    row, index, block = to_device(torch.tensor(self.new_cells).T, device)
+    # of a cell that changed twice, the last block: a GPU writes in any order
+    cells = {(row, index): block for row, index, block in self.new_cells}
+    changes = [(*place, block) for place, block in cells.items()]
+    row, index, block = to_device(torch.tensor(changes).T, device)
     self.device.block_tables[row, index] = block
     self.new_cells.clear()
 

@@ -2,7 +2,7 @@
 import torch
 
 
-def echo(ranks, payload):
+def echo(group, payload):
     "Add up the numbers of each message; all ranks' sums side by side go to rank 0."
-    while (message := ranks.receive()) is not None:
-        ranks.gather(torch.tensor([int(message.token_ids.sum()), sum(message.query_lens)]))
+    while (message := group.receive()) is not None:
+        group.gather(torch.tensor([int(message.token_ids.sum()), int(message.query_lens.sum())]))

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, strategies as st
 from helpers import assert_idle, tiny_folder
 from nano_vllm import LLM, SamplingParams, cpu_kernels
-from nano_vllm.attention import DecodeGroup, ReferenceAttention, TorchAttention, attention_backend, make_batch
+from nano_vllm.attention import ChunkPlan, DecodeGroup, ReferenceAttention, TorchAttention, attention_backend, make_batch
 from nano_vllm.cpu_kernels import (CAN_BUILD, InPlaceAttention, InPlaceDecodes, PackedProduct, PlainProduct, build, build_environment,
                                    fused_norm, fused_swiglu, kernels, load_library, packed_linear)
 from nano_vllm.kv_blocks import ScheduledSequence
@@ -121,6 +121,19 @@ def test_what_the_kernel_cannot_do_is_pytorchs(monkeypatch):
     for dtype, dim in ((torch.float16, 32), (torch.float32, 20)): assert type(parts(dtype, dim)[0]) is DecodeGroup
     monkeypatch.setattr(cpu_kernels, "CAN_BUILD", False)
     assert type(parts(torch.float32, 32)[0]) is DecodeGroup
+
+
+@compiled
+@pytest.mark.parametrize("query_len, context, window, in_place", [
+    (1, 10**6, None, True), (32, 10**5, None, True), (200, 7000, None, False), (64, 1024, None, True), (65, 1024, None, False),
+    (256, 256, None, True), (257, 257, None, False), (200, 7000, 300, True)])
+def test_long_chunks_over_long_texts_are_gathered(query_len, context, window, in_place):
+    "What reading in place costs grows with both lengths; a window shortens the text."
+    seq = new(context, context - query_len, range(context // 16 + 1))
+    batch = make_batch([decode(new(9, 8, [0])), ScheduledSequence(seq, context - query_len, query_len, True)], 16)
+    parts = InPlaceAttention(batch, torch.zeros(1, 2, 1, 16, 1, 16), 1.0, window).parts
+    assert [type(part) for part in parts] == ([InPlaceDecodes] if in_place else [InPlaceDecodes, ChunkPlan])
+    assert len(parts[0].tokens) == (1 + query_len if in_place else 1)
 
 
 @compiled

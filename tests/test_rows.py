@@ -213,7 +213,7 @@ def change(monkeypatch, name, old, new):
     "Plant a bug in a method of DecodeGraphs."
     import inspect
     import textwrap
-    source = textwrap.dedent(inspect.getsource(getattr(DecodeGraphs, name)))
+    source = textwrap.dedent(inspect.getsource(getattr(DecodeGraphs, name))).removeprefix("@patch\n")
     assert source.count(old) == 1
     space = dict(vars(cuda_graphs))
     exec(source.replace(old, new), space)

@@ -10,14 +10,15 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
-from helpers import assert_idle, tiny_folder
+from helpers import assert_idle, logits_tolerance, tiny_folder
 from nano_vllm import LLM, SamplingParams
 from nano_vllm.attention import Batch, make_batch
-from nano_vllm.kv_blocks import BlockPool, Chunk, Sequence
-from nano_vllm.parallel import StartedRanks
+from nano_vllm.kv_blocks import ScheduledSequence, Sequence
+from nano_vllm.parallel import StartedGroup
 from nano_vllm.workbench import fetch
 from test_model import make
 
@@ -59,15 +60,18 @@ def test_logits_of_each_family_equal_transformers(family, heads, kv_heads, size,
     ids = [(7 * i + i * i) % 97 for i in range(16)]
     with torch.inference_mode(): expected = theirs(torch.tensor([ids])).logits[0]
     llm = LLM(tmp_path, tensor_parallel_size=size, block_size=4, num_kv_blocks=8, device="cpu", max_model_len=32)
-    seq = Sequence("a", ids, SamplingParams())
-    BlockPool(8, 4).grow(seq, len(ids))
+    seq, runner, start = Sequence("a", ids, SamplingParams(), block_table=[5, 0, 7, 2]), llm.engine.runner, 0
+    allowed = logits_tolerance(runner.model.config, len(ids), expected)
+    assert allowed <= 1e-4
     for n in (5, 7, 1, 1, 2):
-        seq.prompt_token_ids = ids[:seq.num_computed_tokens + n]
-        logits = llm.runner.execute(make_batch([Chunk(seq, n)], 4))
-        seq.num_computed_tokens += n
+        batch = make_batch([ScheduledSequence(seq, start, n, samples=True)], 4)
+        with runner.group.collective_guard():
+            runner.group.broadcast(batch)
+            logits = runner.compute(batch)
+        start += n
         assert logits.shape == (1, 97)
-        torch.testing.assert_close(logits[0], expected[seq.num_computed_tokens - 1], atol=1e-4, rtol=0)
-    llm.ranks.close()
+        torch.testing.assert_close(logits[0], expected[start - 1], atol=allowed, rtol=0)
+    runner.group.close()
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -88,22 +92,23 @@ def test_a_killed_rank_ends_the_engine_with_its_name(tmp_path):
     folder = tiny_folder(tmp_path, hidden_size=48, num_attention_heads=6, num_key_value_heads=3)
     llm = LLM(folder, tensor_parallel_size=3, device="cpu", num_kv_blocks=100)
     llm.generate("Hello", SamplingParams(max_tokens=2), use_tqdm=False)
-    threading.Timer(0.5, os.kill, (llm.ranks.processes[1].pid, signal.SIGKILL)).start()
+    threading.Timer(0.5, os.kill, (llm.engine.runner.group.processes[1].pid, signal.SIGKILL)).start()
     start = time.monotonic()
     with pytest.raises(RuntimeError, match="rank 2 was killed by SIGKILL"):
         for _ in range(1000): llm.generate("Hello", SamplingParams(max_tokens=200, ignore_eos=True), use_tqdm=False)
     assert time.monotonic() - start < 10
-    assert all(p.poll() is not None for p in llm.ranks.processes)
+    assert all(p.poll() is not None for p in llm.engine.runner.group.processes)
     with pytest.raises(RuntimeError, match="this engine has ended: rank 2"): llm.generate("Hello", use_tqdm=False)
     assert_idle(llm)
 
 
 def test_a_rank_that_fails_tells_its_traceback(tmp_path):
     llm = LLM(tiny_folder(tmp_path), tensor_parallel_size=2, device="cpu", num_kv_blocks=100)
-    with pytest.raises(RuntimeError, match="(?s)rank 1 failed:.*Traceback.*TypeError"), llm.ranks.together():
-        llm.ranks.send(Batch(*[None] * 7))
-        llm.ranks.all_reduce(torch.ones(1))
-    assert wait_until(lambda: all(p.poll() is not None for p in llm.ranks.processes))
+    group = llm.engine.runner.group
+    with pytest.raises(RuntimeError, match="(?s)rank 1 failed:.*Traceback.*TypeError"), group.collective_guard():
+        group.broadcast(Batch(*[None] * 8))
+        group.all_reduce(torch.ones(1))
+    assert wait_until(lambda: all(p.poll() is not None for p in group.processes))
 
 
 def test_what_cannot_be_cut_is_refused_before_any_process_starts():
@@ -113,18 +118,32 @@ def test_what_cannot_be_cut_is_refused_before_any_process_starts():
     assert children() == before
 
 
+def shared_memory(pids) -> set[str]:
+    "The files in /dev/shm that these processes have open or mapped: theirs, whatever others keep there."
+    found = set()
+    for folder in (Path(f"/proc/{pid}") for pid in pids):
+        found |= {line.split(maxsplit=5)[-1] for line in (folder/"maps").read_text().splitlines()}
+        for fd in (folder/"fd").iterdir():
+            try: found.add(os.readlink(fd))
+            except OSError: pass     # closed meanwhile
+    return {name.removesuffix(" (deleted)") for name in found if name.startswith("/dev/shm/")}
+
+
 def test_engines_come_and_go_without_a_trace(tmp_path):
-    folder = tiny_folder(tmp_path)
+    folder, used, me = tiny_folder(tmp_path), set(), psutil.Process()
     def once():
         llm = LLM(folder, tensor_parallel_size=2, device="cpu", num_kv_blocks=50)
-        return llm.generate("Hello", SamplingParams(max_tokens=3, temperature=0), use_tqdm=False)[0]["token_ids"]
-    first, threads = once(), torch.get_num_threads()
+        out, = llm.generate("Hello", SamplingParams(max_tokens=3, temperature=0), use_tqdm=False)
+        used.update(shared_memory([me.pid, *(p.pid for p in llm.engine.runner.group.processes)]))
+        return out["token_ids"]
+    def left(): return me.num_fds(), children(), shared_memory([me.pid]), torch.get_num_threads()
+    first = once()
     gc.collect()
-    me = psutil.Process()
-    files, processes, shared = me.num_fds(), children(), set(os.listdir("/dev/shm"))
+    before = left()
     for _ in range(9): assert once() == first
     gc.collect()
-    assert (me.num_fds(), children(), set(os.listdir("/dev/shm")), torch.get_num_threads()) == (files, processes, shared, threads)
+    assert left() == before
+    assert not {name for name in used if os.path.exists(name)} - before[2], "something of the ranks' is left in /dev/shm"
 
 
 def test_two_engines_in_one_process(tmp_path):
@@ -140,13 +159,14 @@ def test_two_engines_in_one_process(tmp_path):
 
 
 def test_a_step_may_be_of_any_size():
-    ranks = StartedRanks(2, "cpu", "rank_targets.echo", None)
+    group = StartedGroup(2, "cpu", "rank_targets.echo", None)
     n = 64 * 4096
-    batch = Batch(*[torch.arange(n) for _ in range(3)], torch.zeros(64, 256, dtype=torch.int64), [4096] * 64, [4096] * 64, torch.arange(64))
-    with ranks.together():
-        ranks.send(batch)
-        assert ranks.gather(torch.zeros(2, dtype=torch.int64)).tolist() == [0, 0, n * (n - 1) // 2, n]
-    ranks.close()
+    lens = np.full(64, 4096)
+    batch = Batch(*[torch.arange(n) for _ in range(3)], torch.zeros(64, 256, dtype=torch.int64), lens, lens, torch.arange(64), torch.arange(0))
+    with group.collective_guard():
+        group.broadcast(batch)
+        assert group.gather(torch.zeros(2, dtype=torch.int64)).tolist() == [0, 0, n * (n - 1) // 2, n]
+    group.close()
 
 
 def test_a_rank_loads_no_more_than_its_share():
@@ -154,7 +174,7 @@ def test_a_rank_loads_no_more_than_its_share():
     code = '''
         import ctypes, threading, torch
         from nano_vllm.model import ModelConfig
-        from nano_vllm.parallel import Ranks
+        from nano_vllm.layers import TensorParallelGroup
         from nano_vllm.weights import load_model
         from nano_vllm.workbench import fetch
         def anonymous(): return 1024 * int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1])
@@ -162,7 +182,7 @@ def test_a_rank_loads_no_more_than_its_share():
         def watch():
             while not done.wait(0.001): readings.append(anonymous())
         (watcher := threading.Thread(target=watch)).start()
-        model = load_model(fetch(), config, torch.float32, "cpu", ranks=Ranks(1, 2))
+        model = load_model(fetch(), config, torch.float32, "cpu", group=TensorParallelGroup(1, 2))
         done.set(), watcher.join()
         print(max(readings) - readings[0], sum(p.nbytes for p in model.parameters()), sum(b.nbytes for b in model.buffers()))
     '''
@@ -238,17 +258,17 @@ def test_torchrun_on_one_host_and_on_two(num_hosts, alone, tmp_path):
 
 LEAVES_AT_ONCE = """
 import sys, time, torch, torch.distributed as dist
-from nano_vllm.parallel import ProcessRanks
+from nano_vllm.parallel import DistributedGroup
 rank, port = int(sys.argv[1]), int(sys.argv[2])
-ranks = ProcessRanks(dist.TCPStore("127.0.0.1", port, is_master=not rank), rank, 2)
+group = DistributedGroup(dist.TCPStore("127.0.0.1", port, is_master=not rank), rank, 2)
 sys.setswitchinterval(10)   # the thread of the group gets Python only once the script has ended
 def listen():
     for _ in range(50):
-        ranks.broadcast(length := torch.zeros(1, dtype=torch.int64))
-        ranks.broadcast(data := torch.zeros(int(length), dtype=torch.uint8))
+        group.broadcast_tensor(length := torch.zeros(1, dtype=torch.int64))
+        group.broadcast_tensor(data := torch.zeros(int(length), dtype=torch.uint8))
 if rank: listen()
 else:
-    for _ in range(50): ranks.send("news")
+    for _ in range(50): group.broadcast("news")
 time.sleep(0 if rank else 2)
 """
 
