@@ -38,17 +38,22 @@ ENGINE_OPTIONS = dict(
     long_prefill_token_threshold=(int, "of one prompt, at most; 0: no limit"),
     num_kv_blocks=(int, "KV blocks in the cache"),
     block_size=(int, "tokens in a KV block"),
-    attention_backend=(str, "auto, torch, in_place, triton or reference"),
+    ops=(str, "implementations, by name; a wrong one lists them"),
+    attention_backend=(str, "attention, by name; a wrong one lists them"),
+    async_scheduling=(bool, "prepare a step while one is computed"),
     quantization=(str, "int8: matrices in eight bits, on a CPU"),
     tensor_parallel_size=(int, "processes that share the model"))
 
 # %% ../nbs/11_command_line.ipynb #c17934a5
 def add_options(parser, options: dict):
-    "Add `--field-name` for each entry; one that is not given leaves no trace."
+    """Add `--field-name` for each entry; one that is not given leaves no trace.
+
+    A switch has two forms, `--field-name` and `--no-field-name`."""
     for name, (kind, text) in options.items():
-        flag, metavar = "--" + name.replace("_", "-"), kind.__name__.upper()
-        parser.add_argument(flag, type=kind, help=text, metavar=metavar,
-                            default=argparse.SUPPRESS)
+        form = dict(type=kind, metavar=kind.__name__.upper())
+        if kind is bool: form = dict(action=argparse.BooleanOptionalAction)
+        parser.add_argument("--" + name.replace("_", "-"), help=text,
+                            default=argparse.SUPPRESS, **form)
 
 
 def chosen(args, options: dict) -> dict:

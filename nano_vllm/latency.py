@@ -84,21 +84,26 @@ def note_tokens(requests: list, lines: list[Timeline], now: float):
         line.tokens.extend([now] * new)
 
 # %% ../nbs/11_latency.ipynb #a7b62a27
+def spread(name: str, seconds) -> dict:
+    "Mean, median, standard deviation and 99th percentile, in milliseconds."
+    ms = 1e3 * np.asarray(seconds)
+    found = dict(mean=np.mean(ms), median=np.median(ms), std=np.std(ms),
+                 p99=np.percentile(ms, 99))
+    return {f"{kind}_{name}_ms": float(value) for kind, value in found.items()}
+
+
 def summarize(lines: list[Timeline]) -> dict:
     "Figures of a run under the names of `vllm bench serve`; waits in milliseconds."
     duration = max(line.tokens[-1] for line in lines)
     num_tokens = sum(len(line.tokens) for line in lines)
-    long = [line.gaps for line in lines if len(line.tokens) > 1] or [np.zeros(1)]
-    figures = dict(duration=duration, completed=len(lines),
-                   total_output_tokens=num_tokens,
-                   request_throughput=len(lines) / duration,
-                   output_throughput=num_tokens / duration)
-    samples = dict(ttft=[line.ttft for line in lines], tpot=[g.mean() for g in long],
-                   itl=np.concatenate(long))
-    kinds = dict(mean=np.mean, median=np.median, std=np.std,
-                 p99=lambda x: np.percentile(x, 99))
-    return figures | {f"{kind}_{name}_ms": 1e3 * float(f(values))
-                      for name, values in samples.items() for kind, f in kinds.items()}
+    gaps = [line.gaps for line in lines if len(line.tokens) > 1] or [np.zeros(1)]
+    return dict(duration=duration, completed=len(lines),
+                total_output_tokens=num_tokens,
+                request_throughput=len(lines) / duration,
+                output_throughput=num_tokens / duration,
+                **spread("ttft", [line.ttft for line in lines]),
+                **spread("tpot", [g.mean() for g in gaps]),
+                **spread("itl", np.concatenate(gaps)))
 
 # %% ../nbs/11_latency.ipynb #a3e87d1e
 def serve_like(llm: LLM, work: Workload, request_rate=float("inf"), seed=0) -> dict:

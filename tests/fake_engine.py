@@ -5,16 +5,18 @@ request is to answer is known beforehand, whoever shares its steps and whatever 
 """
 import random
 from collections import Counter
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
 
-from nano_vllm.attention import make_batch
-from nano_vllm.engine import Engine, InputProcessor, OutputProcessor
+from nano_vllm.attention import make_batch, prompt_positions
+from nano_vllm.engine import Engine, InputProcessor, OutputProcessor, with_text
 from nano_vllm.layers import TensorParallelGroup
 from nano_vllm.model_runner import InputBatch, StepHandle
 from nano_vllm.prefix_cache import KVCacheManager
-from nano_vllm.sampler import SamplingMetadata
+from nano_vllm.sampler import SamplingMetadata, compute_logprobs, gather_logprobs
 from nano_vllm.scheduler import Scheduler
 
 EOS, VOCAB = 0, 100
@@ -36,29 +38,45 @@ def answer(text, seed):
     return EOS if rng.random() < 0.04 else rng.randint(1, 3)
 
 
+@lru_cache(10_000)
+def logits_after(text):
+    "Logits (1, VOCAB) after `text`, a tuple: what log-probabilities are made of. Tokens are not drawn from them."
+    return torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(hash(text) % 2**62))
+
+
 class FakeRunner:
-    "Computes steps over real rows and batches, and checks all that it reads."
+    "Computes steps over real rows and batches, and checks all that it reads. `own_tables`: the device has a copy, as a GPU has."
     graphs = None
 
-    def __init__(self, num_blocks, block_size, max_num_seqs, max_model_len, window=None):
+    def __init__(self, num_blocks, block_size, max_num_seqs, max_model_len, window=None, own_tables=False):
         self.kv, self.block_size, self.window = [None] * (num_blocks * block_size), block_size, window
         self.group = TensorParallelGroup()
         self.input_batch = InputBatch(max_num_seqs, max_model_len, block_size, torch.device("cpu"))
+        if own_tables: self.input_batch.device.block_tables = self.input_batch.device.block_tables.clone()
+        self.sampled, self.num_unknown = {}, 0     # the last token of each sequence; how many of them the host did not know in time
 
-    def clear(self): self.input_batch.clear()
+    def clear(self):
+        self.input_batch.clear()
+        self.sampled.clear()
 
     def execute(self, output):
+        for seq in output.removed: self.sampled.pop(seq, None)
         self.input_batch.update(output)
         batch, inputs = self.input_batch.prepare(output)
-        self.check(batch, inputs)
-        at, ids = 0, []
+        self.check(batch, inputs, output)
+        at, ids, logprobs, prompt_logprobs = 0, [], {}, []
         for s, table, new, context in zip(inputs.scheduled, batch.block_tables.tolist(), batch.query_lens, batch.context_lens):
-            text = self.compute(s, table, batch.token_ids[at:at + new].tolist(), batch.slot_mapping[at:at + new].tolist(), int(context))
+            part = slice(at, at + new)
+            text = self.compute(s, table, batch.token_ids[part].tolist(), batch.slot_mapping[part].tolist(), int(context))
             if s.samples: ids.append(answer(text, s.seq.seed))
+            if s.samples and s.seq.params.logprobs is not None:
+                logprobs[s.seq] = gather_logprobs(logits_after(tuple(text)), ids[-1:], s.seq.params.logprobs)
+            if places := prompt_positions(s): prompt_logprobs.append((s.seq, places[0] + 1, rate_prompt(s.seq, places)))
             at += new
+        self.sampled.update(zip(inputs.sampled, ids))
         ids = torch.tensor(ids, dtype=torch.int64)
         self.input_batch.device.last_token[inputs.sampled_rows] = ids
-        return StepHandle(output, inputs.sampled, ids, {}, [])
+        return StepHandle(output, inputs.sampled, ids, logprobs, prompt_logprobs)
 
     def compute(self, s, table, token_ids, slots, context):
         "Write a sequence's new slots, read those it sees; its text."
@@ -67,52 +85,106 @@ class FakeRunner:
         for token, slot in zip(token_ids, slots):
             text = [*text, token]
             self.kv[slot] = tuple(text)
-        assert len(text) == context
+        assert len(text) == context, "a key was written for a text of another length"
         first = 0 if self.window is None else max(0, s.start + 1 - self.window)
         for p in range(first, context):
             assert self.kv[table[p // size] * size + p % size] == tuple(text[:p + 1]), "wrong KV is read"
         return text
 
-    def check(self, batch, inputs):
+    def known(self, s):
+        "What is scheduled, for a sequence that has the token which the host may not know yet."
+        seq = s.seq
+        if s.end <= seq.num_tokens: return s._replace(seq=replace(seq, output_token_ids=seq.output_token_ids[:]))
+        assert s.end == seq.num_tokens + 1 and seq.num_output_placeholders, "two tokens are unknown"
+        assert not s.samples or not seq.params.has_penalty, "the sampler would miss a token"
+        self.num_unknown += 1
+        return s._replace(seq=replace(seq, output_token_ids=[*seq.output_token_ids, self.sampled[seq]]))
+
+    def check(self, batch, inputs, output):
         "The batch is the oracle's, made from lists; so is what the sampler reads."
-        scheduled = inputs.scheduled
-        rows = [self.input_batch.row_of[s.seq] for s in scheduled]
-        assert rows == sorted(rows) and len(self.input_batch.seqs) == len(self.input_batch.row_of)
-        known = [s for s in scheduled if s.end <= s.seq.num_tokens]
-        if len(known) < len(scheduled) or any(s.seq.num_released_blocks for s in scheduled): return
+        rows, seqs = self.input_batch.row_of, self.input_batch.seqs
+        assert [rows[s] for s in seqs] == list(range(len(rows))), "rows with gaps"
+        assert [rows[s.seq] for s in inputs.scheduled] == inputs.rows.tolist() == sorted(inputs.rows)
+        assert sorted(map(id, inputs.scheduled)) == sorted(map(id, output.scheduled))
+        scheduled = [self.known(s) for s in inputs.scheduled]
         oracle = make_batch(scheduled, self.block_size)
         for name, value in vars(oracle).items():
             if name == "block_tables": continue
             assert np.array_equal(np.asarray(value), np.asarray(getattr(batch, name))), name
+            assert value.dtype == getattr(batch, name).dtype, name
         for s, table in zip(scheduled, batch.block_tables.tolist()):
-            assert table[:len(s.seq.block_table)] == s.seq.block_table
+            released, held = s.seq.num_released_blocks, len(s.seq.block_table)
+            assert table[released:held] == s.seq.block_table[released:], "block tables"
+            assert all(0 <= block < len(self.kv) // self.block_size for block in table), "no block's number"
         metadata = SamplingMetadata.of([s.seq for s in scheduled if s.samples])
         for name, value in vars(metadata).items():
             if isinstance(value, torch.Tensor): assert torch.equal(value, getattr(inputs.metadata, name)), name
+        assert inputs.sampled == inputs.metadata.sequences == [s.seq for s in inputs.scheduled if s.samples]
+        assert inputs.sampled_rows.tolist() == [rows[seq] for seq in inputs.sampled]
+
+
+def rate_prompt(seq, places):
+    "The entries of the prompt tokens after `places`."
+    prompt = seq.prompt_token_ids
+    return [compute_logprobs(logits_after(tuple(prompt[:p + 1])), [prompt[p + 1]], seq.params.prompt_logprobs)[0] for p in places]
 
 
 def fake_engine(num_blocks=30, block_size=4, max_num_seqs=6, max_num_batched_tokens=16, max_model_len=60, window=None,
-                num_in_flight=1, threshold=0, **inputs):
+                num_in_flight=1, threshold=0, own_tables=False, **inputs):
     "The engine; `inputs` go to its InputProcessor."
     tokenizer = LetterTokenizer()
     manager = KVCacheManager(num_blocks, block_size, window)
     return Engine(InputProcessor(tokenizer, VOCAB, max_model_len, num_blocks, block_size, {EOS}, **inputs),
                   Scheduler(manager, max_num_seqs, max_num_batched_tokens, threshold),
-                  FakeRunner(num_blocks, block_size, max_num_seqs, max_model_len, window),
+                  FakeRunner(num_blocks, block_size, max_num_seqs, max_model_len, window, own_tables),
                   OutputProcessor(tokenizer, {EOS}), num_in_flight)
+
+
+# ---- what it is to answer
+
+@dataclass
+class Expected:
+    "An answer to its end."
+    token_ids: list
+    text: str
+    finish_reason: str
+    stop_reason: int | str | None = None
+    logprobs: list | None = None
 
 
 def expected(request):
     "The token ids of each of a request's answers, if it were alone in the world."
-    return [expected_ids(c.seq) for c in request.completions]
+    return [expected_answer(c.seq).token_ids for c in request.completions]
 
 
-def expected_ids(seq):
-    ids, stop = [], set(seq.stop_token_ids)
+def expected_answer(seq):
+    "What a sequence says if it is alone in the world; its seed, prompt and parameters decide."
+    ids, p, tokenizer = [], seq.params, LetterTokenizer()
+    entries = None if p.logprobs is None else []
+
+    def said(ids): return "".join(tokenizer.token_bytes(t).decode() for t in ids)
+
+    def ended(text, *reasons): return Expected(ids, text, *reasons, entries)
+
     while True:
-        ids.append(answer(seq.prompt_token_ids + ids, seq.seed))
-        if ids[-1] in stop or len(seq.prompt_token_ids) + len(ids) == seq.max_len: return ids
+        text = tuple(seq.prompt_token_ids + ids)
+        ids.append(answer(text, seq.seed))
+        if entries is not None: entries += with_text(compute_logprobs(logits_after(text), ids[-1:], p.logprobs), tokenizer)
+        if ids[-1] in seq.stop_token_ids: return ended(said(ids[:-1]), "stop", None if ids[-1] == EOS else ids[-1])
+        watched = said(ids[p.min_tokens:])              # a token is a letter at most, so only its end is new
+        hits = [s for s in p.stop if watched.endswith(s)] if len(ids) > p.min_tokens and said(ids[-1:]) else []
+        if hits: return ended(said(ids)[:-len(max(hits, key=len))], "stop", max(hits, key=len))
+        if len(text) + 1 == seq.max_len: return ended(said(ids), "length")
 
+
+def expected_prompt_logprobs(request):
+    "The same for the prompt; None where nobody asked."
+    seq = request.completions[0].seq
+    if seq.params.prompt_logprobs is None: return None
+    return [None, *with_text(rate_prompt(seq, range(len(seq.prompt_token_ids) - 1)), LetterTokenizer())]
+
+
+# ---- the laws
 
 def check_books(engine):
     "Law 1: blocks are free or held, and reference counts are those of the tables."
@@ -122,6 +194,15 @@ def check_books(engine):
     assert manager.pool.ref_counts == [held[b] for b in range(manager.pool.num_blocks)], "references"
     assert set(manager.pool.free_blocks) == set(range(manager.pool.num_blocks)) - set(held), "partition"
     assert all(seq in scheduler.running for seq in manager.pending.values()), "a pending owner is gone"
+
+
+def check_cache(engine):
+    "Law 2: what can be found has been computed, and is known. (For a fake engine: its slots can be read.)"
+    cache, kv, size = engine.scheduler.manager.cache, engine.runner.kv, engine.runner.block_size
+    assert all(cache.entries[b].hash == h for h, b in cache.block_of.items()), "cache out of step"
+    assert sum(e is not None for e in cache.entries) == len(cache.block_of)
+    for block, entry in enumerate(cache.entries):
+        if entry: assert [text and text[-1] for text in kv[block * size:(block + 1) * size]] == entry.tokens, "found, not computed"
 
 
 def assert_all_free(engine):
