@@ -46,7 +46,7 @@ FLAGS = ("-O3 -march=native -mprefer-vector-width=512 -ffast-math "
 CAN_BUILD = (sys.platform == "linux" and shutil.which("g++") is not None
              and torch.backends.cpu.get_cpu_capability() == "AVX512")
 
-
+# %%
 def run_compiler(*arguments, source=None):
     "Run g++; RuntimeError with what it says if it fails."
     done = subprocess.run(["g++", *arguments], input=source, text=True,
@@ -348,7 +348,7 @@ def max_in_place_query_len(length: int | np.ndarray) -> int | np.ndarray:
     Many products are faster in PyTorch's kernel, once the gather is paid for."""
     return np.clip(2**16 // length, 32, 256)
 
-
+# %%
 class InPlaceAttention(TorchAttention):
     "PyTorch's path, but decodes read their pages in place: on a CPU, not in float16."
     @classmethod
@@ -379,7 +379,7 @@ class InPlaceAttention(TorchAttention):
         if not len(rows): return []
         return [InPlaceDecodes(self.batch, rows, self.block_size, self.window)]
 
-
+# %%
 BACKENDS["in_place"] = InPlaceAttention
 
 # %%
@@ -415,7 +415,7 @@ extern "C" void swiglu(const float* x, float* out, int64_t rows, int64_t dim) {
 }
 """
 
-
+# %%
 @functools.cache
 def small_kernels() -> ctypes.CDLL:
     "The compiled `norm` and `swiglu`."

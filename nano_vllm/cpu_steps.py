@@ -5,6 +5,7 @@ import ctypes, functools
 from collections.abc import Callable
 from dataclasses import replace
 from weakref import WeakKeyDictionary
+import torch
 from torch import Tensor
 from nano_vllm.cpu_kernels import (NORM, PLAIN, SOURCE, SWIGLU, InPlaceAttention,
                                    InPlaceDecodes, address, fits_kernels, load_library,
@@ -120,9 +121,10 @@ def linears(layer: DecoderLayer) -> list[Linear]:
 
 def is_tiled(layer: DecoderLayer) -> bool:
     "Is it a layer of the kind that the kernel computes, with all products in tiles?"
-    return (type(layer) is DecoderLayer and type(layer.mlp) is MLP
-            and layer.self_attn.q_norm is None
-            and layer.self_attn.o_proj.group.size == 1
+    if type(layer) is not DecoderLayer or type(layer.mlp) is not MLP: return False
+    attention, mlp = layer.self_attn, layer.mlp
+    return (attention.q_norm is None and attention.o_proj.group.size == 1
+            and mlp.gate_up_proj.lengths[0] % 16 == 0
             and all(isinstance(m.product, TiledProduct) for m in linears(layer)))
 
 
@@ -143,19 +145,24 @@ class LayerTable:
         self.q_size, self.kv_size, _ = attention.qkv_proj.lengths
         self.intermediate_size = mlp.gate_up_proj.lengths[0]
 
+    def room(self, residual: Tensor) -> dict[str, Tensor]:
+        "Memory for the activations of tokens with a residual (N, hidden)."
+        N, new = len(residual), residual.new_empty
+        gated = new(min(N, MAX_MLP_TOKENS), self.intermediate_size)
+        wide = new(max(N * (self.q_size + 2*self.kv_size), 2 * gated.numel()))
+        return dict(normed=torch.empty_like(residual), wide=wide, gated=gated,
+                    q=new(N, self.q_size), attended=new(N, self.q_size))
+
     def run(self, hidden_states: Tensor, residual: Tensor, cos: Tensor, sin: Tensor,
             attention: InPlaceAttention, decodes: InPlaceDecodes):
         "All layers: hidden_states and residual (N, hidden) are read and written."
-        (N, hidden_size), new = residual.shape, residual.new_empty
-        gated = new(min(N, MAX_MLP_TOKENS), self.intermediate_size)
-        wide = new(max(N * (self.q_size + 2*self.kv_size), 2 * gated.numel()))
-        tensors = dict(hidden_states=hidden_states, residual=residual, wide=wide,
-                       normed=new(N, hidden_size), gated=gated, q=new(N, self.q_size),
-                       attended=new(N, self.q_size), cos=cos, sin=sin,
+        tensors = dict(hidden_states=hidden_states, residual=residual, cos=cos, sin=sin,
                        slot_mapping=attention.slot_mapping, kv_cache=attention.kv_cache)
+        tensors |= self.room(residual)
+        num_tokens, hidden_size = residual.shape
         keys = attention.kv_cache[0, 0]
         step = Step(layers=ctypes.addressof(self.records), num_layers=len(self.records),
-                    num_tokens=N, hidden_size=hidden_size, eps=self.eps,
+                    num_tokens=num_tokens, hidden_size=hidden_size, eps=self.eps,
                     intermediate_size=self.intermediate_size, scale=attention.scale,
                     cache_size=keys.numel(), queries=ctypes.addressof(decodes.queries),
                     **{name: address(tensor) for name, tensor in tensors.items()})
@@ -203,20 +210,21 @@ def fits_one_call(target: Target) -> bool:
 
 
 def with_one_call(build: Callable, target: Target) -> Ops | None:
-    "The Ops that `build` makes, with all layers in one call; None if one does not suit."
+    "The Ops that `build` makes, with all layers in one call; None if it does not suit."
     if not fits_one_call(target): return None
     ops = build(target)
     return None if ops is None else replace(ops, run_layers=run_layers_at_once)
 
 # %%
 def cpu_steps_ops(target: Target) -> Ops | None:
-    """A dense float32 model in sizes of 16 n, without norms on q and k, on one CPU with
-    AVX-512 and g++; neither quantization nor compile."""
+    """Dense float32 models in sizes of 16 n, no q and k norms, on one CPU with AVX-512.
+
+    It needs g++, and neither quantization nor compile nor tensor parallelism."""
     return with_one_call(cpu_products_ops, target)
 
 
 def int8_steps_ops(target: Target) -> Ops | None:
-    """The same with quantization='int8'."""
+    "quantization='int8', otherwise as cpu_steps: float32, AVX-512, sizes of 16 n."
     return with_one_call(int8_ops, target)
 
 

@@ -7,8 +7,8 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 from tqdm import tqdm
-from nano_vllm.attention import Batch
-from nano_vllm.model_runner import ModelRunner, RowInputs
+from nano_vllm.kv_blocks import SchedulerOutput, Sequence
+from nano_vllm.model_runner import ModelRunner
 from nano_vllm.sampler import SamplingMetadata, gumbel_sample, make_keys, to_device
 try:
     from nano_vllm.triton_attention import (AttentionMetadata, Tiles, TritonAttention,
@@ -106,7 +106,7 @@ class DecodeGraphs:
         self.model, self.ops, self.scale = runner.model, runner.ops, runner.scale
         self.kv_cache, c = runner.kv_cache, runner.model.config
         num_blocks, self.block_size = runner.kv_cache.shape[2:4]
-        rows = runner.input_batch.device
+        self.input_batch, rows = runner.input_batch, runner.input_batch.device
         num_rows, device = len(rows.last_token), runner.device
         self.fields = torch.zeros(5, num_rows, dtype=torch.int64, device=device)
         rows.last_token = self.fields[TOKEN]     # eager steps put theirs here, too
@@ -139,18 +139,18 @@ def step(self: DecodeGraphs, n: int):
 
 # %%
 @patch
-def fits(self: DecodeGraphs, batch: Batch, inputs: RowInputs) -> bool:
+def fits(self: DecodeGraphs, output: SchedulerOutput) -> bool:
     "Is it one token for each of rows 0, 1, ..., each to be followed by another?"
-    n = len(inputs.rows)
-    one_each = len(batch.token_ids) == len(inputs.sampled) == n
-    if not one_each or inputs.rows[-1] != n - 1: return False
-    return len(batch.prompt_indices) == 0 and self.has_room(batch)
+    n, row_of = len(output.scheduled), self.input_batch.row_of
+    return (all(s.num_tokens == 1 and s.samples and row_of[s.seq] < n
+                for s in output.scheduled)
+            and self.has_room([s.end for s in output.scheduled]))
 
 # %%
 @patch
-def has_room(self: DecodeGraphs, batch: Batch) -> bool:
+def has_room(self: DecodeGraphs, seq_lens: list[int]) -> bool:
     "Is there memory for the splits of these contexts?"
-    lens = torch.from_numpy(batch.context_lens)
+    lens = torch.tensor(seq_lens)
     metadata = self.metadata[self.size_for(len(lens))]
     items = count_items(torch.ones_like(lens), lens, self.tiles, metadata.window)
     return int(items.sum()) <= metadata.capacity
@@ -163,38 +163,28 @@ def size_for(self: DecodeGraphs, n: int) -> int:
 
 # %%
 @patch
-def run(self: DecodeGraphs, batch: Batch, inputs: RowInputs) -> tuple[Tensor, Tensor]:
-    """Logits (S, vocab_size), float32, and ids (S,) of the rows' next tokens.
-
-    Both are overwritten by the next step; what is to be kept must be copied."""
-    n = len(inputs.rows)
-    size = self.size_for(n)
-    wanted = self.wanted_fields(batch, inputs.metadata, size)
-    changes = self.find_changes(wanted)
-    self.mirror[:, :size] = UNKNOWN      # if anything interrupts what follows
-    self.send(changes)
-    self.replay[size]()
-    advance(wanted)
-    wanted[TOKEN] = UNKNOWN
-    self.mirror[:, :size] = wanted
-    logits, ids = self.logits[:n], self.fields[TOKEN, :n]
-    if not inputs.metadata.is_plain:     # they ask for more than is recorded
-        ids.copy_(self.ops.sample(logits, inputs.metadata))
-    return logits, ids
+def read_output(self: DecodeGraphs, output: SchedulerOutput):
+    "(tokens, lengths with them) by row, int64; -1: a token that only the device knows."
+    tokens, seq_lens = np.empty((2, len(output.scheduled)), np.int64)
+    for seq, start, num_tokens, _ in output.scheduled:
+        row, known = self.input_batch.row_of[seq], seq.tokens(start, start + num_tokens)
+        tokens[row] = known[0] if known else -1
+        seq_lens[row] = start + num_tokens
+    return tokens, seq_lens
 
 # %%
 @patch
-def wanted_fields(self: DecodeGraphs, batch: Batch, metadata: SamplingMetadata,
+def wanted_fields(self: DecodeGraphs, tokens: np.ndarray, seq_lens: np.ndarray,
                   size: int) -> np.ndarray:
-    "What the first `size` rows are to hold now: the batch's, then padding; int64."
-    wanted, n = self.mirror[:, :size].copy(), len(batch.token_ids)
-    tokens = batch.token_ids.numpy()
+    "What the first `size` rows are to hold now: those of the step, then padding."
+    rows, n = self.input_batch, len(tokens)
+    wanted = self.mirror[:, :size].copy()
     wanted[TOKEN, :n] = np.where(tokens < 0, wanted[TOKEN, :n], tokens)
     wanted[SEQ_LEN] = 0
-    wanted[SEQ_LEN, :n] = batch.context_lens
-    wanted[SEED, :n] = metadata.seeds
-    wanted[NUM_OUTPUT, :n] = metadata.num_output_tokens
-    wanted[TEMPERATURE, :n] = metadata.temperature.view(torch.int32)
+    wanted[SEQ_LEN, :n] = seq_lens
+    wanted[SEED, :n] = rows.seeds[:n]
+    wanted[NUM_OUTPUT, :n] = seq_lens - rows.prompt_lens[:n]
+    wanted[TEMPERATURE, :n] = rows.params["temperature"][:n].view(np.int32)
     return wanted
 
 # %%
@@ -211,6 +201,41 @@ def send(self: DecodeGraphs, changes: np.ndarray):
     if changes.size == 0: return
     field, row, value = to_device(torch.from_numpy(changes), self.fields.device)
     self.fields[field, row] = value
+
+# %%
+@patch
+def sampling_metadata(self: DecodeGraphs, seq_lens: np.ndarray) -> SamplingMetadata:
+    "What the sampler reads, of rows 0, 1, ..., whose texts are so long."
+    rows, n = self.input_batch, len(seq_lens)
+    columns = {name: torch.from_numpy(column[:n])
+               for name, column in rows.params.items()}
+    num_output_tokens = seq_lens - rows.prompt_lens[:n]
+    return SamplingMetadata(
+        **columns, seeds=torch.from_numpy(rows.seeds[:n]),
+        num_output_tokens=torch.from_numpy(num_output_tokens), sequences=rows.seqs[:n])
+
+# %%
+@patch
+def run(self: DecodeGraphs,
+        output: SchedulerOutput) -> tuple[list[Sequence], Tensor, Tensor]:
+    """The sequences by row, their logits (S, vocab_size), float32, and next ids (S,).
+
+    Both tensors are overwritten by the next step; what is to be kept must be copied."""
+    tokens, seq_lens = self.read_output(output)
+    n, size = len(tokens), self.size_for(len(tokens))
+    wanted = self.wanted_fields(tokens, seq_lens, size)
+    changes = self.find_changes(wanted)
+    self.mirror[:, :size] = UNKNOWN      # if anything interrupts what follows
+    self.send(changes)
+    self.replay[size]()
+    advance(wanted)
+    wanted[TOKEN] = UNKNOWN
+    self.mirror[:, :size] = wanted
+    logits, ids = self.logits[:n], self.fields[TOKEN, :n]
+    sampling = self.sampling_metadata(seq_lens)
+    if not sampling.is_plain:     # they ask for more than is recorded
+        ids.copy_(self.ops.sample(logits, sampling))
+    return sampling.sequences, logits, ids
 
 # %%
 @patch

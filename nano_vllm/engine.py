@@ -3,6 +3,7 @@
 # %%
 import os, time
 from collections import deque
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from numbers import Integral
 from pathlib import Path
@@ -374,37 +375,46 @@ class Engine:
         self.requests: dict[str, Request] = {}    # those that have not finished
         self.in_flight: deque[tuple[SchedulerOutput, StepHandle]] = deque()
         self.is_consistent = True    # False while something is changing
-        self.must_recover = False    # something came amid a change of something else
+        self.is_busy = False         # True only while something is changing
+        self.must_recover = False    # a call came amid a change of something else
+
+# %%
+@patch
+@contextmanager
+def changing(self: Engine):
+    "Nothing is consistent in this block, nor after it if it ends by an exception."
+    self.is_consistent, self.is_busy = False, True
+    try: yield
+    finally: self.is_busy = False
+    self.is_consistent = True
 
 # %%
 @patch
 def add(self: Engine, request: Request):
     "Queue a request."
-    consistent, self.is_consistent = self.is_consistent, False
-    self.requests[request.request_id] = request
-    if consistent:
+    if not self.is_consistent:
+        self.must_recover = True     # which queues it
+        self.requests[request.request_id] = request
+        return
+    with self.changing():
+        self.requests[request.request_id] = request
         for c in request.completions: self.scheduler.add(c.seq)
-    else: self.must_recover = True
-    self.is_consistent = consistent
 
 # %%
 @patch
 def step(self: Engine):
     "Launch the next step; receive the oldest one once enough are in flight."
     if self.must_recover or not self.is_consistent: self.recover()
-    self.is_consistent = False
-    output = self.scheduler.schedule()
-    if output: self.launch(output)
-    if not output or len(self.in_flight) >= self.num_in_flight: self.receive()
-    self.is_consistent = True
+    with self.changing():
+        output = self.scheduler.schedule()
+        if output: self.launch(output)
+        if not output or len(self.in_flight) >= self.num_in_flight: self.receive()
 
 # %%
 @patch
 def launch(self: Engine, output: SchedulerOutput):
     "Ask for a step."
-    for s in output.admitted:
-        request = self.requests.get(s.seq.request_id)
-        if request: self.note_start(request, s)
+    for s in output.admitted: self.note_start(self.requests[s.seq.request_id], s)
     self.in_flight.append((output, self.runner.execute(output)))
 
 # %%
@@ -425,9 +435,8 @@ def receive(self: Engine):
     self.receive_logprobs(output, result)
     self.scheduler.update(output, result.token_ids)
     for s in output.sampled:
-        request = self.requests.get(s.seq.request_id)
-        # it may have ended while the step was in flight
-        if request is None or s.seq.finish_reason: continue
+        if s.seq.finish_reason: continue     # it ended while the step was in flight
+        request = self.requests[s.seq.request_id]
         completion = request.completions[s.seq.index]
         end = self.output_processor.process(request, completion)
         if end: self.finish(request, completion, *end)
@@ -441,9 +450,8 @@ def receive_logprobs(self: Engine, output: SchedulerOutput, result):
         request = self.requests.get(seq.request_id)
         if request: keep(request, first, entries)
     for s, entry in zip(output.sampled, result.logprobs):
-        request = self.requests.get(s.seq.request_id)
-        if request is None or entry is None or s.seq.finish_reason: continue
-        completion = request.completions[s.seq.index]
+        if entry is None or s.seq.finish_reason: continue
+        completion = self.requests[s.seq.request_id].completions[s.seq.index]
         self.output_processor.keep_logprobs(completion, entry)
 
 # %%
@@ -461,36 +469,33 @@ def abort(self: Engine, request_id: str):
     "End a request now, with what it has so far; no effect once it has finished."
     request = self.requests.get(request_id)
     if request is None: return
-    consistent, self.is_consistent = self.is_consistent, False
-    for completion in request.completions:
-        if completion.seq.finish_reason: continue
-        if consistent: self.finish(request, completion, "abort")
-        else: completion.seq.finish_reason = "abort"
-    self.is_consistent = consistent
-    if not consistent: self.let_go(request)
+    if self.is_busy: return self.abort_later(request)
+    if self.must_recover or not self.is_consistent: self.recover()
+    with self.changing():
+        for completion in request.completions:
+            if not completion.seq.finish_reason: self.finish(request, completion, "abort")
 
 # %%
 @patch
-def let_go(self: Engine, request: Request):
-    "Forget a request that was aborted amid a change of something else."
-    self.must_recover = True
-    self.output_processor.restart(request)       # its reader is told, and gets the rest
-    self.requests.pop(request.request_id, None)
-    if not self.requests: self.recover()         # there may never be another step
+def abort_later(self: Engine, request: Request):
+    "Abort what may be in other hands: Python closes an abandoned stream when it likes."
+    self.must_recover = True      # which does the rest
+    for completion in request.completions:
+        completion.seq.finish_reason = completion.seq.finish_reason or "abort"
 
 # %%
 @patch
 def recover(self: Engine):
     "Begin anew from what is certain: the requests, and the tokens they have."
-    self.is_consistent = self.must_recover = False
-    self.in_flight.clear()
-    for request in list(self.requests.values()):
-        self.output_processor.restart(request)
-        if request.finished: self.requests.pop(request.request_id, None)
-    self.scheduler.reset([c.seq for request in self.requests.values()
-                          for c in request.completions if not c.seq.finish_reason])
-    self.runner.clear()
-    self.is_consistent = True
+    with self.changing():
+        self.must_recover = False
+        self.in_flight.clear()
+        for request in list(self.requests.values()):
+            self.output_processor.restart(request)
+            if request.finished: self.requests.pop(request.request_id, None)
+        self.scheduler.reset([c.seq for request in self.requests.values()
+                              for c in request.completions if not c.seq.finish_reason])
+        self.runner.clear()
 
 # %%
 ENGINE_LIMITS = dict(
@@ -595,16 +600,20 @@ def resolve_args(args: EngineArgs) -> EngineConfig:
 UTILIZATION = dict(cuda=0.92, cpu=0.4)   # a CPU's memory is for other programs, too
 
 
+def memory_share(config: EngineConfig) -> float:
+    "The part of the device's memory that may be in use."
+    return config.args.gpu_memory_utilization or UTILIZATION[config.device.type]
+
+
 def kv_memory(config: EngineConfig, group: TensorParallelGroup) -> int:
     "Bytes for a KV cache: the share to be used, less what is taken and activations."
-    args, kind = config.args, config.device.type
-    free, total = device_memory(config.device)
-    share = args.gpu_memory_utilization or UTILIZATION[kind]
-    sharers = group.size if kind == "cpu" else 1     # ranks on one host
+    args, (free, total) = config.args, device_memory(config.device)
+    sharers = group.size if config.device.type == "cpu" else 1     # ranks on one host
     activations = profile_memory(
         config.model, config.dtype, args.max_num_batched_tokens,
         min(args.max_num_seqs, args.max_num_batched_tokens), group)
-    return (int(total * share) - (total - free)) // sharers - activations
+    room = int(total * memory_share(config)) - (total - free)
+    return room // sharers - activations
 
 
 def count_blocks(config: EngineConfig, kv_config: ModelConfig,
@@ -616,8 +625,8 @@ def count_blocks(config: EngineConfig, kv_config: ModelConfig,
     room = kv_memory(config, group) // block_bytes
     most = args.max_num_seqs * blocks_needed(config.max_model_len, args.block_size)
     if room >= 1: return min(room, most)
-    raise ValueError(f"gpu_memory_utilization={args.gpu_memory_utilization} leaves no "
-                     f"memory for a KV block of {block_bytes} bytes")
+    raise ValueError(f"gpu_memory_utilization={memory_share(config)} leaves no memory "
+                     f"for a KV block of {block_bytes} bytes")
 
 # %%
 def make_group(args: EngineArgs, device: torch.device) -> TensorParallelGroup:

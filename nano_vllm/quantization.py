@@ -157,6 +157,8 @@ extern "C" void product(const Matrix* m, const float* x, const float* bias, floa
   multiply((const int32_t*)q.get(), packed, rows, N / 4, m->outputs, write);
 }
 """
+
+# %%
 INT8_SOURCE = (VECTOR_TYPES + REDUCE + HADAMARD + QUANTIZE + ADD + TILE + MULTIPLY
                + PRODUCT + INT8_PRODUCT)
 

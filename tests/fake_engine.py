@@ -164,7 +164,7 @@ def expected_answer(seq):
 
     def said(ids): return "".join(tokenizer.token_bytes(t).decode() for t in ids)
 
-    def ended(text, *reasons): return Expected(ids, text, *reasons, entries)
+    def ended(text, reason, stop_reason=None): return Expected(ids, text, reason, stop_reason, entries)
 
     while True:
         text = tuple(seq.prompt_token_ids + ids)

@@ -1,5 +1,6 @@
 "Writes data/greedy_reference.json: what transformers' `generate` says to each of prompts.json, alone, in fp32: 64 greedy tokens."
 import json
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from nano_vllm.workbench import fetch
 DATA, NUM_TOKENS = Path(__file__).parent/"data", 64
 
 
+@cache
 def load_hf():
     "transformers' own demo model, and its tokenizer."
     model = transformers.AutoModelForCausalLM.from_pretrained(fetch(), dtype=torch.float32).eval()

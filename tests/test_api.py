@@ -98,15 +98,11 @@ def run_script(source, model):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory): return tiny_folder(tmp_path_factory.mktemp("tiny"))
+def folder(tiny): return tiny
 
 
 @pytest.fixture(scope="module")
 def llm(folder): return LLM(folder, num_kv_blocks=200)
-
-
-@pytest.fixture(scope="module")
-def smol(): return LLM("smollm2-135m", max_model_len=512, num_kv_blocks=100)
 
 
 @pytest.fixture(autouse=True)

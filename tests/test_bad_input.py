@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import assert_idle, tiny_folder
+from helpers import assert_idle
 from nano_vllm import LLM, SamplingParams
 from safetensors.torch import load_file, save_file
 
@@ -16,7 +16,7 @@ USER = {"role": "user", "content": "hi"}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory): return tiny_folder(tmp_path_factory.mktemp("tiny"))
+def folder(tiny): return tiny
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +41,9 @@ def refused(llm, answer, call, *parts):
 
 
 def cases(table):
-    "Test ids that can be read: the value, shortened."
-    return pytest.mark.parametrize("value,parts", [pytest.param(v, p, id=f"{i} {v!r}"[:50].encode("ascii", "replace").decode())
-                                                   for i, (v, *p) in enumerate(table)])
+    "Test ids that can be read, and are the same in all processes: the value without addresses, shortened."
+    def name(i, v): return re.sub(" at 0x[0-9a-f]+", "", f"{i} {v!r}")[:50].encode("ascii", "replace").decode()
+    return pytest.mark.parametrize("value,parts", [pytest.param(v, p, id=name(i, v)) for i, (v, *p) in enumerate(table)])
 
 
 # ---- Prompts ----

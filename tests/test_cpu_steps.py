@@ -10,7 +10,7 @@ from helpers import assert_idle, tiny_folder
 from nano_vllm import LLM, SamplingParams, cpu_kernels, cpu_steps
 from nano_vllm.attention import TorchAttention, make_batch
 from nano_vllm.cpu_kernels import CAN_BUILD, InPlaceAttention, packed_linear
-from nano_vllm.cpu_products import MAX_MLP_TOKENS
+from nano_vllm.cpu_products import MAX_MLP_TOKENS, best_linear
 from nano_vllm.cpu_steps import all_decodes, layer_table, run_layers_at_once
 from nano_vllm.kv_blocks import ScheduledSequence, Sequence
 from nano_vllm.layers import OPS, Ops, choose_ops
@@ -131,10 +131,11 @@ def test_where_it_suits(changes, tmp_path, monkeypatch):
 
 
 @compiled
-@pytest.mark.parametrize("ops", [Ops(), Ops(linear=packed_linear)])
-def test_layers_in_other_products_go_one_by_one(ops, tmp_path):
-    "Whoever joins the call with other products, or with none, gets the loop."
-    make("Llama", tmp_path, **FITTING)
+@pytest.mark.parametrize("ops, changes", [
+    (Ops(), {}), (Ops(linear=packed_linear), {}), (Ops(linear=best_linear), dict(intermediate_size=40)), (Ops(linear=best_linear), dict(hidden_size=72))])
+def test_layers_of_another_kind_go_one_by_one(ops, changes, tmp_path):
+    "Whoever joins the call with other products, with none, or with sizes that the kernel does not know gets the loop."
+    make("Llama", tmp_path, **FITTING | changes)
     config = ModelConfig.from_folder(tmp_path)
     model = load_model(tmp_path, config, torch.float32, "cpu", ops=replace(ops, run_layers=run_layers_at_once, attention=InPlaceAttention))
     assert layer_table(model.model.layers) is None

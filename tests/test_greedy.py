@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_idle
-from greedy_reference import NUM_TOKENS, hf_greedy, load_hf
+from greedy_reference import NUM_TOKENS, hf_greedy
 from nano_vllm import LLM, SamplingParams
 
 DATA = Path(__file__).parent/"data"
@@ -22,10 +22,6 @@ def make_llm(block_size=16, num_tokens=8192, **options):
     "An engine whose pool has room for `num_tokens` tokens."
     return LLM("smollm2-135m", dtype="float32", device="cpu", max_model_len=2048, block_size=block_size,
                num_kv_blocks=num_tokens // block_size, **options)
-
-
-@pytest.fixture(scope="module")
-def hf(): return load_hf()
 
 
 @torch.inference_mode()
@@ -83,32 +79,28 @@ def test_the_excuse_is_narrow(hf):
         assert (5, place) in unexcused(hf[0], 5, token_ids)
 
 
-@pytest.fixture(scope="module")
-def llm(): return make_llm()
-
-
-def test_all_in_one_batch(llm, hf):
-    outs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+def test_all_in_one_batch(smol, hf):
+    outs = smol.generate(PROMPTS, GREEDY, use_tqdm=False)
     check(outs, hf)
     for out in outs:
         assert out["text"] == hf[1].decode(out["token_ids"], skip_special_tokens=True)
         assert out["finish_reason"] == "length" and out.finished
     assert sum(out.num_cached_tokens for out in outs) > 500  # the shared prefixes were shared
-    assert_idle(llm)
+    assert_idle(smol)
 
 
-def test_the_same_again_from_the_cache(llm, hf):
-    outs = llm.generate(PROMPTS, replace(GREEDY, max_tokens=8), use_tqdm=False)
+def test_the_same_again_from_the_cache(smol, hf):
+    outs = smol.generate(PROMPTS, replace(GREEDY, max_tokens=8), use_tqdm=False)
     check(outs, hf, num_tokens=8)
     for out in outs: assert out.num_cached_tokens == (len(out.prompt_token_ids) - 1) // 16 * 16
-    assert_idle(llm)
+    assert_idle(smol)
 
 
-def test_answers_that_end_by_themselves(llm, hf):
+def test_answers_that_end_by_themselves(smol, hf):
     indices = [i for i, r in enumerate(REFERENCE) if 2 in r["token_ids"]]
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS)
     assert len(indices) >= 3
-    for i, out in zip(indices, llm.generate([PROMPTS[i] for i in indices], params, use_tqdm=False)):
+    for i, out in zip(indices, smol.generate([PROMPTS[i] for i in indices], params, use_tqdm=False)):
         whole = REFERENCE[i]["token_ids"]
         expected = whole[:whole.index(2) + 1]  # generate, too, keeps the token that ends the text
         if out["token_ids"] != expected: assert unexcused(hf[0], i, out["token_ids"]) == [] and out["token_ids"][-1] == 2
@@ -116,7 +108,7 @@ def test_answers_that_end_by_themselves(llm, hf):
     i = indices[0]
     ids = REFERENCE[i]["prompt_token_ids"]
     assert hf_greedy(hf[0], ids, eos=2) == REFERENCE[i]["token_ids"][:REFERENCE[i]["token_ids"].index(2) + 1]
-    assert_idle(llm)
+    assert_idle(smol)
 
 
 @pytest.mark.parametrize("options", [

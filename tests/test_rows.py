@@ -97,15 +97,16 @@ class Watched(DecodeGraphs):
         super().send(changes)
         Watched.numbers += changes.shape[1]
 
-    def run(self, batch, inputs):
-        n = len(inputs.rows)
-        logits, ids = super().run(batch, inputs)
+    def run(self, output):
+        n = len(output.scheduled)
+        sampled, logits, ids = super().run(output)
         wanted, held = self.mirror[:, :n], self.fields[:, :n].numpy()
         assert np.array_equal(wanted[SEQ_LEN:], held[SEQ_LEN:]), "the device holds something else than the host believes"
-        assert np.array_equal(wanted[SEQ_LEN], batch.context_lens + 1) and (wanted[TOKEN] == UNKNOWN).all()
+        ends = {s.seq: s.end for s in output.scheduled}
+        assert wanted[SEQ_LEN].tolist() == [ends[seq] + 1 for seq in sampled] and (wanted[TOKEN] == UNKNOWN).all()
         assert not self.fields[SEQ_LEN, n:self.size_for(n)].any() and torch.equal(ids, self.fields[TOKEN, :n])
         Watched.replays += 1
-        return logits, ids
+        return sampled, logits, ids
 
 
 class WatchedRows(InputBatch):

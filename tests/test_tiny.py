@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from greedy_reference import load_hf
 from nano_vllm import tiny
 from nano_vllm.workbench import fetch
 
@@ -21,10 +22,7 @@ MAX_TOKENS = 24
 def engine(): return tiny.TinyEngine(fetch())
 
 
-@lru_cache
-def reference(path=None):
-    from transformers import AutoModelForCausalLM
-    return AutoModelForCausalLM.from_pretrained(path or fetch(), dtype=torch.float32).eval()
+def reference(): return load_hf()[0]
 
 
 def prompts():
@@ -118,11 +116,11 @@ def test_sampling_ignores_company_and_follows_the_seed():
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
-def test_pick_draws_from_the_softmax(temperature):
+def test_sampled_tokens_follow_the_softmax(temperature):
     logits, n = torch.tensor([1.0, -0.5, 0.3, 2.0, 0.0]), 20_000
     generator = torch.Generator().manual_seed(1)
     rows = logits.repeat(n, 1)
-    seen = tiny.pick(rows, temperature, [generator]*n).bincount(minlength=5)
+    seen = tiny.sample_tokens(rows, temperature, [generator]*n).bincount(minlength=5)
     expected = n * (logits / temperature).softmax(-1)
     assert ((seen - expected)**2 / expected).sum() < 18.47  # chi-square, 4 degrees, p = 0.001
     assert rows.equal(logits.repeat(n, 1))                  # the input is not written to
