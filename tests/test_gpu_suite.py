@@ -13,7 +13,7 @@ import gpu_suite
 import gpu_timings
 
 SUITE = Path(gpu_suite.__file__)
-BLOCKED = ["nbdev", "fastcore", "execnb", "jupytext", "nbclient", "nbformat", "pip", "matplotlib"]
+BLOCKED = ["nbdev", "execnb", "jupytext", "nbclient", "nbformat", "pip", "matplotlib"]
 NO_SUCH = f"""
 import sys
 class Missing:
@@ -74,11 +74,11 @@ def test_the_decode_table_counts_bytes(toy):
     assert row["bytes"] == 2*40*2*32*2 + 2*(2*2*32*2) + 2*2*(2*32*2)
 
 
-def test_the_table_of_placed_rows_counts_bytes(toy):
+def test_the_table_of_rotated_and_stored_rows_counts_bytes(toy):
     "5 tokens: a row of 4 heads of 32 in 2 bytes, read and written; 32 numbers of 4 bytes of the tables, a slot; two weights."
     file, = toy[1].glob("*-gpu-kernels.json")
-    row = json.loads(file.read_text())["data"]["placing"]["rows"][1]
-    assert row["tokens"] == 5 and row["bytes"] == 5*(2*4*32*2 + 32*4 + 8) + 2*32*2 and row["microseconds"].keys() == {"eager", "placed"}
+    row = json.loads(file.read_text())["data"]["rope_and_cache"]["rows"][1]
+    assert row["tokens"] == 5 and row["bytes"] == 5*(2*4*32*2 + 32*4 + 8) + 2*32*2 and row["microseconds"].keys() == {"eager", "fused"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -128,7 +128,7 @@ def test_timeline():
 def test_the_bound():
     "By hand: 2 layers, 1 KV head of 32, float32: 512 bytes a token."
     from nano_vllm.benchmark import Workload
-    from nano_vllm.sampling import SamplingParams
+    from nano_vllm.sampling_params import SamplingParams
     work = Workload([[1]*3, [1]*5], [SamplingParams(max_tokens=2), SamplingParams(max_tokens=4)])
     found = gpu_timings.bound(True, work)
     assert found["kv_bytes_written"] == 512*(5 + 9) and found["kv_bytes_read"] == 512*((3 + 4) + (5 + 6 + 7 + 8)) and found["steps"] == 4

@@ -9,7 +9,7 @@ for this GPU and this source code is there already is skipped: run the command a
 Exit code 0: all is well; 1: a job failed; 3: there is no GPU. `--toy` runs every job on the processor, with the kernels
 interpreted and all sizes tiny, so that nothing in here is untried but the hardware.
 
-Needs torch, triton, transformers, safetensors, xxhash, numpy, and tqdm, which transformers brings."""
+Needs torch, triton, transformers, safetensors, xxhash, numpy, fastcore, and tqdm, which transformers brings."""
 import argparse
 import hashlib
 import json
