@@ -473,7 +473,8 @@ def abort(self: Engine, request_id: str):
     if self.must_recover or not self.is_consistent: self.recover()
     with self.changing():
         for completion in request.completions:
-            if not completion.seq.finish_reason: self.finish(request, completion, "abort")
+            if completion.seq.finish_reason: continue
+            self.finish(request, completion, "abort")
 
 # %%
 @patch

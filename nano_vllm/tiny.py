@@ -111,7 +111,7 @@ def to_logits(weights, hidden):
 
 # %% ../nbs/00_tiny_engine.ipynb #aeb8b3a9
 class KVCache:
-    "Keys and values of a batch in one reserved tensor; called with each layer's new ones."
+    "Keys and values of a batch in one reserved tensor; call it as `cache`."
     def __init__(self, config, batch, columns):
         shape = config.layers, 2, batch, config.kv_heads, columns, config.head_dim
         self.kv, self.filled = torch.zeros(shape), [0] * config.layers
