@@ -112,7 +112,8 @@ class DecodeGraphs:
         rows.last_token = self.fields[TOKEN]     # eager steps put theirs here, too
         self.mirror = np.full((5, num_rows), UNKNOWN)
         self.logits = torch.zeros(num_rows, c.vocab_size, device=device)
-        self.tiles = Tiles(c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim)
+        self.tiles = Tiles(c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim,
+                           itemsize=self.kv_cache.element_size())
         self.sizes = bucket_sizes(num_rows)
         self.metadata = prepare_for_capture(
             self.sizes, rows.block_tables, self.tiles, max_model_len,

@@ -523,7 +523,7 @@ class EngineArgs:
     max_num_seqs: int = 256               # sequences that may hold KV at a time
     max_num_batched_tokens: int = 8192    # tokens in a step
     long_prefill_token_threshold: int = 0 # of them, most for one prompt; 0: no limit
-    gpu_memory_utilization: float | None = None   # default: see UTILIZATION
+    gpu_memory_utilization: float | None = None   # default: see memory_budget
     num_kv_blocks: int | None = None      # default: what memory allows
     enable_prefix_caching: bool = True
     enforce_eager: bool = False           # no CUDA graphs
@@ -598,23 +598,26 @@ def resolve_args(args: EngineArgs) -> EngineConfig:
     return EngineConfig(args, path, model, device, dtype, kv_dtype, max_model_len, ops)
 
 # %%
-UTILIZATION = dict(cuda=0.92, cpu=0.4)   # a CPU's memory is for other programs, too
+UTILIZATION = 0.92     # of a device's memory, as in vLLM
+OF_FREE_MEMORY = 0.4   # on a CPU, whose memory is for other programs, too
 
 
-def memory_share(config: EngineConfig) -> float:
-    "The part of the device's memory that may be in use."
-    return config.args.gpu_memory_utilization or UTILIZATION[config.device.type]
+def memory_budget(config: EngineConfig) -> int:
+    "Bytes of the device's memory that may still be taken."
+    free, total = device_memory(config.device)
+    share = config.args.gpu_memory_utilization
+    if share is None and config.device.type == "cpu": return int(OF_FREE_MEMORY * free)
+    return int(total * (share or UTILIZATION)) - (total - free)
 
 
 def kv_memory(config: EngineConfig, group: TensorParallelGroup) -> int:
-    "Bytes for a KV cache: the share to be used, less what is taken and activations."
-    args, (free, total) = config.args, device_memory(config.device)
+    "Bytes for a KV cache: what may still be taken, less room for activations."
+    args = config.args
     sharers = group.size if config.device.type == "cpu" else 1     # ranks on one host
     activations = profile_memory(
         config.model, config.dtype, args.max_num_batched_tokens,
         min(args.max_num_seqs, args.max_num_batched_tokens), group)
-    room = int(total * memory_share(config)) - (total - free)
-    return room // sharers - activations
+    return memory_budget(config) // sharers - activations
 
 
 def count_blocks(config: EngineConfig, kv_config: ModelConfig,
@@ -626,8 +629,8 @@ def count_blocks(config: EngineConfig, kv_config: ModelConfig,
     room = kv_memory(config, group) // block_bytes
     most = args.max_num_seqs * blocks_needed(config.max_model_len, args.block_size)
     if room >= 1: return min(room, most)
-    raise ValueError(f"gpu_memory_utilization={memory_share(config)} leaves no memory "
-                     f"for a KV block of {block_bytes} bytes")
+    raise ValueError(f"gpu_memory_utilization={args.gpu_memory_utilization} leaves no "
+                     f"memory for a KV block of {block_bytes} bytes")
 
 # %%
 def make_group(args: EngineArgs, device: torch.device) -> TensorParallelGroup:

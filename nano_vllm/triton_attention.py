@@ -59,6 +59,7 @@ class Tiles:
     dim: int            # head_dim
     split: int = 256    # keys that one program reads for a decode: a multiple of `keys`
     chunk: int = 64     # rows of a tile of several tokens, where a group needs no more
+    itemsize: int = 2   # bytes of a number in the cache
 
     @property
     def width(self) -> int:
@@ -67,8 +68,8 @@ class Tiles:
 
     @property
     def keys(self) -> int:
-        "Keys in a tile: as many as fit into 16 KiB of bfloat16, but at most 64."
-        return max(MIN_DOT, min(64, 8192 // self.width))
+        "Keys in a tile: as many as fit into 16 KiB, but at most 64."
+        return max(MIN_DOT, min(64, 2**14 // (self.width * self.itemsize)))
 
     @property
     def decode_rows(self) -> int:
@@ -409,7 +410,8 @@ class TritonAttention(AttentionBackend):
     def make_metadata(self, num_heads: int) -> AttentionMetadata:
         "The metadata of the step's batch; made once, by its first layer."
         kv_heads, dim = self.kv_cache.shape[-2:]
-        tiles = Tiles(kv_heads, num_heads // kv_heads, dim)
+        tiles = Tiles(kv_heads, num_heads // kv_heads, dim,
+                      itemsize=self.kv_cache.element_size())
         return AttentionMetadata.of(self.batch, tiles, self.window)
 
     def launch(self, q: Tensor, keys: Tensor, values: Tensor, out: Tensor):

@@ -40,7 +40,7 @@ VLLM_OPTIONS = '''
 from vllm import LLM, SamplingParams
 
 llm = LLM(model=MODEL, tokenizer=MODEL, dtype="float32", tensor_parallel_size=1, seed=7, max_model_len=256,
-          gpu_memory_utilization=0.5, max_num_seqs=8, max_num_batched_tokens=128, block_size=16,
+          gpu_memory_utilization=0.95, max_num_seqs=8, max_num_batched_tokens=128, block_size=16,
           enable_prefix_caching=True, enforce_eager=True)
 several = llm.generate(["Tell me a story."], SamplingParams(n=3, temperature=1.0, seed=42, max_tokens=10))[0]
 again = llm.generate(["Tell me a story."], SamplingParams(n=3, temperature=1.0, seed=42, max_tokens=10))[0]

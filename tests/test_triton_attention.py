@@ -329,6 +329,8 @@ def test_tiles_respect_the_least_sizes_of_dot():
     for group in range(1, 65):
         for dim in (1, 16, 20, 32, 64, 80, 128, 192, 256, 512):
             t = Tiles(1, group, dim)
+            wide = Tiles(1, group, dim, itemsize=4)
+            assert wide.keys >= MIN_DOT and wide.split % wide.keys == 0
             assert min(t.keys, t.width, t.decode_rows, t.chunk_rows) >= MIN_DOT == 16
             assert t.decode_rows >= group and t.chunk_rows >= group and t.width >= dim and t.split % t.keys == 0
 
@@ -359,13 +361,13 @@ try: TritonAttention(None, torch.zeros(1, 2, 1, 16, 1, 32), 1.)
 except ValueError as e: assert "attention_backend is 'triton'" in str(e) and "TRITON_INTERPRET" in str(e)
 else: raise AssertionError("neither a GPU nor the interpreter, and no error")
 
-def compiled(name, types, constants):
+def compiled(name, types, constants, capability=90, **options):
     kernel = getattr(module, name)
     types = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
     places = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
-    asm = triton.compile(ASTSource(kernel, types, places), target=GPUTarget("cuda", 90, 32)).asm
-    assert len(asm["cubin"]) > 1000
-    return asm["ptx"]
+    found = triton.compile(ASTSource(kernel, types, places), target=GPUTarget("cuda", capability, 32), options=options)
+    assert len(found.asm["cubin"]) > 1000
+    return found
 
 floats = dict.fromkeys(["split_out", "split_best", "split_mass"], "*fp32")
 ints = dict.fromkeys(["query_start", "context_lens", "first_item", "item_seq"], "*i32")
@@ -373,11 +375,18 @@ for dtype, t, chunks, window in (("bf16", Tiles(8, 2, 128), 0, 0), ("fp16", Tile
     data = dict.fromkeys(["q", "k", "v", "keys", "values", "out"], "*" + dtype)
     ptx = compiled("attention_kernel", data | floats | ints | dict(tables="*i64", scale="fp32"), dict(
         q_dim=1, cache_dim=1, KV_HEADS=t.kv_heads, GROUP=t.group, DECODE_ROWS=t.decode_rows, CHUNK_ROWS=chunks*t.chunk_rows,
-        SPLIT=t.split, WINDOW=window, SIZE=16, DIM=t.dim, D=t.width, TILE=t.keys, WIDEN=False))
+        SPLIT=t.split, WINDOW=window, SIZE=16, DIM=t.dim, D=t.width, TILE=t.keys, WIDEN=False)).asm["ptx"]
     assert "mma" in ptx
     compiled("reduce_kernel", data | floats | ints, dict(HEADS=t.kv_heads*t.group, DIM=t.dim, D=t.width, SPLITS=16))
     compiled("store_kv_kernel", data | dict(slot_mapping="*i64"), dict(
         k_dim=1, v_dim=1, cache_dim=1, SIZE=16, HEADS=t.kv_heads, DIM=t.dim, WIDTH=1024))
+# float32 in the shared memory of a GPU that has little, 99 KiB
+t, data = Tiles(8, 2, 128, itemsize=4), dict.fromkeys(["q", "keys", "values", "out"], "*fp32")
+for chunks, stages in ((0, 5), (1, 3)):
+    shared = compiled("attention_kernel", data | floats | ints | dict(tables="*i64", scale="fp32"), dict(
+        q_dim=1, cache_dim=1, KV_HEADS=t.kv_heads, GROUP=t.group, DECODE_ROWS=t.decode_rows, CHUNK_ROWS=chunks*t.chunk_rows,
+        SPLIT=t.split, WINDOW=0, SIZE=16, DIM=t.dim, D=t.width, TILE=t.keys, WIDEN=False), 86, num_stages=stages).metadata.shared
+    assert shared <= 99 * 1024, shared
 print("compiled")
 """
 
