@@ -390,18 +390,18 @@ def compute_on_all(self: ModelRunner, batch: Batch, inputs: RowInputs,
 def execute(self: ModelRunner, output: SchedulerOutput) -> StepHandle:
     "Compute a scheduled step, and choose a token for each sequence that samples."
     self.input_batch.update(output)
-    batch, inputs = self.input_batch.prepare(output)
     prompt_logprobs = []
-    if self.graphs and self.graphs.fits(batch, inputs):
-        logits, ids = self.graphs.run(batch, inputs)
+    if self.graphs and self.graphs.fits(output):
+        sampled, logits, ids = self.graphs.run(output)
     else:
+        batch, inputs = self.input_batch.prepare(output)
         logits = self.compute_on_all(batch, inputs, prompt_logprobs)
-        ids = self.ops.sample(logits, inputs.metadata)
+        ids, sampled = self.ops.sample(logits, inputs.metadata), inputs.sampled
         self.input_batch.device.last_token[inputs.sampled_rows] = ids
     logprobs = {
         seq: gather_logprobs(logits[i:i+1], ids[i:i+1], seq.params.logprobs)
-        for i, seq in enumerate(inputs.sampled) if seq.params.logprobs is not None}
-    return StepHandle(output, inputs.sampled, ids, logprobs, prompt_logprobs)
+        for i, seq in enumerate(sampled) if seq.params.logprobs is not None}
+    return StepHandle(output, sampled, ids, logprobs, prompt_logprobs)
 
 # %%
 @patch

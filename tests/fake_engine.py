@@ -53,7 +53,7 @@ class FakeRunner:
         self.group = TensorParallelGroup()
         self.input_batch = InputBatch(max_num_seqs, max_model_len, block_size, torch.device("cpu"))
         if own_tables: self.input_batch.device.block_tables = self.input_batch.device.block_tables.clone()
-        self.sampled, self.num_unknown = {}, 0     # the last token of each sequence; how many of them the host did not know in time
+        self.sampled, self.num_unknown = {}, 0     # each sequence's last token; how many of them the host did not know in time
 
     def clear(self):
         self.input_batch.clear()
@@ -66,8 +66,8 @@ class FakeRunner:
         self.check(batch, inputs, output)
         at, ids, logprobs, prompt_logprobs = 0, [], {}, []
         for s, table, new, context in zip(inputs.scheduled, batch.block_tables.tolist(), batch.query_lens, batch.context_lens):
-            part = slice(at, at + new)
-            text = self.compute(s, table, batch.token_ids[part].tolist(), batch.slot_mapping[part].tolist(), int(context))
+            token_ids, slots = (x[at:at + new].tolist() for x in (batch.token_ids, batch.slot_mapping))
+            text = self.compute(s, table, token_ids, slots, int(context))
             if s.samples: ids.append(answer(text, s.seq.seed))
             if s.samples and s.seq.params.logprobs is not None:
                 logprobs[s.seq] = gather_logprobs(logits_after(tuple(text)), ids[-1:], s.seq.params.logprobs)
@@ -196,13 +196,22 @@ def check_books(engine):
     assert all(seq in scheduler.running for seq in manager.pending.values()), "a pending owner is gone"
 
 
-def check_cache(engine):
-    "Law 2: what can be found has been computed, and is known. (For a fake engine: its slots can be read.)"
+def check_cache(engine, hash_block=None):
+    "Law 2: what can be found has been computed, and `hash_block` finds it. (For a fake engine, whose slots can be read.)"
     cache, kv, size = engine.scheduler.manager.cache, engine.runner.kv, engine.runner.block_size
     assert all(cache.entries[b].hash == h for h, b in cache.block_of.items()), "cache out of step"
     assert sum(e is not None for e in cache.entries) == len(cache.block_of)
     for block, entry in enumerate(cache.entries):
-        if entry: assert [text and text[-1] for text in kv[block * size:(block + 1) * size]] == entry.tokens, "found, not computed"
+        if entry is None: continue
+        texts = kv[block * size:(block + 1) * size]
+        assert [text and text[-1] for text in texts] == entry.tokens, "found, not computed"
+        if hash_block: assert entry.hash == chained_hash(texts[-1], size, hash_block), "nobody will find it"
+
+
+def chained_hash(text, size, hash_block):
+    hashed = 0
+    for i in range(0, len(text), size): hashed = hash_block(hashed, list(text[i:i + size]))
+    return hashed
 
 
 def assert_all_free(engine):

@@ -181,7 +181,7 @@ def run_workload(seed, kind=Workload):
 
 
 def plant(monkeypatch, owner, name, old, new):
-    "Plant a bug in a method of the class `owner`, or a function of the module `owner`: for the text `old`, which is there once, `new`."
+    "Plant a bug in a method of a class or a function of a module: for the text `old`, which must be there once, `new`."
     function = getattr(owner, name)
     source = textwrap.dedent(inspect.getsource(function))
     assert source.count(old) == 1, f"{old!r} is {source.count(old)} times in {name}"

@@ -113,7 +113,7 @@ def test_answers_that_end_by_themselves(smol, hf):
 
 @pytest.mark.parametrize("options", [
     dict(max_num_batched_tokens=16), dict(max_num_batched_tokens=64), dict(block_size=1), dict(block_size=8),
-    dict(block_size=64), dict(enable_prefix_caching=False)],
+    dict(block_size=64), dict(enable_prefix_caching=False), dict(async_scheduling=True), dict(ops="torch")],
     ids=lambda options: " ".join(f"{k}={v}" for k, v in options.items()))
 def test_the_same_with(options, hf):
     llm = make_llm(**options)
