@@ -6,8 +6,8 @@
 __all__ = ['SAMPLING_OPTIONS', 'ENGINE_OPTIONS', 'CHAT_DEFAULTS', 'SERVE_OPTIONS', 'LATENCY_OPTIONS', 'BENCHES', 'COMMANDS',
            'add_options', 'chosen', 'show', 'make_llm', 'generate', 'ask', 'chat', 'start_bench', 'report', 'make_work',
            'bench_throughput', 'bench_latency', 'bench_serve_like', 'fetch_model', 'generate_arguments',
-           'chat_arguments', 'latency_arguments', 'throughput_arguments', 'serve_like_arguments', 'add_commands',
-           'add_command', 'make_parser', 'main']
+           'chat_arguments', 'latency_arguments', 'throughput_arguments', 'serve_like_arguments', 'add_command',
+           'add_commands', 'make_parser', 'main']
 
 # %% ../nbs/18_command_line.ipynb #d4f5545d
 import argparse, json, sys
@@ -57,7 +57,7 @@ def add_options(parser, options: dict):
         parser.add_argument("--" + name.replace("_", "-"), help=text,
                             default=argparse.SUPPRESS, **form)
 
-
+# %% ../nbs/18_command_line.ipynb #63ea2465
 def chosen(args, options: dict) -> dict:
     "Those of `options` that were given."
     return {name: value for name, value in vars(args).items() if name in options}
@@ -154,7 +154,7 @@ def bench_throughput(args):
     llm = start_bench(args, num_prompts=args.num_prompts)
     report(args, throughput(llm, make_work(args, llm), use_tqdm=True))
 
-
+# %% ../nbs/18_command_line.ipynb #28017650
 def bench_latency(args):
     "Seconds from the prompts of one batch to its last token."
     given = chosen(args, LATENCY_OPTIONS)
@@ -188,7 +188,7 @@ def latency_arguments(parser):
     parser.add_argument("--output-json", metavar="FILE", help="a copy of the figures")
     add_options(parser, LATENCY_OPTIONS)
 
-
+# %% ../nbs/18_command_line.ipynb #006320df
 def throughput_arguments(parser):
     parser.add_argument("--output-json", metavar="FILE", help="a copy of the figures")
     parser.add_argument("--num-prompts", type=int, default=32, metavar="INT",
@@ -209,16 +209,6 @@ COMMANDS = {"generate": (generate, generate_arguments), "chat": (chat, chat_argu
             "bench": BENCHES, "fetch": (fetch_model, None)}
 
 # %% ../nbs/18_command_line.ipynb #d5ae3b51
-def add_commands(parser, commands: dict):
-    "A subcommand for each entry: (function, its arguments) or a table of more."
-    choices = parser.add_subparsers(required=True, metavar="|".join(commands))
-    for name, entry in commands.items():
-        if isinstance(entry, dict):
-            text = "Measure " + ", ".join(entry) + "."
-            add_commands(choices.add_parser(name, help=text, description=text), entry)
-        else: add_command(choices, name, *entry)
-
-
 def add_command(choices, name: str, function, add_arguments):
     "One of the `choices`, with the options of an engine if it has arguments at all."
     text = function.__doc__
@@ -230,6 +220,16 @@ def add_command(choices, name: str, function, add_arguments):
     add_options(p, ENGINE_OPTIONS)
 
 # %% ../nbs/18_command_line.ipynb #c56cbcf3
+def add_commands(parser, commands: dict):
+    "A subcommand for each entry: (function, its arguments) or a table of more."
+    choices = parser.add_subparsers(required=True, metavar="|".join(commands))
+    for name, entry in commands.items():
+        if isinstance(entry, dict):
+            text = "Measure " + ", ".join(entry) + "."
+            add_commands(choices.add_parser(name, help=text, description=text), entry)
+        else: add_command(choices, name, *entry)
+
+
 def make_parser() -> argparse.ArgumentParser:
     "The parser of `nano-vllm`."
     parser = argparse.ArgumentParser("nano-vllm", description="An inference engine.")

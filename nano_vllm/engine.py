@@ -626,7 +626,7 @@ def kv_memory(config: EngineConfig, group: TensorParallelGroup) -> int:
     sharers = group.size if config.device.type == "cpu" else 1     # ranks on one host
     activations = profile_memory(
         config.model, config.dtype, args.max_num_batched_tokens,
-        min(args.max_num_seqs, args.max_num_batched_tokens), group)
+        min(args.max_num_seqs, args.max_num_batched_tokens), group, config.device.type)
     return memory_budget(config) // sharers - activations
 
 # %% ../nbs/14_engine.ipynb #0c17e9c6

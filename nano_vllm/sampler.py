@@ -7,7 +7,7 @@ __all__ = ['ROUNDS', 'NUMBERS', 'PENALTIES', 'LOGIT_STAGES', 'FILTERS', 'SAMPLIN
            'make_keys', 'hash_bits', 'gumbel', 'gumbel_argmax', 'to_device', 'SamplingMetadata',
            'divide_by_temperature', 'keep_min_p', 'keep_top_k', 'keep_top_p', 'token_places', 'penalize',
            'forbid_stop_tokens', 'on_rows', 'has_penalty', 'run_stages', 'row_keys', 'random_sample', 'choose_tokens',
-           'sample', 'gumbel_sample', 'gather_logprobs', 'to_entries', 'compute_logprobs']
+           'rows_at_once', 'sample', 'gumbel_sample', 'gather_logprobs', 'to_entries', 'compute_logprobs']
 
 # %% ../nbs/03_sampling.ipynb #d7725d29
 import math
@@ -32,7 +32,7 @@ def mix64(z):
         z = (z ^ shifted) * signed(factor, 64)
     return z
 
-# %% ../nbs/03_sampling.ipynb #4d1483f8
+
 def make_keys(seeds, num_output_tokens):
     "Hash seeds and counts, (B,) int64 each on any device, to keys (B, 2) int32."
     return mix64(mix64(seeds) + num_output_tokens).view(torch.int32).view(-1, 2)
@@ -230,13 +230,18 @@ def choose_tokens(x, m, draw):
 PIECE = 2**19  # numbers of 4 bytes; a CPU's cache holds that a few times over
 
 
+def rows_at_once(num_rows: int, vocab_size: int, device_type: str) -> int:
+    "How many of a step's rows are sampled at a time: on a CPU what its cache holds."
+    return max(1, PIECE // vocab_size) if device_type == "cpu" else num_rows
+
+
 def sample(logits: Tensor, m: SamplingMetadata, draw=random_sample) -> Tensor:
     """The next token of each row: logits (R, V) of any float dtype -> ids (R,) int64.
 
     No row depends on another. `draw(x, m)` is what samples for rows with a
     temperature: `random_sample`, or something faster that gives the same."""
     R, V = logits.shape
-    step = max(1, PIECE // V if logits.device.type == "cpu" else R)
+    step = rows_at_once(R, V, logits.device.type)
     if R <= step: return choose_tokens(logits.float(), m, draw)
     pieces = [slice(i, i + step) for i in range(0, R, step)]
     return torch.cat([choose_tokens(logits[rows].float(), m.select(rows), draw)

@@ -143,15 +143,15 @@ ACTIVATIONS = 30
 def kv_memory(monkeypatch, free, total, share, device="cuda", group=TensorParallelGroup()):
     "Bytes for a KV cache, if a step's activations take ACTIVATIONS."
     asked = []
-    def profile(config, dtype, num_tokens, num_rows, *rest):
-        asked.append((config, dtype, num_tokens, num_rows))
+    def profile(config, dtype, num_tokens, num_rows, group, device_type):
+        asked.append((config, dtype, num_tokens, num_rows, device_type))
         return ACTIVATIONS
     monkeypatch.setattr(engine, "device_memory", lambda device: (free, total))
     monkeypatch.setattr(engine, "profile_memory", profile)
     args = SimpleNamespace(gpu_memory_utilization=share, max_num_batched_tokens=64, max_num_seqs=256)
     config = SimpleNamespace(args=args, device=torch.device(device), model="model", dtype="dtype")
     found = engine.kv_memory(config, group)
-    assert asked == [("model", "dtype", 64, 64)]          # no more rows than tokens
+    assert asked == [("model", "dtype", 64, 64, device)]          # no more rows than tokens
     return found
 
 
@@ -205,8 +205,8 @@ ALL_STAGES = dict(top_k=3, top_p=.5, min_p=.01, temperature=2, repetition_penalt
 SHAPES = [[300], [1] * 64, [100, 1, 50, 1, 1], [1]]
 
 
-@pytest.mark.parametrize("params", [dict(temperature=0), {}, dict(top_p=.9), ALL_STAGES], ids=str)
-@pytest.mark.parametrize("lens", SHAPES, ids=str)
+@pytest.mark.parametrize("params", [dict(temperature=0), {}, dict(top_p=.9), ALL_STAGES], ids=["greedy", "plain", "top_p", "all"])
+@pytest.mark.parametrize("lens", SHAPES, ids=["prompt", "decode", "mixture", "one"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocab_size", [500, 20_000])
 def test_a_profile_is_an_upper_bound_of_a_real_step(vocab_size, dtype, lens, params):
@@ -220,7 +220,7 @@ def test_a_profile_is_an_upper_bound_of_a_real_step(vocab_size, dtype, lens, par
     peak = peak_of_a_step(runner, list(zip(seqs, lens)))
     batch = 8 * 16 * sum(lens)
     assert peak <= bound + batch
-    if params == ALL_STAGES: assert bound <= 2 * peak + batch           # nor is it far away
+    if params == ALL_STAGES and sum(lens) > 1: assert bound <= 2 * peak  # nor is it far away
 
 
 @pytest.mark.parametrize("num_tokens", [256, 300])
@@ -234,7 +234,8 @@ def test_attention_to_a_whole_prompt_needs_no_more(num_tokens):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("params", [dict(temperature=0), {}, dict(top_p=.9), dict(top_k=9), dict(min_p=.1), ALL_STAGES], ids=str)
+@pytest.mark.parametrize("params", [dict(temperature=0), {}, dict(top_p=.9), dict(top_k=9), dict(min_p=.1), ALL_STAGES],
+                         ids=["greedy", "plain", "top_p", "top_k", "min_p", "all"])
 def test_a_profile_has_room_for_what_a_gpu_samples_at_once(monkeypatch, params, dtype):
     "All rows at a time, in float32; the meta device stands for a GPU, as it knows every size."
     R, config, memory = 64, make_config(vocab_size=5000), PeakMemory()
@@ -302,7 +303,7 @@ class RandomSchedules:
     def go(self):
         "A text loses its blocks and its row; it may come again, with all that it has to compute."
         seq = self.resident.pop(self.rng.randrange(len(self.resident)))
-        if seq in self.runner.input_batch.row_of:
+        if seq in self.runner.input_batch.row_of and seq not in self.removed:
             self.counts["moved"] += self.runner.input_batch.row_of[seq] + 1 < len(self.runner.input_batch.seqs)
             self.removed.append(seq)
         self.free += seq.block_table[seq.num_released_blocks:]
