@@ -232,7 +232,8 @@ PIECE = 2**19  # numbers of 4 bytes; a CPU's cache holds that a few times over
 
 def rows_at_once(num_rows: int, vocab_size: int, device_type: str) -> int:
     "How many of a step's rows are sampled at a time: on a CPU what its cache holds."
-    return max(1, PIECE // vocab_size) if device_type == "cpu" else num_rows
+    if device_type != "cpu": return num_rows
+    return min(num_rows, max(1, PIECE // vocab_size))
 
 
 def sample(logits: Tensor, m: SamplingMetadata, draw=random_sample) -> Tensor:

@@ -1,5 +1,5 @@
-"""The model runner: its KV cache fits or is refused with a reason, its rows are what lists would say, and a step is the forward pass that
-one would write by hand."""
+"""The model runner: its KV cache fits or is refused with a reason, its rows are what lists would say, and a step is the forward pass
+that one would write by hand."""
 import gc
 import random
 import weakref
@@ -11,15 +11,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fake_engine import EOS, FakeRunner, answer
+from fake_engine import FakeRunner, answer
 from helpers import weight_views
 from nano_vllm import engine, model_runner, sampler
 from nano_vllm.attention import ReferenceAttention, TorchAttention
 from nano_vllm.kv_blocks import ScheduledSequence, SchedulerOutput, Sequence, blocks_needed
 from nano_vllm.layers import Ops, TensorParallelGroup
 from nano_vllm.model import ModelConfig
-from nano_vllm.model_runner import (InputBatch, ModelRunner, NoAttention, PeakMemory, StepHandle, allocate_kv_cache, device_memory,
-                                    kv_block_bytes, profile_memory)
+from nano_vllm.model_runner import (InputBatch, ModelRunner, NoAttention, PeakMemory, StepHandle, allocate_kv_cache,
+                                    device_memory, kv_block_bytes, profile_memory)
 from nano_vllm.sampler import SamplingMetadata, compute_logprobs, gather_logprobs
 from nano_vllm.sampling_params import SamplingParams
 from nano_vllm.weights import load_model
@@ -42,7 +42,7 @@ def make_runner(backend=TorchAttention, config=None, dtype=torch.float32, num_bl
 
 
 def output_of(input_batch, work, removed=()):
-    "The SchedulerOutput of `work`, (sequence, number of tokens) each, booked as the scheduler does. New ones come last, as its do."
+    "The SchedulerOutput of `work`, (sequence, number of tokens) each, booked as the scheduler does. New ones come last, too."
     gone, scheduled = set(removed), []
     work = sorted(work, key=lambda item: item[0] not in input_batch.row_of or item[0] in gone)
     for seq, n in work:
@@ -276,14 +276,14 @@ def make_rows(own_tables=False, max_num_seqs=8, max_model_len=40, block_size=4):
 
 
 class RandomSchedules:
-    "Steps that no scheduler would think of: any rows, in any order, with any number of tokens, of texts that come, go and come again."
+    "Steps that no scheduler would think of: any rows, any order, any number of tokens, of texts that come, go and come again."
 
     def __init__(self, seed, own_tables):
         rng = self.rng = random.Random(seed)
         self.size, self.window = rng.choice([1, 2, 4, 7]), rng.choice([None, None, 5])
-        self.free, self.max_num_seqs = list(range(200)), rng.randint(1, 7)
+        self.free, self.max_num_seqs = list(range(300)), rng.randint(1, 7)
         rng.shuffle(self.free)
-        self.runner = FakeRunner(200, self.size, self.max_num_seqs, 40, self.window, own_tables)
+        self.runner = FakeRunner(300, self.size, self.max_num_seqs, 40, self.window, own_tables)
         self.resident, self.outside, self.removed, self.pending = [], [], [], []
         self.late, self.counts = rng.random() < 0.5, dict(moved=0, again=0, unknown=0, steps=0)
 
@@ -294,10 +294,12 @@ class RandomSchedules:
             seq = self.outside.pop(rng.randrange(len(self.outside)))
             self.counts["again"] += 1
         else:
-            params = SamplingParams(temperature=rng.choice([0, 1, .5]), top_k=rng.choice([-1, 0, 7, 10**9]), top_p=rng.choice([1, .5]),
-                                    min_p=rng.choice([0, .5]), frequency_penalty=rng.choice([0, 0, 0, 1]), max_tokens=None,
+            params = SamplingParams(temperature=rng.choice([0, 1, .5]), top_k=rng.choice([-1, 0, 7, 10**9]),
+                                    top_p=rng.choice([1, .5]), min_p=rng.choice([0, .5]), max_tokens=None,
+                                    frequency_penalty=rng.choice([0, 0, 0, 1]),
                                     min_tokens=rng.choice([0, 3]), prompt_logprobs=rng.choice([None, None, 1]))
-            seq = Sequence("r", [rng.randint(1, 3) for _ in range(rng.randint(1, 15))], params, seed=rng.getrandbits(63), max_len=40)
+            prompt = [rng.randint(1, 3) for _ in range(rng.randint(1, 15))]
+            seq = Sequence("r", prompt, params, seed=rng.getrandbits(63), max_len=40)
         self.resident.append(seq)
 
     def go(self):
@@ -391,7 +393,8 @@ def test_tables_are_a_view_where_they_can_be(own_tables):
         rows.update(output)
         batch, inputs = rows.prepare(output)
         assert (batch.block_tables.data_ptr() == rows.device.block_tables.data_ptr()) == is_view
-        assert batch.block_tables.tolist() == [seqs[i].block_table for i in sorted(chosen)] and inputs.rows.tolist() == sorted(chosen)
+        assert batch.block_tables.tolist() == [seqs[i].block_table for i in sorted(chosen)]
+        assert inputs.rows.tolist() == sorted(chosen)
 
 
 def test_what_is_sent_is_new_and_names_no_cell_twice(monkeypatch):
@@ -430,7 +433,8 @@ def test_numbers_beyond_a_row_are_cut():
     output = output_of(rows, [(seq, 1)])
     rows.update(output)
     _, inputs = rows.prepare(output)
-    assert inputs.metadata.top_k.item() == inputs.metadata.min_tokens.item() == 2**62 and inputs.metadata.seeds.item() == 2**63 - 1
+    assert inputs.metadata.top_k.item() == inputs.metadata.min_tokens.item() == 2**62
+    assert inputs.metadata.seeds.item() == 2**63 - 1
 
 
 # ---- handles
@@ -450,7 +454,8 @@ def test_a_handle_gives_tokens_in_the_schedulers_order():
 
 def test_a_steps_result_does_not_change_when_the_next_one_is_computed():
     runner = make_runner()
-    seqs = with_blocks([Sequence(str(i), [3, 1, 4][:n], SamplingParams(temperature=0, logprobs=2)) for i, n in enumerate((3, 2))], 12)
+    params = SamplingParams(temperature=0, logprobs=2)
+    seqs = with_blocks([Sequence(str(i), [3, 1, 4][:n], params) for i, n in enumerate((3, 2))], 12)
     alone = []
     for n in ((3, 2), (1, 1), (1, 1)):
         output, result, _ = step(runner, list(zip(seqs, n)))
