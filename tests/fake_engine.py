@@ -14,9 +14,11 @@ import torch
 from nano_vllm.attention import make_batch, prompt_positions
 from nano_vllm.engine import Engine, InputProcessor, OutputProcessor, with_text
 from nano_vllm.layers import TensorParallelGroup
+from nano_vllm.llm import new_outputs, progress
 from nano_vllm.model_runner import InputBatch, StepHandle
 from nano_vllm.prefix_cache import KVCacheManager
 from nano_vllm.sampler import SamplingMetadata, compute_logprobs, gather_logprobs
+from nano_vllm.sampling_params import SamplingParams
 from nano_vllm.scheduler import Scheduler
 
 EOS, VOCAB = 0, 100
@@ -152,6 +154,9 @@ class Expected:
     logprobs: list | None = None
 
 
+def said(ids): return "".join(LetterTokenizer().token_bytes(t).decode() for t in ids)
+
+
 def expected(request):
     "The token ids of each of a request's answers, if it were alone in the world."
     return [expected_answer(c.seq).token_ids for c in request.completions]
@@ -161,8 +166,6 @@ def expected_answer(seq):
     "What a sequence says if it is alone in the world; its seed, prompt and parameters decide."
     ids, p, tokenizer = [], seq.params, LetterTokenizer()
     entries = None if p.logprobs is None else []
-
-    def said(ids): return "".join(tokenizer.token_bytes(t).decode() for t in ids)
 
     def ended(text, reason, stop_reason=None): return Expected(ids, text, reason, stop_reason, entries)
 
@@ -182,6 +185,67 @@ def expected_prompt_logprobs(request):
     seq = request.completions[0].seq
     if seq.params.prompt_logprobs is None: return None
     return [None, *with_text(rate_prompt(seq, range(len(seq.prompt_token_ids) - 1)), LetterTokenizer())]
+
+
+# ---- who asks
+
+def some_params(rng, penalties=0.3):
+    "Wishes of all kinds; `penalties` of them need their tokens at once."
+    p = dict(n=rng.choice([1, 1, 1, 3]), max_tokens=rng.randint(1, rng.choice([20, 40])))
+    p |= rng.choice([{}, {}, {}, dict(stop=["BCD", "DD"]), dict(stop_token_ids=[3]), dict(ignore_eos=True),
+                     dict(stop="CC", min_tokens=min(p["max_tokens"], 4)), dict(top_k=5, top_p=.9, min_p=.1)])
+    if rng.random() < penalties:
+        p |= rng.choice([dict(repetition_penalty=1.1), dict(presence_penalty=.5), dict(frequency_penalty=-1)])
+    rated = rng.choice([{}, {}, {}, {}, dict(logprobs=2), dict(prompt_logprobs=0), dict(logprobs=0, prompt_logprobs=1)])
+    return SamplingParams(**p | rated)
+
+
+class Asker:
+    "Who asked for some answers, and reads them as they come (`streams`), or at their end."
+
+    def __init__(self, engine, requests, streams):
+        self.engine, self.requests, self.streams = engine, requests, streams
+        self.expected = {r: [expected_answer(c.seq) for c in r.completions] for r in requests}
+        self.ids = {r: [[] for _ in r.completions] for r in requests}
+        self.text, self.logprobs = ({r: [kind() for _ in r.completions] for r in requests} for kind in (str, list))
+        self.aborted, self.ended, self.outputs = set(), False, {}
+        self.stream = new_outputs(engine, requests) if streams else progress(engine, requests)
+
+    def read(self):
+        piece = next(self.stream, None)
+        if piece is None: self.ended = True
+        elif not self.streams: self.take(piece, piece.output())
+        else: self.take(next(r for r in self.requests if r.request_id == piece.request_id), piece)
+
+    def take(self, request, piece):
+        assert request not in self.outputs, "a request ends twice"
+        for o in piece.outputs:
+            self.ids[request][o.index] += o.token_ids
+            self.text[request][o.index] += o.text
+            self.logprobs[request][o.index] += o.logprobs or []
+        if piece.finished: self.outputs[request] = piece
+        assert piece.finished or self.streams
+
+    def abort_one(self, rng):
+        "Abort a request; it ends with what it has."
+        request = rng.choice(self.requests)
+        if request.request_id in self.engine.requests: self.aborted.add(request)
+        self.engine.abort(request.request_id)        # no effect before it is asked for, and after its end
+        assert request.finished or request not in self.aborted
+
+    def check(self, interrupted=False):
+        "All ended, with what they say alone. If something was `interrupted`, an abort may have come after the last token."
+        assert self.outputs.keys() == set(self.requests), "a request did not end"
+        for r, answers in self.expected.items():
+            for e, o, ids, text, logprobs in zip(answers, self.outputs[r].outputs, self.ids[r], self.text[r], self.logprobs[r]):
+                assert ids == e.token_ids[:len(ids)], "not what it says alone"
+                assert logprobs == (e.logprobs or [])[:len(ids)], "log-probabilities"
+                assert (o.cumulative_logprob is None) == (e.logprobs is None)
+                if e.logprobs is not None: assert o.cumulative_logprob == sum(entry[t].logprob for t, entry in zip(ids, logprobs))
+                if o.finish_reason == "abort":
+                    assert r in self.aborted and text == said(ids) and (interrupted or ids != e.token_ids)
+                else: assert (ids, text, o.finish_reason, o.stop_reason) == (e.token_ids, e.text, e.finish_reason, e.stop_reason)
+            if r not in self.aborted: assert r.prompt_logprobs == expected_prompt_logprobs(r), "log-probabilities of the prompt"
 
 
 # ---- the laws

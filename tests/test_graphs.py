@@ -9,14 +9,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 
 from helpers import tiny_folder
 from nano_vllm import LLM, SamplingParams, engine as engine_module
 from nano_vllm.attention import TorchAttention
-from nano_vllm.cuda_graphs import SEQ_LEN, TEMPERATURE, DecodeGraphs, GpuRecorder, bucket_sizes, make_graphs
+from nano_vllm.cuda_graphs import SEQ_LEN, TEMPERATURE, GpuRecorder, bucket_sizes, make_graphs
 from nano_vllm.kv_blocks import ScheduledSequence, SchedulerOutput, Sequence
 from nano_vllm.layers import Ops, TensorParallelGroup
 from nano_vllm.model import ModelConfig

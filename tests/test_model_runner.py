@@ -1,5 +1,5 @@
-"""The model runner: its KV cache fits or is refused with a reason, its rows are what lists would say, and a step is the forward pass
-that one would write by hand."""
+"""The model runner: its KV cache fits or is refused with a reason, its rows are what lists would say, and a step is the forward
+pass that one would write by hand."""
 import gc
 import random
 import weakref
@@ -173,7 +173,7 @@ def test_kv_memory_of_a_cpu_is_shared_by_the_ranks(monkeypatch):
 def test_peak_memory_counts_what_is_alive():
     with PeakMemory() as memory:
         x = torch.zeros(1000)
-        views = x.view(10, 100), x[5:], x.T                # the same memory
+        views = x.view(10, 100), x[5:], x[None]              # the same memory
         assert memory.alive == memory.peak == 4000
         y = x + 1
         y.mul_(2)

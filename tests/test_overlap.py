@@ -6,12 +6,11 @@ from collections import Counter
 
 import pytest
 import torch
-from fake_engine import assert_all_free, check_books, check_cache, expected_answer, expected_prompt_logprobs, fake_engine
+from fake_engine import Asker, assert_all_free, check_books, check_cache, fake_engine, some_params
 from fuzz import plant
 from helpers import assert_idle, logits_tolerance, tiny_folder
 from nano_vllm import LLM, SamplingParams, prefix_cache, scheduler
 from nano_vllm.engine import Engine
-from nano_vllm.llm import new_outputs, progress
 from nano_vllm.model_runner import InputBatch, StepHandle, fetch_later
 from nano_vllm.prefix_cache import KVCacheManager
 from nano_vllm.scheduler import Scheduler
@@ -20,63 +19,6 @@ NUM_WORKLOADS = int(os.environ.get("NANO_VLLM_FUZZ", 400))
 
 
 # ---- with a fake model
-
-def some_params(rng, penalties=0.3):
-    "Wishes of all kinds; `penalties` of them need their tokens at once."
-    p = dict(n=rng.choice([1, 1, 1, 3]), max_tokens=rng.randint(1, rng.choice([20, 40])))
-    p |= rng.choice([{}, {}, {}, dict(stop=["BCD", "DD"]), dict(stop_token_ids=[3]), dict(ignore_eos=True),
-                     dict(stop="CC", min_tokens=min(p["max_tokens"], 4)), dict(top_k=5, top_p=.9, min_p=.1)])
-    if rng.random() < penalties:
-        p |= rng.choice([dict(repetition_penalty=1.1), dict(presence_penalty=.5), dict(frequency_penalty=-1)])
-    rated = rng.choice([{}, {}, {}, {}, dict(logprobs=2), dict(prompt_logprobs=0), dict(logprobs=0, prompt_logprobs=1)])
-    return SamplingParams(**p | rated)
-
-
-class Asker:
-    "Who asked for some answers, and reads them as they come (`streams`), or at their end."
-
-    def __init__(self, engine, requests, streams):
-        self.engine, self.requests, self.streams = engine, requests, streams
-        self.expected = {r: [expected_answer(c.seq) for c in r.completions] for r in requests}
-        self.ids = {r: [[] for _ in r.completions] for r in requests}
-        self.text, self.logprobs = ({r: [kind() for _ in r.completions] for r in requests} for kind in (str, list))
-        self.aborted, self.ended, self.outputs = set(), False, {}
-        self.stream = new_outputs(engine, requests) if streams else progress(engine, requests)
-
-    def read(self):
-        piece = next(self.stream, None)
-        if piece is None: self.ended = True
-        elif not self.streams: self.take(piece, piece.output())
-        else: self.take(next(r for r in self.requests if r.request_id == piece.request_id), piece)
-
-    def take(self, request, piece):
-        assert request not in self.outputs, "a request ends twice"
-        for o in piece.outputs:
-            self.ids[request][o.index] += o.token_ids
-            self.text[request][o.index] += o.text
-            self.logprobs[request][o.index] += o.logprobs or []
-        if piece.finished: self.outputs[request] = piece
-        assert piece.finished or self.streams
-
-    def abort_one(self, rng):
-        "Abort a request; it ends with what it has."
-        request = rng.choice(self.requests)
-        if request.request_id in self.engine.requests: self.aborted.add(request)
-        self.engine.abort(request.request_id)        # no effect before it is asked for, and after its end
-        assert request.finished or request not in self.aborted
-
-    def check(self):
-        assert self.outputs.keys() == set(self.requests), "a request did not end"
-        for r, answers in self.expected.items():
-            for e, o, ids, text, logprobs in zip(answers, self.outputs[r].outputs, self.ids[r], self.text[r], self.logprobs[r]):
-                assert ids == e.token_ids[:len(ids)], "not what it says alone"
-                assert logprobs == (e.logprobs or [])[:len(ids)], "log-probabilities"
-                assert (o.cumulative_logprob is None) == (e.logprobs is None)
-                if e.logprobs is not None: assert o.cumulative_logprob == sum(entry[t].logprob for t, entry in zip(ids, logprobs))
-                if o.finish_reason == "abort": assert r in self.aborted and ids != e.token_ids
-                else: assert (ids, text, o.finish_reason, o.stop_reason) == (e.token_ids, e.text, e.finish_reason, e.stop_reason)
-            if r not in self.aborted: assert r.prompt_logprobs == expected_prompt_logprobs(r), "log-probabilities of the prompt"
-
 
 class Watch:
     "Asserts the laws at every step of an engine; `seen` counts what it has met."

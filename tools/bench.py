@@ -1,7 +1,7 @@
 """Measure this engine on this machine: `make bench`. About five minutes on two idle cores; writes results/<machine>.json.
 
 Every run has fresh random prompts, so no prefix cache helps where it should not. Chapters 16_benchmark and 17_latency explain
-what is measured; the plots of the latter read the file."""
+what is measured, and measure it on the engine as of these chapters; this is the finished one."""
 import os
 import statistics
 import time
@@ -14,7 +14,7 @@ from nano_vllm.workbench import record
 
 MODEL = "smollm2-135m"
 ROUNDS = 3
-RATES = [1, 2, 3, 4, 6, float("inf")]     # requests a second
+RATES = [1, 2, 4, 6, 8, 12, float("inf")]     # requests a second, to beyond the capacity
 THRESHOLDS = 0, 256, 64, 16   # most tokens of one prompt in a step; 0: all that the budget allows
 
 
