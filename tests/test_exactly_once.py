@@ -154,13 +154,21 @@ def test_fuzz_an_exception_at_any_line_loses_repeats_or_moves_no_token_of_others
 
 # ---- at calls and returns
 
-class AtCall:
-    "Throws at the `at`-th call or return of the engine's modules, of Python or of C, once. `left`: those still to come."
+ALL_EVENTS = "call", "return", "c_call", "c_return"
+# where tokens are turned into text and handed on, which leaves a request between two states
+DELICATE = {"receive", "receive_logprobs", "keep_logprobs", "update", "process", "read_token", "add", "finish"}
 
-    def __init__(self, at, events=("call", "return", "c_call", "c_return")): self.left, self.events = at, events
+
+class AtCall:
+    """Throws at the `at`-th event of the engine's modules, once: calls and returns, of Python or of C, perhaps of some functions only.
+
+    `left`: how many are still to come."""
+
+    def __init__(self, at, events=ALL_EVENTS, functions=None): self.left, self.events, self.functions = at, events, functions
 
     def profile(self, frame, event, arg):
         if event not in self.events or frame.f_globals.get("__name__") not in MODULES | {"contextlib"}: return
+        if self.functions and frame.f_code.co_name not in self.functions: return
         self.left -= 1
         if self.left == 0: raise Injected(f"{event} at line {frame.f_lineno} of {frame.f_code.co_qualname}")
 
@@ -171,7 +179,7 @@ class AtCall:
     def __exit__(self, *_): sys.setprofile(None)
 
 
-def scenario(at, num_in_flight, events):
+def scenario(at, num_in_flight, *where):
     """Streams of three samples and of one, one of them aborted by a third reader, who is interrupted at its `at`-th call and leaves.
 
     Whether there were so many."""
@@ -183,7 +191,7 @@ def scenario(at, num_in_flight, events):
     victim = asker(engine, rng, [[1, 2, 3], [2, 2]], SamplingParams(seed=7, max_tokens=2, ignore_eos=True), True)
     for reader in (three, one, aborted): reader.read()
     try:
-        with AtCall(at, events) as place:
+        with AtCall(at, *where) as place:
             victim.read()
             aborted.abort_one(rng)
             while not victim.ended: victim.read()
@@ -196,10 +204,10 @@ def scenario(at, num_in_flight, events):
     return place.left <= 0
 
 
-def every(num_in_flight, events, stride=1, first=1):
+def every(num_in_flight, stride, *where):
     "The scenario, interrupted at every `stride`-th event, to its end. How many there are."
-    for at in range(first, 10**6, stride):
-        try: thrown = scenario(at, num_in_flight, events)
+    for at in range(1, 10**6, stride):
+        try: thrown = scenario(at, num_in_flight, *where)
         except BaseException as e: raise AssertionError(f"event {at}: {e!r}") from e
         if not thrown: return at
 
@@ -207,14 +215,20 @@ def every(num_in_flight, events, stride=1, first=1):
 @swallowed
 @both_loops
 def test_an_exception_at_each_call_of_a_scenario(num_in_flight):
-    assert every(num_in_flight, ["call"]) > 400
+    assert every(num_in_flight, 1, ["call"]) > 400
 
 
 @swallowed
 @both_loops
 def test_an_exception_at_calls_and_returns_of_a_scenario(num_in_flight):
     "All of them take their time: each in `make fuzz`, here every 17th."
-    assert every(num_in_flight, ["call", "return", "c_call", "c_return"], 1 if FUZZ else 17) > 2000
+    assert every(num_in_flight, 1 if FUZZ else 17) > 2000
+
+
+@swallowed
+@both_loops
+def test_an_exception_where_tokens_become_text(num_in_flight):
+    assert every(num_in_flight, 1, ALL_EVENTS, DELICATE) > 300
 
 
 # ---- by signals
@@ -448,7 +462,7 @@ PLANTED = {
 def caught(num_in_flight, seeds=150):
     with pytest.raises(AssertionError):
         many(interrupted_run, range(seeds), num_in_flight)
-        every(num_in_flight, ["call", "return", "c_call", "c_return"], 7)
+        every(num_in_flight, 1, ALL_EVENTS, DELICATE)
 
 
 @swallowed
