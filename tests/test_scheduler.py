@@ -100,7 +100,7 @@ def test_without_the_reserve_somebody_would():
     "A sequence that sat out a step comes back and takes the token of a younger one: this is what the reserve is for."
     source = inspect.getsource(module)
     assert source.count("reserved = len(self.running) - 1 - i") == 1
-    changed = {}
+    changed = {"__package__": module.__package__}
     exec(source.replace("reserved = len(self.running) - 1 - i", "reserved = 0"), changed)
     assert stalls_in_flight(changed["Scheduler"]) > 0
 
