@@ -25,7 +25,7 @@ KERNEL_NOTEBOOKS := $(wildcard nbs/19_*.ipynb nbs/20_*.ipynb nbs/21_*.ipynb nbs/
 # both cores at work: two notebooks or two groups of tests at a time, each with a thread and a process of its own
 # (one process for many notebooks would hold all their engines)
 run_notebooks = printf '%s\n' $(1) | $(TEST_ENV) $(2) TRITON_INTERPRET=1 xargs -P 2 -n 1 $(BIN)/nbdev_test --n_workers 0 --do_print --timing --path
-run_tests = $(TEST_ENV) $(1) $(BIN)/python -m pytest -n 2 --dist loadgroup
+run_tests = $(TEST_ENV) $(1) $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test: export NANO_VLLM_TEST_START := $(shell date +%s)
 test: venv       ## the export is in sync, every notebook runs, pytest passes

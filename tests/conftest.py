@@ -1,7 +1,6 @@
 """Settings for all tests: no hub, kernels interpreted where there is no GPU, the cheap checks of the book first; and what they share.
 
-Two workers take turns at the files. A file stays with one of them, so that what its tests share is made once; a test that needs nothing
-of its file may be marked with a group of its own (xdist_group)."""
+Two workers take turns at the files (pytest -n 2 --dist loadfile). A file stays with one of them, so that what its tests share is made once."""
 import os
 import time
 
@@ -11,19 +10,16 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may depend on a download from a hub
 if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is imported
 
-FIRST = ["test_book.py", "test_families.py"]  # and the longest, so that no worker begins one when the other is done
+# the book, and then what takes longest: so no worker begins a long file when the other has nothing left to do
+FIRST = [f"test_{name}.py" for name in ("book", "tensor_parallel", "greedy", "tiny", "triton_attention", "families", "api", "gpu_suite", "weights")]
 
 
 def pytest_configure(config):
-    if config.pluginmanager.hasplugin("xdist"): config.option.loadscopereorder = False  # the order is made below
+    if config.pluginmanager.hasplugin("xdist"): config.option.loadscopereorder = False  # it would go by the number of tests
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
-def pytest_collection_modifyitems(config, items):
+def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
-    if not config.pluginmanager.hasplugin("xdist"): return
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None: item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 def pytest_terminal_summary(terminalreporter):
