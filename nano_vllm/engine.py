@@ -624,9 +624,14 @@ def kv_memory(config: EngineConfig, group: TensorParallelGroup) -> int:
     "Bytes for a KV cache: what may still be taken, less room for activations."
     args = config.args
     sharers = group.size if config.device.type == "cpu" else 1     # ranks on one host
-    activations = profile_memory(
-        config.model, config.dtype, args.max_num_batched_tokens,
-        min(args.max_num_seqs, args.max_num_batched_tokens), group, config.device.type)
+    num_rows = min(args.max_num_seqs, args.max_num_batched_tokens)
+    slot_bytes = sum(kv_block_bytes(config.model, 1, dtype) // config.model.num_layers
+                     for dtype in {config.dtype, config.kv_dtype})
+    workspace = config.ops.attention.workspace(num_rows, config.max_model_len,
+                                               slot_bytes)
+    activations = profile_memory(config.model, config.dtype,
+                                 args.max_num_batched_tokens, num_rows, group,
+                                 config.device.type, workspace)
     return memory_budget(config) // sharers - activations
 
 # %% ../nbs/14_engine.ipynb #0c17e9c6

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from fake_engine import FakeRunner, answer
 from helpers import weight_views
-from nano_vllm import engine, model_runner, sampler
+from nano_vllm import attention, engine, model_runner, sampler
 from nano_vllm.attention import ReferenceAttention, TorchAttention
 from nano_vllm.kv_blocks import ScheduledSequence, SchedulerOutput, Sequence, blocks_needed
 from nano_vllm.layers import Ops, TensorParallelGroup
@@ -33,11 +33,12 @@ def make_config(**changed):
     return ModelConfig(**(shape | changed))
 
 
-def make_runner(backend=TorchAttention, config=None, dtype=torch.float32, num_blocks=16, block_size=4, max_num_seqs=8):
+def make_runner(backend=TorchAttention, config=None, dtype=torch.float32, num_blocks=16, block_size=4, max_num_seqs=8,
+                kv_dtype=None):
     model = load_model("unused", config or make_config(), dtype, CPU, load_format="dummy", ops=Ops(attention=backend))
     rng = torch.Generator().manual_seed(1)
     for p in model.parameters(): p.normal_(1.0 if p.dim() == 1 else 0.0, 0.3, generator=rng)
-    return ModelRunner(model, num_blocks, block_size, max_num_seqs)
+    return ModelRunner(model, num_blocks, block_size, max_num_seqs, kv_dtype=kv_dtype)
 
 
 def output_of(input_batch, work, removed=()):
@@ -142,15 +143,18 @@ ACTIVATIONS = 30
 def kv_memory(monkeypatch, free, total, share, device="cuda", group=TensorParallelGroup()):
     "Bytes for a KV cache, if a step's activations take ACTIVATIONS."
     asked = []
-    def profile(config, dtype, num_tokens, num_rows, group, device_type):
-        asked.append((config, dtype, num_tokens, num_rows, device_type))
+    def profile(config, dtype, num_tokens, num_rows, group, device_type, workspace):
+        asked.append((config, dtype, num_tokens, num_rows, device_type, workspace))
         return ACTIVATIONS
     monkeypatch.setattr(engine, "device_memory", lambda device: (free, total))
     monkeypatch.setattr(engine, "profile_memory", profile)
     args = SimpleNamespace(gpu_memory_utilization=share, max_num_batched_tokens=64, max_num_seqs=256)
-    config = SimpleNamespace(args=args, device=torch.device(device), model="model", dtype="dtype")
+    model, ops = make_config(num_kv_heads=2, head_dim=8), SimpleNamespace(attention=TorchAttention)
+    config = SimpleNamespace(args=args, device=torch.device(device), model=model, dtype=torch.float32, kv_dtype=torch.bfloat16,
+                             max_model_len=5000, ops=ops)
     found = engine.kv_memory(config, group)
-    assert asked == [("model", "dtype", 64, 64, device)]          # no more rows than tokens
+    workspace = TorchAttention.workspace(64, 5000, 2 * 2 * 8 * (4 + 2))
+    assert asked == [(model, torch.float32, 64, 64, device, workspace)]          # no more rows than tokens
     return found
 
 
@@ -208,8 +212,9 @@ SHAPES = [[300], [1] * 64, [100, 1, 50, 1, 1], [1]]
 @pytest.mark.parametrize("lens", SHAPES, ids=["prompt", "decode", "mixture", "one"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocab_size", [500, 20_000])
-def test_a_profile_is_an_upper_bound_of_a_real_step(vocab_size, dtype, lens, params):
-    "Attention aside, which a profile leaves out, and the batch itself: some integers for each token."
+def test_a_profile_is_an_upper_bound_of_a_real_step(monkeypatch, vocab_size, dtype, lens, params):
+    "Attention and the rating of prompts aside, and the batch itself: some integers for each token."
+    monkeypatch.setattr(model_runner, "PROMPT_PIECE", 0)
     config = make_config(vocab_size=vocab_size, hidden_size=96, intermediate_size=256, max_position=512)
     runner = make_runner(no_attention, config, dtype, num_blocks=200, max_num_seqs=64)
     seqs = [Sequence(str(i), [1] * n, SamplingParams(**params), stop_token_ids={2}) for i, n in enumerate(lens)]
@@ -220,6 +225,52 @@ def test_a_profile_is_an_upper_bound_of_a_real_step(vocab_size, dtype, lens, par
     batch = 8 * 16 * sum(lens)
     assert peak <= bound + batch
     if params == ALL_STAGES and sum(lens) > 1: assert bound <= 2 * peak  # nor is it far away
+
+
+def prompts_of(lens, computed, **params):
+    "Texts of `lens` tokens of which some are computed, with blocks in a pool of their own: (sequence, tokens missing)."
+    work, free = [], list(range(4100))[::-1]
+    for i, (n, done) in enumerate(zip(lens, computed)):
+        seq, = with_blocks([Sequence(str(i), [1] * n, SamplingParams(**params))], n, 16, free=free)
+        seq.num_computed_tokens = done
+        work.append((seq, n - done))
+    return work
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab_size", [500, 50_000])
+def test_a_profile_has_room_for_the_rating_of_prompts(monkeypatch, vocab_size, dtype):
+    monkeypatch.setattr(model_runner, "PROMPT_LOGITS", 2**21)
+    config = make_config(vocab_size=vocab_size, hidden_size=96, intermediate_size=256, max_position=512)
+    runner = make_runner(no_attention, config, dtype, num_blocks=200, block_size=16)
+    work = prompts_of([300], [0], prompt_logprobs=1)
+    bound = profile_memory(config, dtype, 300, 1, TensorParallelGroup())
+    peak = peak_of_a_step(runner, work)
+    assert peak <= bound + 8 * 16 * 300
+    if vocab_size == 50_000: assert bound <= 2 * peak
+    assert model_runner.prompt_piece(vocab_size) == {500: 1024, 50_000: 41}[vocab_size]
+
+
+CONTEXTS = {"decodes": ([1000] * 64, [999] * 64), "a chunk": ([1000], [300]), "chunks": ([1000] * 3, [700] * 3),
+            "long and short": ([1000, *range(2, 60)], [600, *range(1, 59)])}
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CONTEXTS)
+def test_a_profile_has_room_for_what_attention_gathers(monkeypatch, case, kv_dtype):
+    "The decodes' rectangles and the chunks' masks, in a model where they are larger than anything else."
+    monkeypatch.setattr(attention, "MAX_GATHERED", 2000)
+    config = make_config(vocab_size=50, hidden_size=32, intermediate_size=32, num_heads=4, num_kv_heads=4, head_dim=64,
+                         max_position=1024)
+    runner = make_runner(TorchAttention, config, kv_dtype=kv_dtype, num_blocks=4100, max_num_seqs=64, block_size=16)
+    work = prompts_of(*CONTEXTS[case])
+    slot_bytes = 2 * 4 * 64 * (4 + (2 if kv_dtype == torch.bfloat16 else 0))
+    workspace = TorchAttention.workspace(len(work), 1024, slot_bytes)
+    num_tokens = sum(n for _, n in work)
+    bound = profile_memory(config, torch.float32, num_tokens, len(work), TensorParallelGroup(), workspace=workspace)
+    peak = peak_of_a_step(runner, work)
+    assert peak <= bound + 8 * 16 * num_tokens
+    assert bound <= 3 * peak
 
 
 @pytest.mark.parametrize("num_tokens", [256, 300])
