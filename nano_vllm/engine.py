@@ -625,11 +625,12 @@ def kv_memory(config: EngineConfig, group: TensorParallelGroup) -> int:
     args = config.args
     sharers = group.size if config.device.type == "cpu" else 1     # ranks on one host
     num_rows = min(args.max_num_seqs, args.max_num_batched_tokens)
+    hidden_dtype = config.ops.hidden_dtype or config.dtype
     slot_bytes = sum(kv_block_bytes(config.model, 1, dtype) // config.model.num_layers
-                     for dtype in {config.dtype, config.kv_dtype})
+                     for dtype in {hidden_dtype, config.kv_dtype})
     workspace = config.ops.attention.workspace(num_rows, config.max_model_len,
                                                slot_bytes)
-    activations = profile_memory(config.model, config.dtype,
+    activations = profile_memory(config.model, hidden_dtype,
                                  args.max_num_batched_tokens, num_rows, group,
                                  config.device.type, workspace)
     return memory_budget(config) // sharers - activations

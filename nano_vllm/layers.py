@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['ROPE_TYPES', 'OPS', 'QUANTIZATIONS', 'LAUNCHERS', 'rms_norm', 'silu_and_mul', 'default_rope', 'linear_rope',
            'llama3_rope', 'yarn_attention_factor', 'yarn_rope', 'rope_frequencies', 'Rotary', 'rotate', 'qk_norm_rope',
-           'rope_and_cache', 'run_layers', 'Ops', 'empty', 'RMSNorm', 'Linear', 'Target', 'torch_ops', 'triton_ops',
-           'last_that_suits', 'named_ops', 'what_it_suits', 'with_attention', 'choose_ops', 'TensorParallelGroup',
-           'ShardRange', 'shard', 'WeightShard', 'whole_shards', 'ColumnParallelLinear', 'RowParallelLinear',
-           'VocabParallelEmbedding']
+           'rope_and_cache', 'run_layers', 'Ops', 'empty', 'fixed', 'RMSNorm', 'Linear', 'Target', 'torch_ops',
+           'triton_ops', 'last_that_suits', 'named_ops', 'what_it_suits', 'with_attention', 'choose_ops',
+           'TensorParallelGroup', 'ShardRange', 'shard', 'WeightShard', 'whole_shards', 'ColumnParallelLinear',
+           'RowParallelLinear', 'VocabParallelEmbedding']
 
 # %% ../nbs/08_tp_layers.ipynb #92ebcc80
 import math
@@ -162,7 +162,8 @@ class Ops:
     attention: the class of the attention backend. A user may ask for another one, so
         rope_and_cache and run_layers must do with any.
     sample(logits (R, V), metadata) -> ids (R,): what `sampler.sample` gives.
-    max_mlp_tokens: an MLP takes more tokens than that in pieces; None: never."""
+    max_mlp_tokens: an MLP takes more tokens than that in pieces; None: never.
+    hidden_dtype: of hidden states, norms and biases; None: the weights' own."""
     linear: Callable | None = None
     norm: Callable = rms_norm
     activation: Callable = silu_and_mul
@@ -171,11 +172,21 @@ class Ops:
     attention: type = TorchAttention
     sample: Callable = sample
     max_mlp_tokens: int | None = None
+    hidden_dtype: torch.dtype | None = None
+
+    def widen(self, x: Tensor) -> Tensor:
+        "`x` in the dtype of hidden states."
+        return x if self.hidden_dtype is None else x.to(self.hidden_dtype)
 
 # %% ../nbs/08_tp_layers.ipynb #b7e98f6f
 def empty(*shape) -> nn.Parameter:
     "A parameter of `shape` without values yet: the loader fills it."
-    return nn.Parameter(torch.empty(*shape), requires_grad=False)
+    return fixed(torch.empty(*shape))
+
+
+def fixed(x: Tensor) -> nn.Parameter:
+    "`x` as a parameter that is never trained."
+    return nn.Parameter(x, requires_grad=False)
 
 # %% ../nbs/08_tp_layers.ipynb #8454c404
 class RMSNorm(nn.Module):
@@ -186,6 +197,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x, residual=None):
         return self.ops.norm(x, self.weight, self.eps, residual)
+
+    def pack(self):
+        "Give the loaded weight the dtype of hidden states."
+        self.weight = fixed(self.ops.widen(self.weight))
 
 # %% ../nbs/08_tp_layers.ipynb #3657be63
 class Linear(nn.Module):
@@ -208,6 +223,7 @@ class Linear(nn.Module):
         "Hand the loaded weight to `ops.linear`, if there is one; it is gone then."
         if self.ops.linear is None: return
         self.product, self.weight = self.ops.linear(self.weight), None
+        if self.bias is not None: self.bias = fixed(self.ops.widen(self.bias))
 
 # %% ../nbs/08_tp_layers.ipynb #98a7d682
 @dataclass(frozen=True)

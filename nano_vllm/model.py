@@ -185,7 +185,7 @@ class Decoder(nn.Module):
 
         `attention` stores each layer's keys and values, and mixes its queries with
         those that came before: `store(k, v, layer)`, then `attention(q, layer)`."""
-        residual = self.model.embed_tokens(token_ids)
+        residual = self.ops.widen(self.model.embed_tokens(token_ids))
         hidden_states = torch.zeros_like(residual)
         cos, sin = self.rotary(positions)
         hidden_states, residual = self.ops.run_layers(
@@ -202,9 +202,9 @@ class Decoder(nn.Module):
         return self.head.logits(hidden)
 
     def pack(self):
-        "Hand the loaded weights of all products to `ops.linear`, if there is one."
+        "Hand the loaded weights of all products to `ops.linear`; norms keep theirs."
         for module in self.modules():
-            if isinstance(module, Linear): module.pack()
+            if isinstance(module, (Linear, RMSNorm)): module.pack()
         self.head.pack(keep_weight=self.config.tied)
 
 # %% ../nbs/09_model.ipynb #7acb5ab5
