@@ -11,7 +11,7 @@ import functools
 from dataclasses import replace
 import torch
 from torch import Tensor
-from .cpu_kernels import CACHE, CAN_BUILD, VECTOR_TYPES, takes_float32
+from .cpu_kernels import CACHE, VECTOR_TYPES, fits_kernels, takes_float32
 from .cpu_products import (MULTIPLY, PRODUCT, TILE, WRITE, TiledProduct,
                                     best_linear, cpu_products_ops, load_product, tiled)
 from .layers import OPS, Ops, Target
@@ -75,7 +75,7 @@ def bfloat16_product(widen: bool = False):
 def fits_bfloat16(weight: Tensor) -> bool:
     "Can the kernel hold `weight` (outputs, inputs)?"
     sizes = all(n % 16 == 0 for n in weight.shape)
-    return CAN_BUILD and weight.is_cpu and weight.dtype == torch.bfloat16 and sizes
+    return fits_kernels() and weight.is_cpu and weight.dtype == torch.bfloat16 and sizes
 
 
 class Bfloat16Product(TiledProduct):
@@ -95,10 +95,9 @@ def bfloat16_ops(target: Target) -> Ops | None:
     """bfloat16 models without experts on a CPU with AVX-512 and g++.
 
     Neither quantization nor compile. All but the weights is computed in float32."""
-    if not CAN_BUILD or target.dtype != torch.bfloat16: return None
-    if target.config.mlp is not None: return None
+    if not fits_kernels() or target.dtype != torch.bfloat16: return None
     ops = cpu_products_ops(replace(target, dtype=torch.float32))
-    if ops is None: return None
+    if ops is None or target.config.mlp is not None: return None
     return replace(ops, linear=bfloat16_linear, hidden_dtype=torch.float32)
 OPS["bfloat16"] = bfloat16_ops
 

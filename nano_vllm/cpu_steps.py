@@ -211,7 +211,8 @@ def run_layers_at_once(layers, hidden_states: Tensor, residual: Tensor, cos: Ten
 # %% ../nbs/23_cpu_steps.ipynb #13442027
 def fits_one_call(target: Target) -> bool:
     "Is it a dense model in whole vectors, on one CPU that has the kernels?"
-    if not fits_kernels() or target.tensor_parallel_size > 1: return False
+    if target.device.type != "cpu" or target.tensor_parallel_size > 1: return False
+    if not fits_kernels(): return False
     c = target.config
     sizes = c.hidden_size, c.intermediate_size, c.head_dim
     return all(n % 16 == 0 for n in sizes) and c.mlp is None

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HADAMARD', 'QUANTIZE', 'ADD_INT8', 'INT8_PRODUCT', 'INT8_SOURCE', 'quantize', 'int_mm_is_exact', 'check_int_mm',
            'group_size', 'hadamard', 'quantize_kernel', 'fits_int8_kernels', 'hadamard_int8', 'int8_product',
-           'Int8Product', 'TiledInt8Product', 'int8_linear', 'int8_ops']
+           'Int8Product', 'TiledInt8Product', 'int8_linear', 'int8_linear_widened', 'int8_ops']
 
 # %% ../nbs/22_quantization.ipynb #28d51d2a
 import ctypes, functools
@@ -41,7 +41,8 @@ def check_int_mm():
     if int_mm_is_exact(): return
     raise ValueError("quantization must be None here, got 'int8': PyTorch's sums of "
                      "8-bit products saturate on this CPU. Exact ones need AVX512-VNNI "
-                     "or AMX, or AVX-512, g++ and a float32 model in sizes of 16 n")
+                     "or AMX, or AVX-512, g++ and a float32 or bfloat16 model in "
+                     "sizes of 16 n")
 
 # %% ../nbs/22_quantization.ipynb #465b88c8
 def group_size(n: int) -> int:
@@ -205,6 +206,11 @@ def int8_linear(weight: Tensor):
     fits = fits_int8_kernels(weight) and len(weight) % 16 == 0
     return TiledInt8Product(weight) if fits else Int8Product(weight)
 
+
+def int8_linear_widened(weight: Tensor):
+    "`int8_linear` for float32 rows, whatever number type the weight has."
+    return int8_linear(weight.float())
+
 # %% ../nbs/22_quantization.ipynb #fd8650a9
 def int8_ops(target: Target) -> Ops | None:
     """quantization='int8' on a CPU, without compile.
@@ -215,7 +221,7 @@ def int8_ops(target: Target) -> Ops | None:
     plain = replace(target, quantization=None)
     ops = bfloat16_ops(plain) or cpu_products_ops(plain) or torch_ops(plain)
     if fits_kernels() and in_float32(target, ops):
-        return replace(ops, linear=lambda weight: int8_linear(weight.float()))
+        return replace(ops, linear=int8_linear_widened)
     check_int_mm()
     return replace(ops, linear=int8_linear)
 OPS["int8"] = int8_ops

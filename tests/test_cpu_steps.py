@@ -35,8 +35,8 @@ def random_batch(draw, size, longest=70):
     return make_batch(chunks, size), len(blocks)
 
 
-@pytest.fixture(scope="module", params=[("Llama", {}), ("Llama", dict(attention_bias=True, mlp_bias=True)), ("Qwen2", {}), ("Mistral", dict(sliding_window=20))],
-                ids=["Llama", "biases", "Qwen2", "window"])
+@pytest.fixture(scope="module", params=[("Llama", {}), ("Llama", dict(attention_bias=True, mlp_bias=True)), ("Qwen2", {}), ("Mistral", dict(sliding_window=20)), ("Qwen3", {})],
+                ids=["Llama", "biases", "Qwen2", "window", "norms"])
 def models(request, tmp_path_factory):
     folder, (family, changes) = tmp_path_factory.mktemp("steps"), request.param
     make(family, folder, **FITTING | changes)
@@ -103,10 +103,10 @@ def test_a_long_prompt_in_pieces(tmp_path, monkeypatch):
     close(b, a, config, 60)
 
 
-@pytest.mark.parametrize("family, changes", [("Qwen3", {}), ("Llama", dict(head_dim=8)), ("Llama", dict(intermediate_size=40)), ("Llama", dict(hidden_size=72))])
+@pytest.mark.parametrize("family, changes", [("Llama", dict(head_dim=8)), ("Llama", dict(intermediate_size=40)), ("Llama", dict(hidden_size=72))])
 @pytest.mark.parametrize("quantization", [None, "int8"])
 def test_other_models_keep_their_loop(family, changes, quantization, tmp_path):
-    "Norms on q and k; heads of 8; an MLP or a hidden size that no tile fits."
+    "Heads of 8; an MLP or a hidden size that no tile fits."
     make(family, tmp_path, **FITTING | changes)
     config = ModelConfig.from_folder(tmp_path)
     assert all(OPS[name](target(config, quantization=quantization)) is None for name in ("cpu_steps", "int8_steps"))
@@ -117,9 +117,11 @@ def test_other_models_keep_their_loop(family, changes, quantization, tmp_path):
 def test_where_it_suits(changes, tmp_path, monkeypatch):
     make("Llama", tmp_path, **FITTING)
     config = ModelConfig.from_folder(tmp_path)
-    suits = CAN_BUILD and not changes
-    for name, other, quantization in (("cpu_steps", "cpu_products", None), ("int8_steps", "int8", "int8")):
-        asked = target(config, **changes, quantization=quantization)
+    kinds = dict(cpu_steps=("cpu_products", None, torch.float32), bfloat16_steps=("bfloat16", None, torch.bfloat16),
+                 int8_steps=("int8", "int8", changes.get("dtype", torch.float32)))
+    for name, (other, quantization, dtype) in kinds.items():
+        asked = target(config, **(dict(dtype=dtype) | changes), quantization=quantization)
+        suits = CAN_BUILD and asked.dtype == dtype and not set(changes) - {"dtype"}
         if suits: assert OPS[name](asked) == replace(OPS[other](asked), run_layers=run_layers_at_once) == choose_ops(asked)
         elif quantization is None: assert OPS[name](asked) is None
     if not changes:

@@ -1,6 +1,7 @@
 """Eight bits: rounding within its bound, rotations that change nothing, products of whole numbers that are exact, and a request
 whose numbers nobody else can move. Where 8-bit sums are not exact, each of these is a refusal."""
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from nano_vllm.cpu_products import load_product, tiled
 from nano_vllm.layers import OPS, Ops, choose_ops
 from nano_vllm.model import ModelConfig
 from nano_vllm.quantization import (INT8_SOURCE, Int8Product, TiledInt8Product, check_int_mm, group_size, hadamard, hadamard_int8, int8_linear,
-                                    int_mm_is_exact, quantize)
+                                    int8_linear_widened, int_mm_is_exact, quantize)
 from nano_vllm.weights import load_model
 from test_cpu_kernels import ROUNDING, target
 from test_model import make, our_logits
@@ -158,25 +159,28 @@ def test_the_kernel_is_exact_without_instructions_for_it(n):
 
 
 def test_a_machine_without_exact_sums_refuses(monkeypatch, tmp_path):
-    "By name and before any work; a float32 model with AVX-512 has its own kernel."
+    "By name and before any work; what computes in float32 with AVX-512 has its own kernel."
     monkeypatch.setattr(quantization, "int_mm_is_exact", lambda: False)
     config = ModelConfig.from_folder(tiny_folder(tmp_path, tokenizer=False, intermediate_size=64))
-    asked = target(config, torch.bfloat16, quantization="int8")
+    asked = target(config, torch.float16, quantization="int8")
     for choose in (check_int_mm, lambda: choose_ops(asked), lambda: choose_ops(asked, "int8"), lambda: int8_linear(random(0, 5, 16))):
         with pytest.raises(ValueError, match=REFUSAL): choose()
-    with pytest.raises(ValueError, match=REFUSAL): LLM(tmp_path, dtype="bfloat16", quantization="int8")
-    if CAN_BUILD: assert choose_ops(replace(asked, dtype=torch.float32)).linear is int8_linear
-    monkeypatch.setattr(cpu_kernels, "CAN_BUILD", False)
-    with pytest.raises(ValueError, match=REFUSAL): choose_ops(replace(asked, dtype=torch.float32))
+    with pytest.raises(ValueError, match=REFUSAL): LLM(tmp_path, dtype="float16", quantization="int8")
+    for dtype in (torch.float32, torch.bfloat16):
+        if CAN_BUILD: assert choose_ops(replace(asked, dtype=dtype)).linear is int8_linear_widened
+        with monkeypatch.context() as without:
+            without.setattr(cpu_kernels, "CAN_BUILD", False)
+            with pytest.raises(ValueError, match=REFUSAL): choose_ops(replace(asked, dtype=dtype))
 
 
 def test_what_is_chosen():
-    "What cpu_products have besides their products, for each number type; nothing without quantization, or on other devices."
-    for dtype in (torch.float32, torch.bfloat16):
-        asked = target(dtype=dtype, quantization="int8")
-        if not (int_mm_is_exact() or CAN_BUILD and dtype == torch.float32): continue
-        plain = OPS["cpu_products"](target(dtype=dtype)) or Ops()
-        assert OPS["int8"](asked) == replace(plain, linear=int8_linear)
+    "What cpu_products or bfloat16 have besides their products; nothing without quantization, or on other devices."
+    dense = SimpleNamespace(mlp=None)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        asked, own = target(dense, dtype, quantization="int8"), CAN_BUILD and dtype != torch.float16
+        if not (int_mm_is_exact() or own): continue
+        plain = OPS["bfloat16" if own and dtype == torch.bfloat16 else "cpu_products"](target(dense, dtype)) or Ops()
+        assert OPS["int8"](asked) == replace(plain, linear=int8_linear_widened if own else int8_linear)
     assert OPS["int8"](target()) is None and OPS["int8"](target(quantization="int8", compile=True)) is None
 
 
@@ -201,13 +205,19 @@ def test_a_model_in_int8_stays_near_the_floats(family, changes, tmp_path):
     assert {n for n, p in small.named_parameters() if p.dim() == 2} == {"model.embed_tokens.weight"}
 
 
-def test_bfloat16_models_go_without_the_kernels(tmp_path):
-    make("Llama", tmp_path)
-    config = ModelConfig.from_folder(tmp_path)
-    model, small = load_model(tmp_path, config, torch.bfloat16, "cpu"), int8_model(tmp_path, torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sizes", [{}, dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96, head_dim=16)], ids=["any sizes", "16 n"])
+def test_models_in_sixteen_bits(sizes, dtype, tmp_path):
+    "bfloat16 ones compute in float32 where there are kernels, and then have the same whole numbers as float32 ones."
+    make("Llama", tmp_path, **sizes)
+    config, ids = ModelConfig.from_folder(tmp_path), list(range(20))
+    model, small = load_model(tmp_path, config, torch.float32, "cpu"), int8_model(tmp_path, dtype)
     if small is None: return
-    expected, logits = our_logits(model, list(range(20))).float(), our_logits(small, list(range(20)))
-    assert logits.dtype == torch.bfloat16 and (logits.float() - expected).norm() / expected.norm() < 0.06
+    expected, logits = our_logits(model, ids), our_logits(small, ids)
+    widened = CAN_BUILD and dtype == torch.bfloat16
+    assert logits.dtype == (torch.float32 if widened else dtype)
+    assert (logits.float() - expected).norm() / expected.norm() < 0.06
+    if sizes: assert (type(small.model.layers[0].mlp.down_proj.product) is TiledInt8Product) == widened
 
 
 @pytest.mark.parametrize("device", ["cuda", "meta"])

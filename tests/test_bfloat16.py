@@ -1,0 +1,114 @@
+"""Weights in bfloat16, all else in float32: products within their bounds, rows that nobody else can move, and a model that is the
+float32 one of the same weights, but for the rounding of rows."""
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from helpers import assert_idle, tiny_folder
+from nano_vllm import LLM, SamplingParams, cpu_kernels
+from nano_vllm.attention import TorchAttention
+from nano_vllm.bfloat16 import Bfloat16Product, bfloat16_linear, bfloat16_ops
+from nano_vllm.cpu_kernels import CAN_BUILD, PlainProduct, cpu_flags
+from nano_vllm.cpu_products import TiledProduct
+from nano_vllm.layers import OPS, Ops, choose_ops
+from nano_vllm.model import ModelConfig
+from nano_vllm.weights import load_model
+from test_cpu_kernels import ROUNDING, target
+from test_cpu_products import check_product, random
+from test_cpu_steps import FITTING
+from test_model import make, our_logits
+
+compiled = pytest.mark.skipif(not CAN_BUILD, reason="no AVX-512 or no g++ here")
+seeds = st.integers(0, 2**31)
+HALF = torch.bfloat16
+
+
+@compiled
+@settings(max_examples=60, deadline=None)
+@given(seeds, st.integers(0, 70), st.sampled_from([16, 32, 112, 576]), st.sampled_from([16, 32, 64, 160]), st.booleans(), st.booleans())
+def test_the_product(seed, rows, inputs, outputs, has_bias, widen):
+    "Against exact sums: of the rows themselves, or of the rows rounded to bfloat16, where the processor multiplies pairs."
+    x, weight, bias = random(seed, rows, inputs), random(seed + 1, outputs, inputs).to(HALF), random(seed + 2, outputs)
+    product = Bfloat16Product(weight, widen)
+    rounds = not widen and "avx512_bf16" in cpu_flags().split()
+    seen = x.to(HALF).float() if rounds else x
+    assert torch.equal(product(x), product(seen))
+    check_product(product, seen, weight.float(), bias if has_bias else None)
+
+
+@compiled
+@pytest.mark.parametrize("widen", [False, True])
+def test_a_row_is_the_same_in_every_batch(widen):
+    x, product = random(0, 40, 64), Bfloat16Product(random(1, 96, 64).to(HALF), widen)
+    for n in range(1, 40): assert torch.equal(product(x[:n]), product(x)[:n])
+    assert torch.equal(product(x.view(4, 10, 64)).view(40, 96), product(x))
+
+
+@compiled
+def test_what_does_not_fit_is_held_in_float32():
+    kinds = {(o, i): type(bfloat16_linear(torch.randn(o, i).to(HALF))) for o, i in ((32, 32), (32, 24), (33, 32))}
+    assert kinds[32, 32] is Bfloat16Product and kinds[32, 24] is TiledProduct
+    assert kinds[33, 32] not in (Bfloat16Product, TiledProduct, PlainProduct)
+
+
+FAMILIES = [("Llama", {}), ("Llama", dict(attention_bias=True, mlp_bias=True)), ("Qwen2", dict(tie_word_embeddings=True)), ("Qwen3", {}),
+            ("Llama", dict(hidden_size=72, intermediate_size=40))]
+
+
+@compiled
+@pytest.mark.parametrize("name", ["bfloat16", "auto"])
+@pytest.mark.parametrize("family, changes", FAMILIES)
+def test_a_model_is_the_float32_one_of_the_same_weights(family, changes, name, tmp_path):
+    """Rows are rounded on their way into each product: 2**-9 of their size at most, four times a layer and once for the logits.
+
+    The errors partly cancel, so a tenth of all of them together leaves room and would not hide a wrong number."""
+    make(family, tmp_path, **FITTING | changes)
+    config, ids = ModelConfig.from_folder(tmp_path), [(7*i + i*i) % 90 for i in range(40)]
+    same = load_model(tmp_path, config, HALF, "cpu").float()
+    ours = load_model(tmp_path, config, HALF, "cpu", ops=choose_ops(target(config, HALF), name))
+    expected, logits = our_logits(same, ids), our_logits(ours, ids)
+    assert logits.dtype == torch.float32
+    assert (logits - expected).norm() / expected.norm() < 2**-9 * (4*config.num_layers + 1)
+    held = {n: p.dtype for n, p in ours.named_parameters()}
+    assert all(dtype == (HALF if "embed" in n or "lm_head" in n else torch.float32) for n, dtype in held.items())
+    assert {n for n, p in ours.named_parameters() if p.dim() == 2} == {"model.embed_tokens.weight"}
+
+
+def test_where_it_suits(tmp_path, monkeypatch):
+    make("Llama", tmp_path, **FITTING)
+    asked = target(ModelConfig.from_folder(tmp_path), HALF)
+    if CAN_BUILD: assert choose_ops(asked) == OPS["bfloat16_steps"](asked)
+    others = dict(dtype=torch.float16), dict(dtype=torch.float32), dict(quantization="int8"), dict(compile=True), dict(device=torch.device("cuda"))
+    for change in others: assert bfloat16_ops(replace(asked, **change)) is None
+    assert bfloat16_ops(replace(asked, config=replace(asked.config, mlp=lambda *_: None))) is None      # experts
+    monkeypatch.setattr(cpu_kernels, "CAN_BUILD", False)
+    assert bfloat16_ops(asked) is None and choose_ops(asked) == Ops()
+
+
+@compiled
+@pytest.mark.parametrize("options", [{}, dict(quantization="int8"), dict(tensor_parallel_size=2)], ids=["", "int8", "two ranks"])
+def test_the_engine(options, tmp_path):
+    "A bfloat16 checkpoint takes the kernels and a bfloat16 cache by default; answers do not depend on the batch or on chunks."
+    folder = tiny_folder(tmp_path, **FITTING)
+    prompts = ["Hello", "Once upon a time there was a cat", "1 2 3 " * 20]
+    params = [SamplingParams(temperature=t, seed=3, max_tokens=20, ignore_eos=True) for t in (0.0, 0.8, 0.0)]
+    llm = LLM(folder, dtype="bfloat16", num_kv_blocks=60, **options)
+    runner = llm.engine.runner
+    assert runner.ops.hidden_dtype == torch.float32 and runner.kv_cache.dtype == HALF
+    together = [o["token_ids"] for o in llm.generate(prompts, params, use_tqdm=False)]
+    assert_idle(llm)
+    small = LLM(folder, dtype="bfloat16", num_kv_blocks=60, max_num_batched_tokens=8, enable_prefix_caching=False, **options)
+    alone = [small.generate(p, q, use_tqdm=False)[0]["token_ids"] for p, q in zip(prompts, params)]
+    assert alone == together
+
+
+@compiled
+def test_by_another_backend(tmp_path):
+    "Attention by gather takes float32 queries over a bfloat16 cache, too."
+    folder, greedy = tiny_folder(tmp_path, **FITTING), SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    answers = []
+    for backend in ("auto", "torch", "reference"):
+        llm = LLM(folder, dtype="bfloat16", num_kv_blocks=60, attention_backend=backend)
+        answers.append(llm.generate("Once upon a time", greedy, use_tqdm=False)[0]["token_ids"])
+    assert answers[0] == answers[1] == answers[2]
