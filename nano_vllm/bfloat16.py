@@ -21,15 +21,15 @@ ADD_PAIRS = r"""
 #if defined(__AVX512BF16__) && !WIDEN
 #include <immintrin.h>
 typedef int32_t Pair;                 // of inputs in bfloat16
-static inline v16 add(v16 sum, Pair x, i16 w) {
-  return (v16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(x),
+static inline floats add(floats sum, Pair x, ints w) {
+  return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(x),
                                (__m512bh)w);
 }
 #else
 struct Pair { float low, high; };     // of inputs in float32
-static inline v16 add(v16 sum, Pair x, i16 w) {
-  sum += x.low * (v16)(w << 16);
-  return sum + x.high * (v16)(w & -65536);
+static inline floats add(floats sum, Pair x, ints w) {
+  sum += x.low * (floats)(w << 16);
+  return sum + x.high * (floats)(w & -65536);
 }
 #endif
 """
@@ -58,7 +58,7 @@ struct Rows {
 extern "C" void product(const Matrix* m, const float* x, const float* bias, float* y,
                         int64_t rows) {
   Rows prepared(x, rows, m->inputs);
-  multiply<v16>(prepared.pairs(), (const i16*)m->packed, rows, m->inputs / 2,
+  multiply<floats>(prepared.pairs(), (const ints*)m->packed, rows, m->inputs / 2,
                 m->outputs, writer(m, bias, y));
 }
 """
@@ -92,7 +92,7 @@ def bfloat16_linear(weight: Tensor):
 
 # %% ../nbs/21_bfloat16.ipynb #71e424bf
 def bfloat16_ops(target: Target) -> Ops | None:
-    """bfloat16 models without experts on a CPU with AVX-512 and g++.
+    """bfloat16 models without experts on a CPU with AVX2 and g++.
 
     Neither quantization nor compile. All but the weights is computed in float32."""
     if not fits_kernels() or target.dtype != torch.bfloat16: return None

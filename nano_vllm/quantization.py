@@ -41,7 +41,7 @@ def check_int_mm():
     if int_mm_is_exact(): return
     raise ValueError("quantization must be None here, got 'int8': PyTorch's sums of "
                      "8-bit products saturate on this CPU. Exact ones need AVX512-VNNI "
-                     "or AMX, or AVX-512, g++ and a float32 or bfloat16 model in "
+                     "or AMX, or AVX2, g++ and a float32 or bfloat16 model in "
                      "sizes of 16 n")
 
 # %% ../nbs/22_quantization.ipynb #465b88c8
@@ -60,26 +60,31 @@ def hadamard(x: Tensor) -> Tensor:
 
 # %% ../nbs/22_quantization.ipynb #2f6c0597
 HADAMARD = r"""
-constexpr int VECTORS = SIZE > 16 ? SIZE / 16 : 1;   // of a group of SIZE numbers
+constexpr int VECTORS = SIZE > LANES ? SIZE / LANES : 1;   // of SIZE numbers
 // sums and differences of the lanes that are `half` apart
-template <int half> static inline v16 pair(v16 y) {
-  i16 partner;
-  v16 sign;
-  for (int i = 0; i < 16; i++) { partner[i] = i ^ half; sign[i] = i & half ? -1 : 1; }
+template <int half> static inline floats pair(floats y) {
+  ints partner;
+  floats sign;
+  for (int i = 0; i < LANES; i++) {
+    partner[i] = i ^ half;
+    sign[i] = i & half ? -1 : 1;
+  }
   return __builtin_shuffle(y, partner) + sign * y;
 }
 // y: the vectors of a group; all pairs, half after half
-static inline void hadamard(v16* y) {
+static inline void hadamard(floats* y) {
   for (int i = 0; i < VECTORS; i++) {
     if (SIZE > 1) y[i] = pair<1>(y[i]);
     if (SIZE > 2) y[i] = pair<2>(y[i]);
     if (SIZE > 4) y[i] = pair<4>(y[i]);
+#if LANES > 8
     if (SIZE > 8) y[i] = pair<8>(y[i]);
+#endif
   }
   for (int half = 1; half < VECTORS; half *= 2)
     for (int i = 0; i < VECTORS; i++)
       if (!(i & half)) {
-        v16 a = y[i], b = y[i + half];
+        floats a = y[i], b = y[i + half];
         y[i] = a + b; y[i + half] = a - b;
       }
 }
@@ -87,22 +92,22 @@ static inline void hadamard(v16* y) {
 
 # %% ../nbs/22_quantization.ipynb #bcb8db73
 QUANTIZE = r"""
-typedef int8_t b16 __attribute__((vector_size(16), aligned(1)));
+typedef int8_t bytes __attribute__((vector_size(LANES), aligned(1)));
 // q and scale: the rows of x (rows, N), rotated in groups of SIZE, rounded to int8
 extern "C" void quantize(const float* x, int8_t* q, float* scale, int64_t rows) {
   #pragma omp parallel for if (rows > 3)
   for (int64_t row = 0; row < rows; row++) {
-    v16 y[N / 16], most = {};
+    floats y[N / LANES], most = {};
     std::copy(x + row * N, x + row * N + N, (float*)y);
-    for (int i = 0; i < N / 16; i += VECTORS) hadamard(y + i);
-    for (v16 t : y) {
-      v16 size = t < 0.f ? -t : t;
+    for (int i = 0; i < N / LANES; i += VECTORS) hadamard(y + i);
+    for (floats t : y) {
+      floats size = t < 0.f ? -t : t;
       most = size > most ? size : most;
     }
-    float largest = std::max(127e-30f, max16(most)), factor = 127 / largest;
-    for (int i = 0; i < N / 16; i++) {
-      i16 bits = (i16)(y[i] * factor + 0x1.8p23f);
-      ((b16*)(q + row * N))[i] = __builtin_convertvector(bits, b16);
+    float largest = std::max(127e-30f, max_lane(most)), factor = 127 / largest;
+    for (int i = 0; i < N / LANES; i++) {
+      ints bits = (ints)(y[i] * factor + 0x1.8p23f);
+      ((bytes*)(q + row * N))[i] = __builtin_convertvector(bits, bytes);
     }
     scale[row] = largest / 127 / std::sqrt((float)SIZE);
   }
@@ -133,14 +138,21 @@ def hadamard_int8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 # %% ../nbs/22_quantization.ipynb #461fbf0b
 ADD_INT8 = r"""
-#ifdef __AVX512VNNI__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 // in each lane, sum + the four numbers of x, plus 128 each, times the four of w
-static inline i16 add(i16 sum, int32_t x, i16 w) {
+static inline ints add(ints sum, int32_t x, ints w) {
   x ^= 0x80808080;
 #ifdef __AVX512VNNI__
-  return (i16)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(x), (__m512i)w);
+  return (ints)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(x), (__m512i)w);
+#elif LANES == 8 && defined(__AVXVNNI__)
+  return (ints)_mm256_dpbusd_avx_epi32((__m256i)sum, _mm256_set1_epi32(x), (__m256i)w);
+#elif LANES == 8 && defined(__AVX2__)
+  __m256i odd = _mm256_srai_epi16((__m256i)w, 8);      // bytes 1 and 3 in 16 bits each
+  __m256i even = _mm256_srai_epi16(_mm256_slli_epi16((__m256i)w, 8), 8);
+  sum += (ints)_mm256_madd_epi16(even, _mm256_set1_epi32(x & 0xff00ff));
+  return sum + (ints)_mm256_madd_epi16(odd, _mm256_set1_epi32(x >> 8 & 0xff00ff));
 #else
   for (int at = 0; at < 32; at += 8) sum += (x >> at & 255) * (w << (24 - at) >> 24);
   return sum;
@@ -156,14 +168,14 @@ extern "C" void product(const Matrix* m, const float* x, const float* bias, floa
   std::unique_ptr<int8_t[]> q(new int8_t[rows * N]);
   std::unique_ptr<float[]> scales(new float[rows]);
   quantize(x, q.get(), scales.get(), rows);
-  auto write = [=, scale = scales.get()](int64_t row, int64_t out, i16 sum) {
-    sum -= *(const i16*)(m->excess + out);
-    v16 s = scale[row] * *(const v16*)(m->scale + out);
-    s *= __builtin_convertvector(sum, v16);
-    *(v16*)(y + row * m->outputs + out) = bias ? s + *(const v16*)(bias + out) : s;
+  auto write = [=, scale = scales.get()](int64_t row, int64_t out, ints sum) {
+    sum -= *(const ints*)(m->excess + out);
+    floats s = scale[row] * *(const floats*)(m->scale + out);
+    s *= __builtin_convertvector(sum, floats);
+    *(floats*)(y + row * m->outputs + out) = bias ? s + *(const floats*)(bias + out) : s;
   };
-  const i16* packed = (const i16*)m->packed;
-  multiply<i16>((const int32_t*)q.get(), packed, rows, N / 4, m->outputs, write);
+  const ints* packed = (const ints*)m->packed;
+  multiply<ints>((const int32_t*)q.get(), packed, rows, N / 4, m->outputs, write);
 }
 """
 

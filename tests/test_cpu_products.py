@@ -20,7 +20,7 @@ from test_attention import new
 from test_cpu_kernels import ROUNDING, close, target
 from test_model import make, our_logits
 
-compiled = pytest.mark.skipif(not CAN_BUILD, reason="no AVX-512 or no g++ here")
+compiled = pytest.mark.skipif(not CAN_BUILD, reason="no AVX2 or no g++ here")
 quick = settings(max_examples=60, deadline=None)
 seeds = st.integers(0, 2**31)
 

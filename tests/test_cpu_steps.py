@@ -19,7 +19,7 @@ from nano_vllm.weights import load_model
 from test_cpu_kernels import close, target
 from test_model import make, our_logits
 
-compiled = pytest.mark.skipif(not CAN_BUILD, reason="no AVX-512 or no g++ here")
+compiled = pytest.mark.skipif(not CAN_BUILD, reason="no AVX2 or no g++ here")
 FITTING = dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96, head_dim=16, max_position_embeddings=512)
 
 
