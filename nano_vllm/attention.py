@@ -95,7 +95,7 @@ class AttentionBackend:
 
     @classmethod
     def workspace(cls, num_seqs: int, max_model_len: int, slot_bytes: int) -> int:
-        "Bytes that attention takes at most; unless overridden, it works in tiles: none."
+        "Bytes that attention takes at most; none where it works in tiles, as here."
         return 0
 
     @property
@@ -226,7 +226,7 @@ class ChunkPlan:
         self.is_causal = start == 0 and (window is None or context <= window)
 
     def pieces(self):
-        "(queries, keys, mask): what attends at a time, keys after the last query left out."
+        "(queries, keys, mask) of each piece; keys after its last query are left out."
         num_new, num_keys = len(self.queries), len(self.keys)
         step = num_new if self.is_causal else QUERY_PIECE
         for start in range(0, num_new, step):

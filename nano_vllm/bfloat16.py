@@ -63,7 +63,7 @@ extern "C" void product(const Matrix* m, const float* x, const float* bias, floa
 }
 """
 
-
+# %% ../nbs/21_bfloat16.ipynb #f59d7b9f
 @functools.cache
 def bfloat16_product(widen: bool = False):
     "The compiled product with bfloat16 weights; `widen`: never round rows to bfloat16."
@@ -86,7 +86,7 @@ class Bfloat16Product(TiledProduct):
 
 # %% ../nbs/21_bfloat16.ipynb #6aa4eca9
 def bfloat16_linear(weight: Tensor):
-    "The product of float32 rows with a bfloat16 `weight` (outputs, inputs), on this CPU."
+    "The product of float32 rows with bfloat16 `weight` (outputs, inputs), on a CPU."
     if fits_bfloat16(weight): return Bfloat16Product(weight)
     return best_linear(weight.float())
 

@@ -218,8 +218,9 @@ static inline void fetch(const T* row) {
 # %% ../nbs/19_cpu_kernels.ipynb #07020367
 SCORES = r"""
 // for each query head of the group, the scores of n tokens
-static inline void score(const floats Q[GROUP][VECTORS], const T* keys, const int64_t* at,
-                         const int64_t* ahead, int n, floats* scores) {
+static inline void score(const floats Q[GROUP][VECTORS], const T* keys,
+                         const int64_t* at, const int64_t* ahead, int n,
+                         floats* scores) {
   floats dots[GROUP][LANES], k[VECTORS];
   for (int j = 0; j < n; j++) {
     fetch(keys + ahead[j]);
@@ -432,7 +433,8 @@ extern "C" void swiglu(const float* x, float* out, int64_t rows, int64_t dim) {
     const floats *gate = (const floats*)(x + row * 2 * dim), *up = gate + dim / LANES;
     for (int64_t i = 0; i < dim / LANES; i++) {
       floats g = gate[i], e = exps(g > 0.f ? -g : g);
-      ((floats*)(out + row * dim))[i] = g * (g > 0.f ? floats{} + 1.f : e) / (1 + e) * up[i];
+      floats sigmoid = (g > 0.f ? floats{} + 1.f : e) / (1 + e);
+      ((floats*)(out + row * dim))[i] = g * sigmoid * up[i];
     }
   }
 }

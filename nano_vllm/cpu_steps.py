@@ -217,7 +217,7 @@ def fits_one_call(target: Target) -> bool:
     sizes = c.hidden_size, c.intermediate_size, c.head_dim
     return all(n % 16 == 0 for n in sizes) and c.mlp is None
 
-
+# %% ../nbs/23_cpu_steps.ipynb #7e30b1d4
 def with_one_call(build: Callable, target: Target) -> Ops | None:
     "The Ops that `build` makes, with all layers in one call; None if it does not suit."
     if not fits_one_call(target): return None

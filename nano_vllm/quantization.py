@@ -172,7 +172,8 @@ extern "C" void product(const Matrix* m, const float* x, const float* bias, floa
     sum -= *(const ints*)(m->excess + out);
     floats s = scale[row] * *(const floats*)(m->scale + out);
     s *= __builtin_convertvector(sum, floats);
-    *(floats*)(y + row * m->outputs + out) = bias ? s + *(const floats*)(bias + out) : s;
+    floats* place = (floats*)(y + row * m->outputs + out);
+    *place = bias ? s + *(const floats*)(bias + out) : s;
   };
   const ints* packed = (const ints*)m->packed;
   multiply<ints>((const int32_t*)q.get(), packed, rows, N / 4, m->outputs, write);

@@ -125,7 +125,7 @@ def test_where_it_suits(changes, tmp_path, monkeypatch):
         if suits: assert OPS[name](asked) == replace(OPS[other](asked), run_layers=run_layers_at_once) == choose_ops(asked)
         elif quantization is None: assert OPS[name](asked) is None
     if not changes:
-        monkeypatch.setattr(cpu_kernels, "CAN_BUILD", False)   # as on a CPU without AVX-512: what is left is packed
+        monkeypatch.setattr(cpu_kernels, "CAN_BUILD", False)   # as on a CPU without AVX2: what is left is packed
         assert OPS["cpu_steps"](target(config)) is None
         ops = choose_ops(target(config))
         plain, ours = (load_model(tmp_path, config, torch.float32, "cpu", ops=o) for o in (Ops(), ops))
