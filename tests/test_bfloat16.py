@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from helpers import assert_idle, tiny_folder
-from nano_vllm import LLM, SamplingParams, cpu_kernels
+from nano_vllm import LLM, SamplingParams, bfloat16, cpu_kernels
 from nano_vllm.attention import TorchAttention
-from nano_vllm.bfloat16 import Bfloat16Product, bfloat16_linear, bfloat16_ops
+from nano_vllm.bfloat16 import Bfloat16Product, LibraryProduct, bfloat16_linear, bfloat16_ops
 from nano_vllm.cpu_kernels import CAN_BUILD, PlainProduct, cpu_flags
 from nano_vllm.cpu_products import TiledProduct
 from nano_vllm.layers import OPS, Ops, choose_ops
@@ -73,6 +73,28 @@ def test_a_model_is_the_float32_one_of_the_same_weights(family, changes, name, t
     held = {n: p.dtype for n, p in ours.named_parameters()}
     assert all(dtype == (HALF if "embed" in n or "lm_head" in n else torch.float32) for n, dtype in held.items())
     assert {n for n, p in ours.named_parameters() if p.dim() == 2} == {"model.embed_tokens.weight"}
+
+
+@compiled
+def test_where_the_library_is_faster_it_gets_the_matrices(tmp_path, monkeypatch):
+    "Its results are rounded to bfloat16, too, so there is twice as much to allow."
+    if cpu_kernels.LANES < 16: return
+    monkeypatch.setattr(bfloat16, "library_wins", lambda: True)
+    make("Qwen2", tmp_path, **FITTING)
+    config, ids = ModelConfig.from_folder(tmp_path), list(range(40))
+    same = load_model(tmp_path, config, HALF, "cpu").float()
+    ours = load_model(tmp_path, config, HALF, "cpu", ops=choose_ops(target(config, HALF)))
+    kinds = {type(m.product) for m in ours.model.modules() if getattr(m, "product", None)}
+    assert LibraryProduct in kinds and Bfloat16Product not in kinds
+    expected, logits = our_logits(same, ids), our_logits(ours, ids)
+    assert logits.dtype == torch.float32 and (logits - expected).norm() / expected.norm() < 2**-8 * (4*config.num_layers + 1)
+
+
+@compiled
+@pytest.mark.parametrize("times, wins", [((3, 1), True), ((3, 1.9), True), ((3, 2.1), False), ((1, 3), False)])
+def test_the_library_has_to_be_much_faster(monkeypatch, times, wins):
+    monkeypatch.setattr(bfloat16, "time_both", lambda rows: times)
+    assert bfloat16.library_wins.__wrapped__() == (wins and cpu_kernels.LANES == 16)
 
 
 def test_where_it_suits(tmp_path, monkeypatch):

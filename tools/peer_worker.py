@@ -13,7 +13,7 @@ def start(engine: str, folder: str, **options):
     "(the engine, its SamplingParams)"
     if engine == "vllm":
         from vllm import LLM, SamplingParams
-        return LLM(folder, dtype="float32", max_model_len=2048, disable_log_stats=True, **options), SamplingParams
+        return LLM(folder, max_model_len=2048, disable_log_stats=True, **options), SamplingParams
     from nano_vllm import LLM, SamplingParams
     return LLM(folder, max_model_len=2048, **options), SamplingParams
 

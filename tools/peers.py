@@ -1,5 +1,5 @@
 """Measure this engine beside its peers: `make peers`. It makes an environment for the peers under .peers/, starts the engines
-one after the other, lets them take turns at the same work, and writes results/<machine>-peers.json.
+one after the other, lets them take turns at the same work, and writes results/<machine>-peers.json and the plot of the README.
 
 While another engine runs, an engine's processes are stopped: some of vLLM's keep a core busy while they wait. The prompts are random and new for each run, so no prefix cache helps."""
 import json
@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import draw_throughput
 import psutil
 from nano_vllm.workbench import fetch, record
 
@@ -82,10 +83,13 @@ class Engine:
 def main():
     vllm, cores = make_vllm(), len(os.sched_getaffinity(0))
     threads = dict(OMP_NUM_THREADS=str(cores))
+    alone = dict(VLLM_CPU_OMP_THREADS_BIND=f"0-{cores - 1}", VLLM_CPU_KVCACHE_SPACE="2")
     engines = [
-        Engine("vllm", vllm, "vllm", VLLM_CPU_OMP_THREADS_BIND=f"0-{cores - 1}", VLLM_CPU_KVCACHE_SPACE="4", **threads),
-        Engine("nano_vllm", sys.executable, "nano_vllm", **threads),
-        Engine("nano_vllm int8", sys.executable, "nano_vllm", "quantization=int8", "kv_cache_dtype=bfloat16", **threads)]
+        Engine("vllm", vllm, "vllm", "dtype=float32", **alone, **threads),
+        Engine("vllm bf16", vllm, "vllm", "dtype=bfloat16", **alone, **threads),
+        Engine("nano_vllm", sys.executable, "nano_vllm", "dtype=float32", **threads),
+        Engine("nano_vllm bf16", sys.executable, "nano_vllm", "dtype=bfloat16", **threads),
+        Engine("nano_vllm int8", sys.executable, "nano_vllm", "dtype=bfloat16", "quantization=int8", **threads)]
     for work in WORK:
         for seed in range(ROUNDS):
             for engine in engines: engine.run(work, seed)
@@ -94,7 +98,11 @@ def main():
     record("peers", {e.name: e.results for e in engines})
     for work in WORK:
         rates = {e.name: statistics.median(r["output_tokens_per_second"] for r in e.results["runs"][work]) for e in engines}
-        print(f"{work:12s}" + "".join(f"  {n}: {r:.1f} ({r/rates['vllm']:.2f}x)" for n, r in rates.items()))
+        best = max(rates["vllm"], rates["vllm bf16"])
+        print(f"{work:12s}" + "".join(f"  {n}: {r:.1f} ({r/best:.2f}x)" for n, r in rates.items()))
+
+
+    draw_throughput.main()
 
 
 if __name__ == "__main__": main()

@@ -1,0 +1,47 @@
+"""Draw images/throughput.svg, the plot of the README, from results/*-peers.json, which `make peers` wrote."""
+import json
+import statistics
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).resolve().parent.parent
+COLORS = {"vllm": "0.55", "vllm bf16": "0.55", "nano_vllm": "#56a0d3", "nano_vllm bf16": "#56a0d3", "nano_vllm int8": "#56a0d3"}
+NAMES = {"vllm": "vLLM float32", "vllm bf16": "vLLM bfloat16", "nano_vllm": "nano_vllm float32", "nano_vllm bf16": "nano_vllm bfloat16",
+         "nano_vllm int8": "nano_vllm int8"}
+
+
+def median_rates(engines: dict) -> dict[str, dict[str, float]]:
+    "{work: {engine: median of its output tokens a second}} of a stored run."
+    works = next(iter(engines.values()))["runs"]
+    return {work: {name: statistics.median(run["output_tokens_per_second"] for run in engine["runs"][work])
+                   for name, engine in engines.items()} for work in works}
+
+
+def draw(record: dict, path: Path):
+    "One panel for each kind of work, a bar for each engine; no background, and greys that both themes show."
+    plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "throughput", "text.color": "0.5", "axes.labelcolor": "0.5", "xtick.color": "0.5",
+                     "ytick.color": "0.5", "axes.edgecolor": "0.5", "font.size": 9}
+    rates = median_rates(record["data"])
+    fig, axes = plt.subplots(1, len(rates), figsize=(9, 1.9), layout="constrained")
+    for ax, (work, of) in zip(axes, rates.items()):
+        bars = ax.barh([NAMES[name] for name in of], list(of.values()), color=[COLORS[name] for name in of])
+        ax.bar_label(bars, fmt="%.0f", padding=3)
+        ax.invert_yaxis()
+        ax.margins(x=.25)
+        ax.set_title(work, fontsize=9)
+        ax.spines[["top", "right"]].set_visible(False)
+        if ax is not axes[0]: ax.set_yticks([])
+    axes[1].set_xlabel(f"output tokens/s, SmolLM2-135M on {record['machine']['name']}")
+    fig.savefig(path, transparent=True, metadata={"Date": None})
+
+
+def main():
+    newest = max(ROOT.glob("results/*-peers.json"), key=lambda path: json.loads(path.read_text()).get("date", ""))
+    draw(json.loads(newest.read_text()), ROOT/"images/throughput.svg")
+
+
+if __name__ == "__main__": main()
