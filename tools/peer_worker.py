@@ -3,6 +3,7 @@
     python tools/peer_worker.py nano_vllm|vllm MODEL_FOLDER [OPTION=VALUE ...]
 
 It imports nothing but the engine it measures, so it runs in a peer's environment as well."""
+import functools
 import json
 import os
 import random
@@ -10,9 +11,12 @@ import sys
 import time
 
 def start(engine: str, folder: str, **options):
-    "(the engine, its SamplingParams)"
+    "(the engine, its SamplingParams); without a tokenizer, where the weights are random."
     if engine == "vllm":
         from vllm import LLM, SamplingParams
+        if options.get("load_format") == "dummy":
+            options["skip_tokenizer_init"] = True
+            SamplingParams = functools.partial(SamplingParams, detokenize=False)
         return LLM(folder, max_model_len=2048, disable_log_stats=True, **options), SamplingParams
     from nano_vllm import LLM, SamplingParams
     return LLM(folder, max_model_len=2048, **options), SamplingParams

@@ -19,6 +19,8 @@ PEERS = ROOT/".peers"
 WORK = {"32 requests": dict(requests=32, prompt=[16, 256], output=[16, 256]),
         "batch 8": dict(requests=8, prompt=[128, 128], output=[256, 256]),
         "batch 1": dict(requests=1, prompt=[128, 128], output=[256, 256])}
+LARGER_WORK = {"16 requests": dict(requests=16, prompt=[24, 160], output=[24, 160])}
+LARGER = "qwen3-0.6b", "llama-3.2-1b"     # with random weights: only their configs are here
 ROUNDS = 3
 
 
@@ -44,8 +46,8 @@ def peak_memory(process: psutil.Process) -> int:
 
 class Engine:
     "A worker process, ready to be asked for runs."
-    def __init__(self, name: str, python, *arguments, **environment):
-        command = [python, ROOT/"tools/peer_worker.py", arguments[0], fetch(), *arguments[1:]]
+    def __init__(self, name: str, python, kind: str, folder: Path, *options: str, **environment):
+        command = [python, ROOT/"tools/peer_worker.py", kind, folder, *options]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                                         env=os.environ | environment, stderr=open(PEERS/f"{name}.log", "w"),
                                         start_new_session=True)
@@ -61,9 +63,9 @@ class Engine:
         if not line: raise RuntimeError(f"{self.name} ended; see {PEERS}/{self.name}.log")
         return json.loads(line)
 
-    def run(self, work: str, seed: int):
+    def run(self, work: str, sizes: dict, seed: int):
         self.signal(signal.SIGCONT)
-        print(json.dumps(WORK[work] | dict(seed=seed)), file=self.process.stdin, flush=True)
+        print(json.dumps(sizes | dict(seed=seed)), file=self.process.stdin, flush=True)
         result = self.read()
         self.signal(signal.SIGSTOP)
         self.results["runs"].setdefault(work, []).append(result)
@@ -80,29 +82,38 @@ class Engine:
         self.process.wait()
 
 
-def main():
+def start_engines(folder: Path, dtypes: list[str], *options: str) -> list[Engine]:
+    "vLLM and this engine in each of `dtypes`, and this engine once more in int8."
     vllm, cores = make_vllm(), len(os.sched_getaffinity(0))
     threads = dict(OMP_NUM_THREADS=str(cores))
     alone = dict(VLLM_CPU_OMP_THREADS_BIND=f"0-{cores - 1}", VLLM_CPU_KVCACHE_SPACE="2")
-    engines = [
-        Engine("vllm", vllm, "vllm", "dtype=float32", **alone, **threads),
-        Engine("vllm bf16", vllm, "vllm", "dtype=bfloat16", **alone, **threads),
-        Engine("nano_vllm", sys.executable, "nano_vllm", "dtype=float32", **threads),
-        Engine("nano_vllm bf16", sys.executable, "nano_vllm", "dtype=bfloat16", **threads),
-        Engine("nano_vllm int8", sys.executable, "nano_vllm", "dtype=bfloat16", "quantization=int8", **threads)]
-    for work in WORK:
+    names = {"float32": "", "bfloat16": " bf16"}
+    engines = [Engine(f"vllm{names[dtype]}", vllm, "vllm", folder, f"dtype={dtype}", *options, **alone, **threads) for dtype in dtypes]
+    engines += [Engine(f"nano_vllm{names[dtype]}", sys.executable, "nano_vllm", folder, f"dtype={dtype}", *options, **threads)
+                for dtype in dtypes]
+    return [*engines, Engine("nano_vllm int8", sys.executable, "nano_vllm", folder, "dtype=bfloat16", "quantization=int8", *options, **threads)]
+
+
+def compare(name: str, engines: list[Engine], works: dict):
+    "Let the engines take turns, store the runs under `name`, and print what they give, beside vLLM's better one."
+    for work, sizes in works.items():
         for seed in range(ROUNDS):
-            for engine in engines: engine.run(work, seed)
+            for engine in engines: engine.run(work, sizes, seed)
     for engine in engines: engine.close()
     os.environ["NANO_VLLM_RECORD"] = "1"
-    record("peers", {e.name: e.results for e in engines})
-    for work in WORK:
+    record(name, {e.name: e.results for e in engines})
+    for work in works:
         rates = {e.name: statistics.median(r["output_tokens_per_second"] for r in e.results["runs"][work]) for e in engines}
-        best = max(rates["vllm"], rates["vllm bf16"])
-        print(f"{work:12s}" + "".join(f"  {n}: {r:.1f} ({r/best:.2f}x)" for n, r in rates.items()))
+        best = max(rate for name, rate in rates.items() if name.startswith("vllm"))
+        print(f"{work:12s}" + "".join(f"  {n}: {r:.1f} ({r/best:.2f}x)" for n, r in rates.items()), flush=True)
 
 
+def main():
+    compare("peers", start_engines(fetch(), ["float32", "bfloat16"]), WORK)
     draw_throughput.main()
+    for name in LARGER:
+        print(name, flush=True)
+        compare(f"peers-{name}", start_engines(ROOT/"nbs/data/configs"/name, ["bfloat16"], "load_format=dummy"), LARGER_WORK)
 
 
 if __name__ == "__main__": main()
