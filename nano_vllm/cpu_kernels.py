@@ -6,7 +6,7 @@
 __all__ = ['CAPABILITY', 'LANES', 'FLAGS', 'CAN_BUILD', 'VECTOR_TYPES', 'SUMS', 'EXP', 'REDUCE', 'CACHE', 'SIZES', 'FIND',
            'SCORES', 'RESCALE', 'ATTEND', 'QUERIES', 'DECODE', 'SOURCE', 'NORM', 'SWIGLU', 'PLAIN', 'PackedProduct',
            'PlainProduct', 'are_float32', 'packed_linear', 'run_compiler', 'build', 'cpu_flags', 'build_environment',
-           'load_library', 'address', 'call', 'kernels', 'Queries', 'InPlaceDecodes', 'max_in_place_query_len',
+           'load_library', 'address', 'call', 'kernels', 'Queries', 'InPlaceQueries', 'max_in_place_query_len',
            'InPlaceAttention', 'small_kernels', 'fits_kernels', 'fused_norm', 'fused_swiglu', 'takes_float32',
            'cpu_kernels_ops']
 
@@ -335,7 +335,7 @@ class Queries(ctypes.Structure):
                 ("stride", ctypes.c_int64), ("block_size", ctypes.c_int64)]
 
 
-class InPlaceDecodes:
+class InPlaceQueries:
     "All query tokens of the sequences `rows`, each of which reads the pages in place."
     def __init__(self, batch: Batch, rows: np.ndarray, block_size: int,
                  window: int | None = None):
@@ -354,12 +354,17 @@ class InPlaceDecodes:
                                len(self.tokens), batch.block_tables.stride(0),
                                block_size)
 
+    @staticmethod
+    def kernel(head_dim: int, kv_heads: int, group: int, cache_bits: int):
+        "The compiled function that attends, for these sizes."
+        return kernels(head_dim, kv_heads, group, cache_bits).decode
+
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, scale: float,
                out: Tensor):
         "Write the outputs of these tokens to their rows of `out`."
         kv_heads, head_dim = keys.shape[1:]
-        decode = kernels(head_dim, kv_heads, q.shape[1] // kv_heads,
-                         8 * keys.itemsize).decode
+        decode = self.kernel(head_dim, kv_heads, q.shape[1] // kv_heads,
+                             8 * keys.itemsize)
         y = out if out.dtype == torch.float32 else torch.empty(out.shape)
         call(decode, ctypes.byref(self.queries), q.float().contiguous(), keys, values,
              y, scale)
@@ -375,12 +380,15 @@ def max_in_place_query_len(length: int | np.ndarray) -> int | np.ndarray:
 # %% ../nbs/19_cpu_kernels.ipynb #c5421cc0
 class InPlaceAttention(TorchAttention):
     "PyTorch's path, but decodes read their pages in place: on a CPU, not in float16."
+    name = "in_place"
+
     @classmethod
     def check(cls, device_type: str, block_size: int):
         "ValueError where the kernels cannot be compiled or do not run."
         if device_type == "cpu" and CAN_BUILD: return
-        raise ValueError("attention_backend is 'in_place', which needs g++ and device "
-                         f"'cpu' with AVX2 or AVX-512; the device is {device_type!r}")
+        raise ValueError(f"attention_backend is {cls.name!r}, which needs g++ and "
+                         "device 'cpu' with AVX2 or AVX-512; the device is "
+                         f"{device_type!r}")
 
     @property
     def paged(self) -> bool:
@@ -401,7 +409,7 @@ class InPlaceAttention(TorchAttention):
         "What attends for the sequences `rows`, all at once."
         if not self.paged: return super().decode_parts(rows)
         if not len(rows): return []
-        return [InPlaceDecodes(self.batch, rows, self.block_size, self.window)]
+        return [InPlaceQueries(self.batch, rows, self.block_size, self.window)]
 
 # %% ../nbs/19_cpu_kernels.ipynb #817c98ec
 BACKENDS["in_place"] = InPlaceAttention

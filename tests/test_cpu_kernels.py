@@ -11,7 +11,7 @@ from hypothesis import given, strategies as st
 from helpers import assert_idle, tiny_folder
 from nano_vllm import LLM, SamplingParams, cpu_kernels
 from nano_vllm.attention import ChunkPlan, DecodeGroup, ReferenceAttention, TorchAttention, attention_backend, make_batch
-from nano_vllm.cpu_kernels import (CAN_BUILD, InPlaceAttention, InPlaceDecodes, PackedProduct, PlainProduct, build, build_environment,
+from nano_vllm.cpu_kernels import (CAN_BUILD, InPlaceAttention, InPlaceQueries, PackedProduct, PlainProduct, build, build_environment,
                                    fused_norm, fused_swiglu, kernels, load_library, packed_linear)
 from nano_vllm.kv_blocks import ScheduledSequence
 from nano_vllm.layers import OPS, Ops, Target, choose_ops, rms_norm, silu_and_mul
@@ -117,7 +117,7 @@ def parts(dtype, dim):
 
 @compiled
 def test_what_the_kernel_cannot_do_is_pytorchs(monkeypatch):
-    for dtype in (torch.float32, torch.bfloat16): assert [type(p) for p in parts(dtype, 32)] == [InPlaceDecodes]
+    for dtype in (torch.float32, torch.bfloat16): assert [type(p) for p in parts(dtype, 32)] == [InPlaceQueries]
     for dtype, dim in ((torch.float16, 32), (torch.float32, 20)): assert type(parts(dtype, dim)[0]) is DecodeGroup
     monkeypatch.setattr(cpu_kernels, "CAN_BUILD", False)
     assert type(parts(torch.float32, 32)[0]) is DecodeGroup
@@ -132,7 +132,7 @@ def test_long_chunks_over_long_texts_are_gathered(query_len, context, window, in
     seq = new(context, context - query_len, range(context // 16 + 1))
     batch = make_batch([decode(new(9, 8, [0])), ScheduledSequence(seq, context - query_len, query_len, True)], 16)
     parts = InPlaceAttention(batch, torch.zeros(1, 2, 1, 16, 1, 16), 1.0, window).parts
-    assert [type(part) for part in parts] == ([InPlaceDecodes] if in_place else [InPlaceDecodes, ChunkPlan])
+    assert [type(part) for part in parts] == ([InPlaceQueries] if in_place else [InPlaceQueries, ChunkPlan])
     assert len(parts[0].tokens) == (1 + query_len if in_place else 1)
 
 
@@ -149,7 +149,7 @@ def test_tables_are_read_where_they_lie(case, more_rows, more_columns):
     expected, _ = attend(InPlaceAttention, batch, *rest)
     out, _ = attend(InPlaceAttention, replace(batch, block_tables=view), *rest)
     assert torch.equal(out, expected)
-    part = InPlaceDecodes(replace(batch, block_tables=view), np.arange(num_rows), rest[0].shape[3])
+    part = InPlaceQueries(replace(batch, block_tables=view), np.arange(num_rows), rest[0].shape[3])
     assert part.queries.block_tables == wide.data_ptr() and part.queries.stride == wide.shape[1]
 
 
