@@ -25,7 +25,7 @@ from book import (
 CHAPTERS = chapters()
 MODULES = [c.module for c in CHAPTERS if c.module]            # in reading order
 EXAMPLE = """
-project: {type, output-dir, render}
+project: {type, output-dir, render, resources}
 book: {title, subtitle, author, repo-url, repo-branch, repo-actions, search: {location, type},
        sidebar: {style, collapse-level}, page-navigation, reader-mode, open-graph, chapters: {part, chapters}, appendices}
 execute: {enabled}
@@ -98,7 +98,7 @@ def unknown_keys(value, allowed, path=""):
 
 def test_quarto_yml_has_only_keys_that_are_known_to_render():
     none(unknown_keys(quarto(), yaml.safe_load(EXAMPLE)))
-    assert unknown_keys({"project": {"type": "book", "resources": []}}, yaml.safe_load(EXAMPLE)) == ["project.resources"]
+    assert unknown_keys({"project": {"type": "book", "resource": []}}, yaml.safe_load(EXAMPLE)) == ["project.resource"]
     assert quarto()["project"]["type"] == "book"            # a website resolves no reference between pages
     assert quarto()["execute"] == {"enabled": False}
     for name in quarto()["format"]["html"]["ipynb-filters"]: assert (ROOT/"nbs"/name).resolve().is_file()

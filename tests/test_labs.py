@@ -1,0 +1,326 @@
+"""The labs: what a page computes is what the engine computes, and the pages work in a real browser.
+
+The tests with a browser are slow and need Chromium, Playwright and the runtime of the pages in a folder:
+
+    pip install playwright && npm install pyodide@314
+    pip download xxhash --no-deps --only-binary=:all: --python-version 3.14 --abi cp314 --implementation cp \\
+        --platform pyemscripten_2026_0_wasm32 -d node_modules/pyodide
+    NANO_VLLM_PYODIDE=node_modules/pyodide pytest tests/test_labs.py -m slow
+"""
+import ast
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import sys
+import threading
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from book import ROOT, quarto
+from fake_engine import fake_engine
+from nano_vllm.sampling_params import SamplingParams
+
+LABS = ROOT/"nbs/labs"
+sys.path.insert(0, str(LABS))
+import scheduler_lab  # noqa: E402
+
+PAGES = sorted(LABS.glob("*.html"))
+RUNTIME = Path(os.environ.get("NANO_VLLM_PYODIDE", ROOT/"node_modules/pyodide"))
+
+
+def data(name): return json.loads((LABS/f"{name}.json").read_text(encoding="utf-8"))
+
+
+# ---- the scheduler's lab
+
+def engine_schedule(settings, requests):
+    "What the engine schedules, step by step, {name: (start, tokens, samples)}, and whom it preempts; all that the lab may not know."
+    engine = fake_engine(settings["num_blocks"], settings["block_size"], settings["max_num_seqs"],
+                         settings["max_num_batched_tokens"], max_model_len=400, threshold=settings["long_prefill_token_threshold"])
+    schedule, outputs = engine.scheduler.schedule, []
+    def recorded():
+        outputs.append(schedule())
+        return outputs[-1]
+    engine.scheduler.schedule = recorded
+    arrivals, names = {}, {}
+    for i, r in enumerate(requests):
+        shared = min(r["shared"], r["prompt"])
+        ids = list(range(shared)) + [60 + i]*(r["prompt"] - shared)
+        request, = engine.input_processor.make_requests([ids], SamplingParams(max_tokens=r["output"], ignore_eos=True))
+        names[request.request_id] = r["name"]
+        arrivals.setdefault(r["arrival"], []).append(request)
+    steps = []
+    while arrivals or engine.requests:
+        for request in arrivals.pop(len(steps), ()): engine.add(request)
+        running = [s for s in engine.scheduler.running]
+        engine.step()
+        steps.append(({names[s.seq.request_id]: (s.start, s.num_tokens, s.samples) for s in outputs[-1].scheduled},
+                      {names[s.request_id] for s in running if s in engine.scheduler.waiting}))
+    return steps
+
+
+def lab_schedule(settings, requests):
+    "The same of the lab."
+    return [({name: (c["start"], c["tokens"], c["samples"]) for name, c in step["cells"].items() if "tokens" in c},
+             {name for name, c in step["cells"].items() if c["lost"]})
+            for step in scheduler_lab.run(settings, requests)["steps"]]
+
+
+def settings(budget=16, num_blocks=40, block_size=4, max_num_seqs=8, threshold=0):
+    return dict(max_num_batched_tokens=budget, num_blocks=num_blocks, block_size=block_size, max_num_seqs=max_num_seqs,
+                long_prefill_token_threshold=threshold)
+
+
+def requests(*rows): return [dict(zip(("name", "arrival", "prompt", "shared", "output"), row)) for row in rows]
+
+
+CASES = {
+    "chunks": (settings(budget=5), requests(("A", 0, 3, 0, 9), ("B", 1, 17, 0, 4), ("C", 2, 2, 0, 3))),
+    "a threshold": (settings(threshold=3), requests(("A", 0, 20, 0, 4), ("B", 0, 11, 0, 4), ("C", 3, 2, 0, 8))),
+    "preemptions": (settings(num_blocks=8), requests(*((n, 0, 6, 0, 12) for n in "ABC"))),
+    "a shared prefix": (settings(budget=12), requests(*((n, 0, 18, 16, 4) for n in "ABC"))),
+    "a shared prefix and little memory": (settings(num_blocks=9), requests(*((n, i, 14, 9, 9) for i, n in enumerate("ABCD")))),
+    "one at a time": (settings(max_num_seqs=1), requests(("A", 0, 3, 0, 3), ("B", 0, 5, 0, 2), ("C", 9, 1, 0, 1))),
+    **{s["title"]: (s["settings"], s["requests"]) for s in data("scheduler")}}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_scheduler_lab_shows_the_engines_schedule(case):
+    assert lab_schedule(*case) == engine_schedule(*case)
+
+
+def some_case(rng):
+    rows = [(chr(65 + i), rng.randint(0, 8), rng.randint(1, 25), rng.choice([0, 0, 8, 13]), rng.randint(1, 12))
+            for i in range(rng.randint(1, 7))]
+    block_size, spare = rng.choice([2, 4]), rng.choice([0, 1, 50])      # the longest request just fits
+    return settings(rng.choice([1, 4, 9, 30]), 36//block_size + spare, block_size, rng.randint(1, 7),
+                    rng.choice([0, 0, 3])), requests(*rows)
+
+
+def test_the_scheduler_lab_shows_the_engines_schedule_whatever_is_asked():
+    preemptions = 0
+    for seed in range(60):
+        case = some_case(random.Random(seed))
+        assert lab_schedule(*case) == engine_schedule(*case), seed
+        preemptions += scheduler_lab.run(*case)["preemptions"]
+    assert preemptions > 10
+
+
+def test_the_scheduler_labs_scenarios_show_what_they_are_about():
+    prompt, memory, shared = ({**s, **scheduler_lab.run(s["settings"], s["requests"])} for s in data("scheduler"))
+    assert prompt["preemptions"] == 0 and prompt["first_token"]["D"] > prompt["first_token"]["C"] > 3
+    assert memory["preempted"].keys() == {"C"} and shared["cached"] == {"B": 16, "C": 16}
+    for s in (prompt, memory, shared):
+        table, name = s["answer"]
+        assert isinstance(s[table][name], int) and re.search(rf"\b{name}\b", s["question"])
+
+
+def test_the_scheduler_lab_counts_every_block_once():
+    for case in CASES.values():
+        for step in scheduler_lab.run(*case)["steps"]:
+            assert step["used"] + step["found"] + step["free"] == case[0]["num_blocks"]
+
+
+def test_the_scheduler_lab_refuses_what_can_never_finish_by_name():
+    with pytest.raises(ValueError, match="request B: .*need 6 KV blocks"):
+        scheduler_lab.run(settings(num_blocks=5), requests(("A", 0, 3, 0, 3), ("B", 0, 20, 0, 4)))
+    with pytest.raises(ValueError, match="two requests are called 'A'"):
+        scheduler_lab.run(settings(), requests(("A", 0, 3, 0, 3), ("A", 0, 20, 0, 4)))
+
+
+# ---- what the pages load
+
+def modules():
+    "The modules of the package that a page loads."
+    return re.search(r"MODULES = \[(.*?)\]", (LABS/"lab.js").read_text())[1].replace('"', "").split(", ")
+
+
+def imports(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom): yield "nano_vllm." + node.module if node.level else node.module
+        if isinstance(node, ast.Import): yield from (alias.name for alias in node.names)
+
+
+def test_what_runs_in_the_browser_needs_the_standard_library_and_xxhash():
+    here = {f"nano_vllm.{m}" for m in modules()}
+    paths = [ROOT/f"nano_vllm/{m}.py" for m in modules()] + sorted(LABS.glob("*.py"))
+    wrong = [f"{path.name} imports {name}" for path in paths for name in imports(path)
+             if name not in here | {"xxhash"} and name.split(".")[0] not in sys.stdlib_module_names]
+    assert not wrong
+
+
+def site_files():
+    "What Quarto copies to the site beside the chapters."
+    return {path for pattern in quarto()["project"]["resources"] for path in ROOT.glob(pattern)}
+
+
+def test_the_site_has_all_that_the_pages_load():
+    files = site_files()
+    assert files >= {path for path in LABS.iterdir() if path.suffix in (".html", ".css", ".js", ".json", ".py")}
+    assert files >= {ROOT/f"nano_vllm/{m}.py" for m in modules()}
+    for page in PAGES:
+        links = re.findall(r'(?:href|src)="([^"#]+)"', page.read_text(encoding="utf-8"))
+        for link in (link for link in links if not link.startswith("data:")):
+            target = (LABS/link).resolve()
+            chapter = target.with_suffix(".ipynb")          # of which Quarto makes the page
+            assert target in files or (chapter.parent == ROOT/"nbs" and chapter.exists()), f"{page.name}: {link}"
+
+
+def test_pages_name_no_host_but_the_one_that_has_pyodide():
+    texts = [path.read_text(encoding="utf-8") for path in LABS.iterdir()
+             if path.suffix in (".html", ".css", ".js")]
+    hosts = {host for text in texts for host in re.findall(r"https?://([^/\"'`\s]+)", text)}
+    assert hosts == {"cdn.jsdelivr.net", "www.w3.org"}      # the second is the name of SVG, which nobody fetches
+
+
+# ---- the pages in a browser
+
+class Handler(SimpleHTTPRequestHandler):
+    "The files of `directory`, and under /runtime/ those of Pyodide, whose list of packages is told of the wheel that is there."
+
+    def translate_path(self, path):
+        path = path.partition("?")[0]
+        if path.startswith("/runtime/"): return str(RUNTIME/Path(path).name)
+        return super().translate_path(path)
+
+    def do_GET(self):
+        if self.path != "/runtime/pyodide-lock.json": return super().do_GET()
+        wheel, = RUNTIME.glob("xxhash-*wasm32.whl")
+        lock = json.loads((RUNTIME/"pyodide-lock.json").read_text())
+        lock["packages"]["xxhash"] |= dict(file_name=wheel.name, sha256=hashlib.sha256(wheel.read_bytes()).hexdigest())
+        body = json.dumps(lock).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args): pass
+
+
+@contextmanager
+def served(folder):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try: yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install playwright")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if not chromium: pytest.skip("no Chromium on the PATH")
+    if not (RUNTIME/"pyodide.mjs").exists() or not [*RUNTIME.glob("xxhash-*wasm32.whl")]:
+        pytest.skip("NANO_VLLM_PYODIDE names no folder with Pyodide and the wheel of xxhash, see the head of this file")
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory):
+    "The addresses of the repository and of the site, as far as labs need it."
+    site = tmp_path_factory.mktemp("site")
+    for path in site_files():
+        target = site/path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    with served(ROOT) as repository, served(site) as built: yield dict(repository=repository, site=built)
+
+
+VIEWS = [(1400, "light", "repository"), (1400, "dark", "site"), (390, "light", "site"), (390, "dark", "repository")]
+
+
+@contextmanager
+def opened(browser, layouts, name, view):
+    "The page of a lab in one view; afterwards nothing may have gone wrong in it."
+    width, scheme, layout = view
+    context = browser.new_context(viewport=dict(width=width, height=900), color_scheme=scheme, reduced_motion="reduce")
+    page = context.new_page()
+    problems, hosts = [], set()
+    page.on("console", lambda m: problems.append(m.text) if m.type in ("error", "warning") else None)
+    page.on("pageerror", lambda e: problems.append(str(e)))
+    page.on("request", lambda r: hosts.add(re.match(r"\w+:/*([^/]*)", r.url)[1]) if r.url.startswith("http") else None)
+    page.goto(f"{layouts[layout]}/nbs/labs/{name}.html?pyodide=/runtime/")
+    yield page
+    assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
+    assert not problems and hosts == {layouts[layout].removeprefix("http://")}
+    folder = os.environ.get("NANO_VLLM_SCREENSHOTS")
+    if folder: page.screenshot(path=f"{folder}/{name}-{width}-{scheme}.png", full_page=True)
+    context.close()
+
+
+def guess(page, value):
+    "Answer the question by the keyboard alone; what the page says to it."
+    assert not page.locator("#lab").is_visible()
+    page.locator("#guess").focus()
+    page.keyboard.type(str(value))
+    page.keyboard.press("Enter")
+    page.locator("#lab").wait_for(state="visible", timeout=60_000)
+    return page.locator("#lock output").inner_text()
+
+
+def unlabelled(page):
+    "Controls without a name for those who cannot see them."
+    return page.evaluate("""[...document.querySelectorAll('input, select, textarea, button')].filter(e =>
+        !(e.labels && e.labels.length) && !e.getAttribute('aria-label') && !e.textContent.trim()).map(e => e.outerHTML)""")
+
+
+def shown_schedule(page):
+    "The chart on the page: {name: [(state, tokens), ...]}."
+    cells = page.evaluate("""[...document.querySelectorAll('[data-cell]')].map(e =>
+        [...e.dataset.cell.split(' '), e.dataset.state, Number(e.dataset.tokens)])""")
+    rows = {}
+    for name, step, state, tokens in cells: rows.setdefault(name, {})[int(step)] = (state, tokens)
+    return rows
+
+
+def expected_schedule(case):
+    rows = {}
+    for i, step in enumerate(scheduler_lab.run(*case)["steps"]):
+        for name, cell in step["cells"].items(): rows.setdefault(name, {})[i] = (cell["state"], cell.get("tokens", 0))
+    return rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("view", VIEWS, ids=str)
+def test_the_scheduler_page(browser, layouts, view):
+    scenario, memory, _ = data("scheduler")
+    case = SimpleNamespace(settings=scenario["settings"], requests=scenario["requests"])
+    with opened(browser, layouts, "scheduler", view) as page:
+        assert guess(page, 4) == "You said 4, the answer is 7: 3 too low."
+        assert shown_schedule(page) == expected_schedule((case.settings, case.requests))
+        assert unlabelled(page) == []
+        page.locator("#step").focus()
+        for _ in range(6): page.keyboard.press("ArrowLeft")
+        assert page.locator("#story").inner_text().startswith("Step 7.")
+        assert "D computes 5 tokens and gets a new token." in page.locator("#story").inner_text()
+        case.settings["max_num_batched_tokens"] += 1
+        page.locator("#max_num_batched_tokens").focus()
+        page.keyboard.press("ArrowRight")
+        page.wait_for_function("document.querySelector('#tiles').innerText.includes('of 9')")
+        assert shown_schedule(page) == expected_schedule((case.settings, case.requests))
+        page.get_by_role("button", name="Remove B").click()
+        case.requests = [r for r in case.requests if r["name"] != "B"]
+        assert shown_schedule(page) == expected_schedule((case.settings, case.requests))
+        page.get_by_role("button", name="Memory runs out").click()
+        assert guess(page, 16) == "Exactly: 16."
+        assert shown_schedule(page) == expected_schedule((memory["settings"], memory["requests"]))
+        page.get_by_label("C: prompt tokens").fill("300")
+        page.get_by_label("C: prompt tokens").press("Tab")
+        page.wait_for_function("document.querySelector('#error').textContent.includes('request C: ')")
+        page.get_by_label("C: prompt tokens").fill("7")
+        page.get_by_label("C: prompt tokens").press("Tab")
+        page.wait_for_function("document.querySelector('#error').textContent === ''")
