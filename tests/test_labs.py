@@ -26,10 +26,13 @@ import pytest
 
 from book import ROOT, quarto
 from fake_engine import fake_engine
+from nano_vllm.kv_blocks import Sequence
+from nano_vllm.prefix_cache import KVCacheManager, hash_block
 from nano_vllm.sampling_params import SamplingParams
 
 LABS = ROOT/"nbs/labs"
 sys.path.insert(0, str(LABS))
+import blocks_lab  # noqa: E402
 import scheduler_lab  # noqa: E402
 
 PAGES = sorted(LABS.glob("*.html"))
@@ -134,6 +137,77 @@ def test_the_scheduler_lab_refuses_what_can_never_finish_by_name():
         scheduler_lab.run(settings(num_blocks=5), requests(("A", 0, 3, 0, 3), ("B", 0, 20, 0, 4)))
     with pytest.raises(ValueError, match="two requests are called 'A'"):
         scheduler_lab.run(settings(), requests(("A", 0, 3, 0, 3), ("A", 0, 20, 0, 4)))
+
+
+# ---- the blocks' lab
+
+def some_actions(rng):
+    "Texts that share beginnings come, grow and end."
+    actions, running, count = [], [], 0
+    for _ in range(rng.randint(1, 25)):
+        kind = rng.choice(["start", "grow", "end"]) if running else "start"
+        if kind == "start":
+            actions.append(["start", " ".join(rng.choices("ab", k=rng.randint(1, 12)))])
+            running.append(count)
+            count += 1
+        else:
+            index = rng.choice(running)
+            actions.append(["end", index] if kind == "end" else ["grow", index, rng.choice("ab")])
+            if kind == "end": running.remove(index)
+    return actions
+
+
+def direct_blocks(settings, actions):
+    "The block tables, counts and free list after `actions`, by a cache manager that has tuples of letters for texts."
+    manager, seqs = KVCacheManager(**settings), []
+    for name, *rest in actions:
+        if name == "end": manager.free(seqs[rest[0]])
+        if name == "grow": seqs[rest[0]].output_token_ids.append(ord(rest[1]))
+        if name == "start": seqs.append(Sequence("", [ord(c) for c in rest[0].split()], SamplingParams()))
+        if name == "end": continue
+        seq = seqs[-1] if name == "start" else seqs[rest[0]]
+        found = manager.get_computed_blocks(seq) if name == "start" else []
+        assert manager.allocate_slots(seq, seq.num_tokens, found)
+        manager.cache_blocks(seq, seq.num_tokens)
+    return [s.block_table for s in seqs if s.block_table], list(manager.pool.free_blocks), manager.pool.ref_counts
+
+
+def lab_blocks(state):
+    tables = [[b["block"] for b in text["blocks"]] for text in state["texts"]]
+    return tables, state["free"], [b["refs"] for b in state["blocks"]]
+
+
+def test_the_blocks_lab_shows_the_engines_blocks():
+    reused = 0
+    for seed in range(100):
+        rng = random.Random(seed)
+        case = dict(num_blocks=rng.choice([100, 150]), block_size=rng.choice([2, 3])), some_actions(rng)
+        states = blocks_lab.run(*case)
+        assert lab_blocks(states[-1]) == direct_blocks(*case), seed
+        reused += sum(state["event"]["cached"] for state in states)
+    assert reused > 20
+
+
+def test_the_blocks_lab_says_what_was_evicted_and_what_did_not_fit():
+    start, settings = "start", dict(num_blocks=3, block_size=2)
+    states = blocks_lab.run(settings, [[start, "a b c d"], [start, "e f g h"], ["end", 0], [start, "e f g h i"]])
+    events = [state["event"] for state in states]
+    assert [e["kind"] for e in events] == ["empty", "start", "full", "end", "start"]
+    assert lab_blocks(states[1]) == lab_blocks(states[2])           # what did not fit has changed nothing
+    assert events[-1]["evicted"] == [dict(block=1, words=["c", "d"]), dict(block=0, words=["a", "b"])]
+    with pytest.raises(ValueError, match="1 to 200 words, this one 0"): blocks_lab.run(settings, [[start, " "]])
+
+
+def test_the_blocks_labs_hashes_are_the_engines_and_chained():
+    text, = blocks_lab.run(dict(num_blocks=9, block_size=2), [["start", "a b c d e"]])[-1]["texts"]
+    first = hash_block(0, [0, 1])
+    assert [b["hash"] for b in text["blocks"]] == [f"{first:016x}", f"{hash_block(first, [2, 3]):016x}", None]
+
+
+def test_the_blocks_labs_scenarios_show_what_they_are_about():
+    two, again, small = (blocks_lab.run(s["settings"], s["actions"])[-1] for s in data("blocks"))
+    assert (two["event"]["cached"], len(two["event"]["new"])) == (2, 3) and max(b["refs"] for b in two["blocks"]) == 2
+    assert again["event"]["cached"] == 2 and small["event"]["cached"] == 1 and small["event"]["evicted"]
 
 
 # ---- what the pages load
@@ -324,3 +398,46 @@ def test_the_scheduler_page(browser, layouts, view):
         page.get_by_label("C: prompt tokens").fill("7")
         page.get_by_label("C: prompt tokens").press("Tab")
         page.wait_for_function("document.querySelector('#error').textContent === ''")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("view", VIEWS, ids=str)
+def test_the_blocks_page(browser, layouts, view):
+    two, again, small = data("blocks")
+    with opened(browser, layouts, "blocks", view) as page:
+        assert guess(page, 4) == "You said 4, the answer is 3: 1 too high."
+        assert shown_blocks(page) == expected_blocks(two["settings"], two["actions"])
+        page.get_by_role("button", name="One more word for Text 2").click()
+        actions = [*two["actions"], ["grow", 1, "it"]]
+        page.wait_for_function("document.querySelector('#event').textContent.includes('Text 2: 0 blocks taken')")
+        assert shown_blocks(page) == expected_blocks(two["settings"], actions)
+        page.get_by_role("button", name="End Text 1").click()
+        page.wait_for_function("document.querySelector('#event').textContent.includes('has ended')")
+        assert shown_blocks(page) == expected_blocks(two["settings"], [*actions, ["end", 0]])
+        page.get_by_label("A text").fill("The old lighthouse stood alone")
+        page.get_by_role("button", name="Compute it").click()
+        page.wait_for_function("document.querySelector('#event').textContent.startsWith('Text 3: 1 block found')")
+        assert unlabelled(page) == []
+        page.get_by_label("A text").fill("word " * 201)
+        page.get_by_role("button", name="Compute it").click()
+        page.wait_for_function("document.querySelector('#error').textContent.includes('this one 201')")
+        page.get_by_role("button", name="A small pool").click()
+        assert guess(page, 1) == "Exactly: 1."
+        assert "can no longer be found as" in page.locator("#event").inner_text()
+        assert shown_blocks(page) == expected_blocks(small["settings"], small["actions"])
+
+
+def shown_blocks(page):
+    "What the page shows: block tables, the free list, reference counts."
+    return page.evaluate("""(() => {
+        const numbers = (e, key) => [...e.querySelectorAll('.card')].map(card => Number(card.dataset[key]));
+        const texts = [...document.querySelectorAll('[data-text]')].map(e => numbers(e, 'block'));
+        const at = id => document.getElementById(id);
+        return [texts, numbers(at('free'), 'block'), numbers(at('pool'), 'refs')];
+    })()""")
+
+
+def expected_blocks(settings, actions):
+    last = blocks_lab.run(settings, actions)[-1]
+    tables = [[b["block"] for b in text["blocks"]] for text in last["texts"]]
+    return [tables, last["free"], [b["refs"] for b in last["blocks"]]]
