@@ -10,6 +10,7 @@ The tests with a browser are slow and need Chromium, Playwright and the runtime 
 import ast
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -23,16 +24,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from book import ROOT, quarto
 from fake_engine import fake_engine
 from nano_vllm.kv_blocks import Sequence
 from nano_vllm.prefix_cache import KVCacheManager, hash_block
+from nano_vllm.sampler import SAMPLING_STAGES, SamplingMetadata, run_stages, sample
 from nano_vllm.sampling_params import SamplingParams
 
 LABS = ROOT/"nbs/labs"
 sys.path.insert(0, str(LABS))
 import blocks_lab  # noqa: E402
+import sampling_lab  # noqa: E402
 import scheduler_lab  # noqa: E402
 
 PAGES = sorted(LABS.glob("*.html"))
@@ -208,6 +212,95 @@ def test_the_blocks_labs_scenarios_show_what_they_are_about():
     two, again, small = (blocks_lab.run(s["settings"], s["actions"])[-1] for s in data("blocks"))
     assert (two["event"]["cached"], len(two["event"]["new"])) == (2, 3) and max(b["refs"] for b in two["blocks"]) == 2
     assert again["event"]["cached"] == 2 and small["event"]["cached"] == 1 and small["event"]["evicted"]
+
+
+# ---- the sampling lab
+
+@pytest.fixture(scope="module")
+def entries(): return data("logits")
+
+
+def settings_of(temperature=1.0, min_p=0.0, top_k=0, top_p=1.0):
+    return dict(temperature=temperature, min_p=min_p, top_k=top_k, top_p=top_p)
+
+
+def some_settings(rng):
+    return settings_of(rng.randint(1, 20) / 10, rng.choice([0, 0, 0.02, 0.1, 0.4]), rng.choice([0, 0, 1, 5, 40]),
+                       rng.choice([1, 1, 0.2, 0.5, 0.8, 0.95]))
+
+
+def engine_row(entry):
+    "Logits (V,) with what is listed at its place; nearly nothing for the others."
+    logits = torch.full((entry["vocab_size"],), -1e4)
+    logits[entry["ids"]] = torch.tensor(entry["logits"])
+    return logits
+
+
+def listed_alone(entry):
+    "The entry as if there were no others, so that the engine can be given the same row."
+    return entry | {"rest": dict.fromkeys(entry["rest"], -math.inf)}
+
+
+def metadata(settings, seeds=(0,), counts=(0,)):
+    sequences = [SimpleNamespace(params=SamplingParams(**settings), seed=seed, prompt_token_ids=[], output_token_ids=[1]*count,
+                                 stop_token_ids=frozenset()) for seed, count in zip(seeds, counts)]
+    return SamplingMetadata.of(sequences)
+
+
+def test_the_sampling_labs_filters_are_the_samplers(entries):
+    for seed in range(60):
+        rng = random.Random(seed)
+        entry, settings = listed_alone(rng.choice(entries)), some_settings(rng)
+        m = metadata(settings)
+        expected = run_stages(SAMPLING_STAGES, engine_row(entry)[None], m).softmax(-1)[0][entry["ids"]]
+        *_, (_, row) = sampling_lab.stages(entry, SamplingParams(**settings))
+        probs = torch.tensor(sampling_lab.softmax(row)[:-1])
+        assert torch.equal(probs > 0, expected > 0), (seed, settings)
+        torch.testing.assert_close(probs, expected, rtol=1e-4, atol=1e-9)
+
+
+def test_the_sampling_labs_race_is_won_by_the_samplers_token(entries):
+    seeds = [0, 1, 7, 2**40 + 3, 12345] * 8
+    counts = [i // 5 for i in range(40)]
+    for entry in map(listed_alone, entries):
+        for settings in (settings_of(), settings_of(1.5, top_k=40), settings_of(0.7, min_p=0.02, top_p=0.95)):
+            expected = sample(engine_row(entry).expand(40, -1), metadata(settings, seeds, counts))
+            *_, (_, row) = sampling_lab.stages(entry, SamplingParams(**settings))
+            won = [sampling_lab.winner(sampling_lab.race(entry, row, *pair)) for pair in zip(seeds, counts)]
+            assert [entry["ids"][i] for i in won] == expected.tolist()
+
+
+def test_the_sampling_lab_says_when_a_cut_falls_where_it_cannot_see(entries):
+    story = entries[0]
+    assert not sampling_lab.run(story, settings_of(2, top_k=50), 0, 0)["partial"]
+    seen = sampling_lab.run(story, settings_of(2, top_p=0.95), 0, 0)
+    assert seen["partial"] and seen["columns"][-1]["kept"] == 1000 and seen["columns"][-1]["rest_kept"]
+
+
+def test_what_the_sampling_lab_stores_is_what_the_demo_model_says(entries, hf):
+    model, tokenizer = hf
+    for entry in entries:
+        with torch.inference_mode(): logits = model(**tokenizer(entry["text"], return_tensors="pt")).logits[0, -1]
+        assert len(logits) == entry["vocab_size"] and [tokenizer.decode([i]) for i in entry["ids"]] == entry["texts"]
+        torch.testing.assert_close(logits[entry["ids"]], torch.tensor(entry["logits"]), rtol=0, atol=5e-3)
+        others = logits.double().index_fill(0, torch.tensor(entry["ids"]), -math.inf)
+        assert others.max() <= logits[entry["ids"]].min() + 5e-3
+        for temperature, total in entry["rest"].items():
+            assert abs(float((others/float(temperature)).logsumexp(0)) - total) < 5e-3/float(temperature) + 1e-3
+
+
+def sampling_answer(scenario, entry):
+    run = sampling_lab.run(entry, scenario["settings"], 0, 0)
+    last = run["columns"][-1]
+    return last["kept"] if scenario["answer"] == "kept" else round(100*last["probs"][0])
+
+
+def test_the_sampling_labs_scenarios_show_what_they_are_about(entries):
+    answers = [sampling_answer(s, entry) for s, entry in zip(data("sampling"), entries)]
+    assert answers[0] > 40 and answers[1] < 80 and answers[2] < 10
+    best = [sampling_lab.run(e, settings_of(), 0, 0)["columns"][0]["probs"][0] for e in entries]
+    said = [int(re.search(r"(\d+) percent", s["question"])[1]) for s in data("sampling")]
+    assert [round(100*p) for p in best] == said
 
 
 # ---- what the pages load
@@ -441,3 +534,45 @@ def expected_blocks(settings, actions):
     last = blocks_lab.run(settings, actions)[-1]
     tables = [[b["block"] for b in text["blocks"]] for text in last["texts"]]
     return [tables, last["free"], [b["refs"] for b in last["blocks"]]]
+
+
+def shown_stages(page):
+    "The page's table: a list of percentages for each row."
+    return page.evaluate("""[...document.querySelectorAll('#body tr')].map(row => [...row.cells].slice(1).map(c => c.innerText))""")
+
+
+def percent(p): return "\u2013" if p == 0 else "< 0.1" if p < 0.0005 else f"{100*p:.1f}".removesuffix(".0")
+
+
+def expected_stages(entry, settings):
+    run = sampling_lab.run(entry, settings, 0, 0)
+    rows = [[percent(c["probs"][i]) for c in run["columns"]] for i in range(sampling_lab.SHOWN)]
+    kept = [c["kept"] + c["rest_kept"]*run["num_rest"] for c in run["columns"]]
+    return [*rows, [percent(c["others"]) for c in run["columns"]], [f"{k:,}".replace(",", "\u202f") for k in kept]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("view", VIEWS, ids=str)
+def test_the_sampling_page(browser, layouts, view, entries):
+    story, fact, _ = data("sampling")
+    with opened(browser, layouts, "sampling", view) as page:
+        assert guess(page, 10) == f"You said 10, the answer is {sampling_answer(story, entries[0])}: 37 too low."
+        assert shown_stages(page) == expected_stages(entries[0], story["settings"])
+        page.locator("#temperature").focus()
+        for _ in range(3): page.keyboard.press("ArrowLeft")
+        page.wait_for_function("document.querySelector('#sliders output').textContent === '0.7'")
+        page.wait_for_function("!document.querySelector('#left').textContent.startsWith('47 ')")
+        assert shown_stages(page) == expected_stages(entries[0], story["settings"] | {"temperature": 0.7})
+        page.get_by_role("button", name="Next race").click()
+        page.wait_for_function("document.querySelector('#winner').textContent.startsWith('Race 2')")
+        page.get_by_role("button", name="200 races").click()
+        settings = story["settings"] | {"temperature": 0.7}
+        shares = [percent(d["share"]) for d in sampling_lab.draws(entries[0], settings, 0)]
+        assert page.locator("#draws tbody td:nth-child(2)").all_inner_texts() == shares
+        assert unlabelled(page) == []
+        page.get_by_role("button", name="A fact").click()
+        assert "percent" in guess(page, 50)
+        assert shown_stages(page) == expected_stages(entries[1], fact["settings"])
+        page.get_by_role("button", name="A story").click()
+        guess(page, 47)
+        page.get_by_role("button", name="200 races").click()
