@@ -29,13 +29,17 @@ import torch
 from book import ROOT, quarto
 from fake_engine import fake_engine
 from nano_vllm.kv_blocks import Sequence
+from nano_vllm.model import Decoder, ModelConfig
+from nano_vllm.model_runner import kv_block_bytes
 from nano_vllm.prefix_cache import KVCacheManager, hash_block
 from nano_vllm.sampler import SAMPLING_STAGES, SamplingMetadata, run_stages, sample
 from nano_vllm.sampling_params import SamplingParams
+from nano_vllm.workbench import fetch
 
 LABS = ROOT/"nbs/labs"
 sys.path.insert(0, str(LABS))
 import blocks_lab  # noqa: E402
+import roofline_lab  # noqa: E402
 import sampling_lab  # noqa: E402
 import scheduler_lab  # noqa: E402
 
@@ -303,6 +307,73 @@ def test_the_sampling_labs_scenarios_show_what_they_are_about(entries):
     assert [round(100*p) for p in best] == said
 
 
+# ---- the roofline's lab
+
+def with_files(kind):
+    "The lab's models or machines, with the content of the files that they name."
+    for entry in data("roofline")[kind]:
+        path = entry.get("file") or entry.get("record")
+        yield entry | ({"content": json.loads((LABS/path).read_text())} if path else {})
+
+
+def model_config(model): return model.get("config") or model["content"]
+
+
+def roofline_setting(machine, scenario_setting):
+    units = dict(memory=1e9, bandwidth=1e9, peak=1e12)
+    numbers = {k: float(f"{machine.get(k, 0) or machine['content']['data'][k]/unit:.4g}")*unit for k, unit in units.items()}
+    return scenario_setting | numbers
+
+
+@pytest.mark.parametrize("model", list(with_files("models")), ids=lambda m: m["name"])
+def test_the_roofline_lab_counts_weights_and_blocks_as_the_engine_does(model):
+    config = model_config(model)
+    engines = ModelConfig.from_folder((LABS/model["file"]).parent if "file" in model else fetch())
+    with torch.device("meta"): parameters = list(Decoder(engines).parameters())
+    assert roofline_lab.num_weights(config) == sum(p.numel() for p in parameters)
+    for dtype in ("float32", "bfloat16"):
+        expected = kv_block_bytes(engines, roofline_lab.BLOCK_SIZE, getattr(torch, dtype))
+        assert roofline_lab.kv_token_bytes(config, dtype)*roofline_lab.BLOCK_SIZE == expected
+
+
+def test_the_roofline_labs_demo_model_is_the_demo_model():
+    demo, config = next(with_files("models"))["config"], json.loads((fetch()/"config.json").read_text())
+    assert demo == {name: config[name] for name in demo}
+
+
+def test_the_roofline_lab_counts_a_step_as_the_benchmark_recorded_it():
+    demo, measured = next(with_files("models"))["config"], next(with_files("machines"))["content"]["data"]
+    setting = dict(weights="float32", kv="float32", bandwidth=measured["bandwidth"], peak=measured["peak"])
+    steps = [roofline_lab.step(demo, setting, batch, 32 + 5) for batch in measured["batch"]]
+    assert [s["moved"] for s in steps] == measured["bytes"] and [s["computed"] for s in steps] == measured["operations"]
+    assert all(s["seconds"] < seconds for s, seconds in zip(steps, measured["seconds"]))
+
+
+def test_the_roofline_lab_fills_memory_to_the_last_block():
+    config = model_config(next(with_files("models")))
+    setting = dict(weights="bfloat16", kv="bfloat16")
+    room, block = 2*roofline_lab.num_weights(config), 16*roofline_lab.kv_token_bytes(config, "bfloat16")
+    def fit(memory, context): return roofline_lab.requests_that_fit(config, setting | dict(memory=memory), context)
+    assert [fit(room + 10*block, n) for n in (1, 16, 17, 80, 81, 161)] == [10, 10, 5, 2, 1, 0]
+    assert fit(room + 10*block - 1, 16) == 9 and fit(room - 1, 1) == fit(0, 1) == 0
+
+
+def roofline_answer(scenario):
+    model, machine = (list(with_files(kind))[scenario[kind[:-1]]] for kind in ("models", "machines"))
+    run = roofline_lab.run(model_config(model), roofline_setting(machine, scenario["setting"]))
+    values = dict(fit=run["fit"], rate=round(run["step"]["rate"]), milliseconds=round(1000*run["step"]["seconds"]))
+    return values[scenario["answer"]]
+
+
+def test_the_roofline_labs_scenarios_have_the_answers_that_one_gets_by_hand():
+    kv = 2*36*8*128*2                               # Qwen3-8B: 36 layers, 8 KV heads of 128, keys and values in two bytes
+    weights = 2*8.19e9
+    fit, rate, milliseconds = map(roofline_answer, data("roofline")["scenarios"])
+    assert abs(fit - (80e9 - weights)/(4096*kv)) < 1
+    assert abs(rate - 39.5e9/(4*134.5e6)) < 1
+    assert abs(milliseconds - (weights - 2*0.62e9 + 32*8192*kv)/3350e6) < 1
+
+
 # ---- what the pages load
 
 def modules():
@@ -334,6 +405,8 @@ def test_the_site_has_all_that_the_pages_load():
     files = site_files()
     assert files >= {path for path in LABS.iterdir() if path.suffix in (".html", ".css", ".js", ".json", ".py")}
     assert files >= {ROOT/f"nano_vllm/{m}.py" for m in modules()}
+    named = [*with_files("models"), *with_files("machines")]
+    assert files >= {(LABS/path).resolve() for entry in named if (path := entry.get("file") or entry.get("record"))}
     for page in PAGES:
         links = re.findall(r'(?:href|src)="([^"#]+)"', page.read_text(encoding="utf-8"))
         for link in (link for link in links if not link.startswith("data:")):
@@ -541,7 +614,7 @@ def shown_stages(page):
     return page.evaluate("""[...document.querySelectorAll('#body tr')].map(row => [...row.cells].slice(1).map(c => c.innerText))""")
 
 
-def percent(p): return "\u2013" if p == 0 else "< 0.1" if p < 0.0005 else f"{100*p:.1f}".removesuffix(".0")
+def percent(p): return "\u2013" if p == 0 else "< 0.1" if p < 0.0005 else f"{100*p:.1f}"
 
 
 def expected_stages(entry, settings):
@@ -576,3 +649,25 @@ def test_the_sampling_page(browser, layouts, view, entries):
         page.get_by_role("button", name="A story").click()
         guess(page, 47)
         page.get_by_role("button", name="200 races").click()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("view", VIEWS, ids=str)
+def test_the_roofline_page(browser, layouts, view):
+    first, second, third = data("roofline")["scenarios"]
+    with opened(browser, layouts, "roofline", view) as page:
+        right = roofline_answer(first)
+        assert guess(page, right - 5) == f"You said {right - 5}, the answer is {right}: 5 too low."
+        assert str(right) in page.locator("#tiles").inner_text()
+        page.get_by_role("button", name="A longer context").click()
+        assert guess(page, roofline_answer(third)) == f"Exactly: {roofline_answer(third)} ms."
+        page.get_by_label("memory, GB").fill("0")
+        page.get_by_label("memory, GB").press("Tab")
+        page.wait_for_function("document.querySelector('#error').textContent.startsWith('memory: ')")
+        page.get_by_role("button", name="A small machine").click()
+        assert guess(page, roofline_answer(second)) == f"Exactly: {roofline_answer(second)} tokens/s."
+        assert page.locator("circle.measured").count() == 1 + len(next(with_files("machines"))["content"]["data"]["batch"])
+        page.locator("#batch").focus()
+        for _ in range(6): page.keyboard.press("ArrowRight")
+        page.wait_for_function("document.querySelector('#story').textContent.startsWith('Arithmetic')")
+        assert unlabelled(page) == []
