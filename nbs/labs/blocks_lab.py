@@ -1,4 +1,4 @@
-"""The blocks' lab: texts of words, and the engine's cache manager that gives them blocks.
+"""The blocks' lab: texts of words, and the engine's cache manager that has the blocks.
 
 The page hands this file to Python in the browser; the tests import it as it is.
 """
@@ -27,7 +27,8 @@ class Lab:
         "A prompt comes, finds what it can, and is computed."
         words = re.findall(r"\S+", text)
         if not 1 <= len(words) <= MAX_WORDS:
-            raise ValueError(f"a text has 1 to {MAX_WORDS} words, this one {len(words)}")
+            raise ValueError(f"a text has 1 to {MAX_WORDS} words, "
+                             f"this one {len(words)}")
         seq = Sequence(str(len(self.texts)), [self.token(w) for w in words],
                        SamplingParams())
         computed = self.manager.get_computed_blocks(seq)
@@ -40,7 +41,7 @@ class Lab:
         if not self.allocate(seq, [], "grow"): seq.output_token_ids.pop()
 
     def allocate(self, seq, computed, kind):
-        "Blocks for all tokens of `seq`, and their keys and values computed; or nothing."
+        "Blocks for all tokens of `seq`, and their keys and values; or nothing."
         before, known = self.findable(), len(seq.block_table)
         fits = self.manager.allocate_slots(seq, seq.num_tokens, computed)
         self.event = dict(kind=kind if fits else "full", index=int(seq.request_id),
@@ -69,7 +70,8 @@ class Lab:
 
     def describe(self):
         "All that there is to see."
-        pool, running = self.manager.pool, [s for s in self.texts if not s.finish_reason]
+        pool = self.manager.pool
+        running = [seq for seq in self.texts if not seq.finish_reason]
         held = {b: words for seq in running for b, words in self.pieces(seq)}
         found = self.findable()
         blocks = [dict(refs=refs, findable=b in found,

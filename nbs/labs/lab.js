@@ -70,7 +70,7 @@ export function lock(element, { question, unit = "", answer, open }) {
     make("div", { class: "row" }, [
       make("input", { id: "guess", type: "number", step: "any", required: "", autocomplete: "off" }),
       make("button", { class: "main" }, "Guess and open the lab")])]);
-  const result = make("output", { "aria-live": "polite" });
+  const result = make("output", { "aria-live": "polite", tabindex: "-1" });
   element.replaceChildren(make("h2", {}, "First a guess"), form, result);
   form.addEventListener("submit", async event => {
     event.preventDefault();
@@ -81,8 +81,9 @@ export function lock(element, { question, unit = "", answer, open }) {
       const truth = await answer();
       result.textContent = compare(guess, truth, unit);
       open();
+      result.focus();       // the form is closed, and reading goes on here
     } catch (error) {
-      result.textContent = `That did not work: ${error.message}`;
+      result.textContent = `That did not work, try to load the page again: ${error.message}`;
       for (const control of form.elements) control.disabled = false;
     }
   });

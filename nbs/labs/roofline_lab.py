@@ -1,4 +1,6 @@
-"""The roofline lab: what a model's shape and a machine's numbers allow, as the benchmark's chapter counts it.
+"""The roofline lab: what a model's shape and a machine's numbers allow.
+
+It counts as the benchmark's chapter does.
 
 The page hands this file to Python in the browser; the tests import it as it is.
 """
@@ -30,7 +32,7 @@ def num_weights(config):
 
 
 def weights_read(config):
-    "What a decode step reads: of an embedding that is not the output layer, nearly none."
+    "What a step reads: of an embedding that is not the output layer, next to nothing."
     if config["tie_word_embeddings"]: return num_weights(config)
     return num_weights(config) - embedding_weights(config)
 
@@ -80,4 +82,5 @@ def run(config, setting):
                 fit=requests_that_fit(config, setting, context),
                 step=step(config, setting, batch, context),
                 curve=[step(config, setting, b, context) for b in BATCHES],
-                contexts=[at_most(config, setting, c) for c in CONTEXTS])
+                contexts=[at_most(config, setting, c) for c in CONTEXTS
+                          if c <= config["max_position_embeddings"]])

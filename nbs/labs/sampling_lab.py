@@ -1,7 +1,8 @@
 """The sampling lab: temperature, filters and the race, for one row, in plain Python.
 
-The engine's sampler does this for a batch of rows with PyTorch, which no browser has; a test holds the two together.
-The likeliest tokens are listed. All others run as one, of which `logits.json` keeps a sum for each temperature.
+The engine's sampler does this for a batch of rows with PyTorch, which no browser has; a
+test holds the two together. The likeliest tokens are listed. All others run as one, of
+which `logits.json` keeps a sum for each temperature.
 The page hands this file to Python in the browser; the tests import it as it is.
 """
 import math
@@ -15,7 +16,7 @@ ROUNDS = ((0xed5ad4bb, 11), (0xac4c1b51, 15), (0x31848bab, 14))
 BITS32, BITS64 = 2**32 - 1, 2**64 - 1
 
 
-# ---- temperature and filters: a row is the listed tokens' logits and, last, the others'
+# ---- temperature and filters; a row: the listed tokens' logits and, last, the others'
 
 def log_sum_exp(row):
     best = max(row)
@@ -119,7 +120,8 @@ def describe(entry, name, row):
     "A column of the table: probabilities, and what is left."
     probs = softmax(row)
     return dict(name=name, probs=probs[:SHOWN], others=sum(probs[SHOWN:]),
-                kept=sum(x > -math.inf for x in row[:-1]), rest_kept=row[-1] > -math.inf)
+                kept=sum(x > -math.inf for x in row[:-1]),
+                rest_kept=row[-1] > -math.inf)
 
 
 def name_of(entry, i):

@@ -1,4 +1,4 @@
-"""The scheduler's lab: the engine's scheduler and block pool, and a runner that makes its tokens up.
+"""The scheduler's lab: the engine's scheduler and blocks, and made-up tokens.
 
 The page hands this file to Python in the browser; the tests import it as it is.
 """
@@ -93,8 +93,28 @@ def steps(scheduler, arrivals):
             cells[s.seq.request_id] = scheduled_cell(s, s in output.admitted)
         blocks = count_blocks(scheduler.manager)
         yield output, cells, blocks, receive(scheduler, output)
-        is_last = step >= max(arrivals)
-        if is_last and not (scheduler.waiting or scheduler.running): return
+        is_idle = not (scheduler.waiting or scheduler.running)
+        if is_idle and step >= max(arrivals): return
+    raise ValueError(f"this takes more than {MAX_STEPS} steps")
+
+
+def note_losses(cells, before):
+    "Mark the cells of those that gave their blocks back in this step."
+    for name, cell in cells.items():
+        cell["lost"] = cell["state"] == "preempted" and before.get(name) != "preempted"
+        before[name] = cell["state"]
+
+
+def summarize(report):
+    "When each request got its first token, ended, lost its blocks; what it found."
+    found = dict(first_token={}, end={}, preempted={}, cached={})
+    for i, step in enumerate(report):
+        for name, cell in step["cells"].items():
+            if cell.get("samples"): found["first_token"].setdefault(name, i)
+            if cell.get("cached"): found["cached"].setdefault(name, cell["cached"])
+            if cell["lost"]: found["preempted"].setdefault(name, i)
+        found["end"] |= {name: i for name in step["ended"]}
+    return found
 
 
 def run(settings, requests):
@@ -103,19 +123,12 @@ def run(settings, requests):
     scheduler, arrivals = make_scheduler(settings), {}
     for i, request in enumerate(requests):
         arrivals.setdefault(request["arrival"], []).append(make_sequence(i, request))
-    report = dict(steps=[], first_token={}, end={}, preempted={}, cached={})
-    before, computed = {}, 0
-    for step, (output, cells, blocks, ended) in enumerate(steps(scheduler, arrivals)):
-        for name, cell in cells.items():
-            cell["lost"] = cell["state"] == "preempted" != before.get(name)
-            before[name] = cell["state"]
-            if cell["lost"]: report["preempted"].setdefault(name, step)
-            if cell.get("cached"): report["cached"].setdefault(name, cell["cached"])
-        for s in output.sampled: report["first_token"].setdefault(s.seq.request_id, step)
-        for seq in ended: report["end"][seq.request_id] = step
-        num_tokens = sum(s.num_tokens for s in output.scheduled)
-        computed += num_tokens
-        report["steps"].append(dict(cells=cells, num_tokens=num_tokens, **blocks,
-                                    ended=[seq.request_id for seq in ended]))
-    report["computed"], report["preemptions"] = computed, scheduler.num_preemptions
-    return report
+    report, before = [], {}
+    for output, cells, blocks, ended in steps(scheduler, arrivals):
+        note_losses(cells, before)
+        report.append(dict(cells=cells, **blocks,
+                           num_tokens=sum(s.num_tokens for s in output.scheduled),
+                           ended=[seq.request_id for seq in ended]))
+    return dict(steps=report, **summarize(report),
+                computed=sum(step["num_tokens"] for step in report),
+                preemptions=scheduler.num_preemptions)
