@@ -79,6 +79,7 @@ export function lock(element, { question, unit = "", answer, open }) {
     result.textContent = "Python is on its way (some 6 MB, once) ...";
     try {
       const truth = await answer();
+      if (!form.isConnected) return;      // another scenario was chosen meanwhile
       result.textContent = compare(guess, truth, unit);
       open();
       result.focus();       // the form is closed, and reading goes on here
