@@ -487,6 +487,25 @@ def layouts(tmp_path_factory):
 VIEWS = [(1400, "light", "repository"), (1400, "dark", "site"), (390, "light", "site"), (390, "dark", "repository")]
 
 
+@pytest.mark.slow
+def test_readers_get_pyodide_from_its_cdn_and_from_nowhere_else(browser, layouts):
+    "The CDN is played by the files that are here."
+    page, asked = browser.new_page(), set()
+    def answer(route):
+        asked.add(route.request.url.rpartition("/")[0])
+        response = route.fetch(url=f"{layouts['site']}/runtime/{route.request.url.rpartition('/')[2]}")
+        route.fulfill(response=response, headers=response.headers | {"access-control-allow-origin": "*"})
+    page.route(re.compile(r"^(?!http://127\.0\.0\.1)"), answer)
+    page.goto(f"{layouts['site']}/nbs/labs/scheduler.html")
+    assert guess(page, 7) == "Exactly: 7."
+    page.goto(f"{layouts['site']}/nbs/labs/scheduler.html?pyodide=https://example.org/")
+    page.locator("#guess").fill("7")
+    page.locator("#guess").press("Enter")
+    page.wait_for_function("document.querySelector('#lock output').textContent.includes('is on another host')")
+    page.close()
+    assert len(asked) == 1 and re.fullmatch(r"https://cdn\.jsdelivr\.net/pyodide/v314[.\d]+/full", *asked)
+
+
 @contextmanager
 def opened(browser, layouts, name, view):
     "The page of a lab in one view; afterwards nothing may have gone wrong in it."
