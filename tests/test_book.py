@@ -25,7 +25,7 @@ from book import (
 CHAPTERS = chapters()
 MODULES = [c.module for c in CHAPTERS if c.module]            # in reading order
 EXAMPLE = """
-project: {type, output-dir, render}
+project: {type, output-dir, render, resources}
 book: {title, subtitle, author, repo-url, repo-branch, repo-actions, search: {location, type},
        sidebar: {style, collapse-level}, page-navigation, reader-mode, open-graph, chapters: {part, chapters}, appendices}
 execute: {enabled}
@@ -98,7 +98,7 @@ def unknown_keys(value, allowed, path=""):
 
 def test_quarto_yml_has_only_keys_that_are_known_to_render():
     none(unknown_keys(quarto(), yaml.safe_load(EXAMPLE)))
-    assert unknown_keys({"project": {"type": "book", "resources": []}}, yaml.safe_load(EXAMPLE)) == ["project.resources"]
+    assert unknown_keys({"project": {"type": "book", "resource": []}}, yaml.safe_load(EXAMPLE)) == ["project.resource"]
     assert quarto()["project"]["type"] == "book"            # a website resolves no reference between pages
     assert quarto()["execute"] == {"enabled": False}
     for name in quarto()["format"]["html"]["ipynb-filters"]: assert (ROOT/"nbs"/name).resolve().is_file()
@@ -445,6 +445,8 @@ def small_book(root):
     write_notebook(root/"nbs/01_one.ipynb", "# One\n\n> Then [two](02_two.ipynb), or chapters 01 and 02.")
     write_notebook(root/"nbs/02_two.ipynb", "# Two\n\n> After [one](01_one.ipynb#start), \"chapter 1\", not 01_one_more.")
     write_notebook(root/"nbs/solutions/01_one.ipynb", "# Solutions")
+    (root/"nbs/labs").mkdir()
+    (root/"nbs/labs/one.html").write_text('<a href="../01_one.html">one</a>')
     (root/"README.md").write_text("[chapter 02](nbs/02_two.ipynb) of 2, chapter 12\n")
     return root
 
@@ -452,12 +454,13 @@ def small_book(root):
 def test_renumber_moves_chapters_and_all_mentions_of_them(tmp_path):
     book = small_book(tmp_path)
     changed = renumber.renumber(book, {"01_one": "02_one", "02_two": "01_two"})
-    assert [str(p.relative_to(book)) for p in changed] == ["README.md", "nbs/01_two.ipynb", "nbs/02_one.ipynb"]
+    assert [str(p.relative_to(book)) for p in changed] == ["README.md", "nbs/01_two.ipynb", "nbs/02_one.ipynb", "nbs/labs/one.html"]
     assert {p.name for p in book.glob("nbs/*.ipynb")} == {"01_two.ipynb", "02_one.ipynb"}
     assert (book/"nbs/solutions/02_one.ipynb").exists()
     one, two = (Chapter(book/"nbs"/name).promise for name in ("02_one.ipynb", "01_two.ipynb"))
     assert one == "Then [two](01_two.ipynb), or chapters 02 and 01."
     assert two == 'After [one](02_one.ipynb#start), "chapter 2", not 01_one_more.'
+    assert (book/"nbs/labs/one.html").read_text() == '<a href="../02_one.html">one</a>'
     assert (book/"README.md").read_text() == "[chapter 01](nbs/01_two.ipynb) of 2, chapter 12\n"
 
 
