@@ -25,8 +25,8 @@ def is_stub(answer) -> bool:
     "Is `answer` still as empty as the chapter has it? Of a class: is one of its methods?"
     if answer is ...: return True
     if isinstance(answer, type): return any(map(is_stub, vars(answer).values()))
-    code = getattr(answer, "__code__", None)
-    return code is not None and code.co_code == stub.__code__.co_code
+    code, empty = getattr(answer, "__code__", None), stub.__code__
+    return code is not None and code.co_code == empty.co_code and code.co_consts[1:] == empty.co_consts[1:]
 
 
 def exercise(check):
@@ -91,8 +91,7 @@ def expect(function, args, wanted, why="", tolerance=0, case=None):
     "`function` must give `wanted` for `args`."
     case = case or call_text(function, args)
     got = call(function, *args, case=case)
-    if got is None and wanted is not None:
-        raise WrongAnswer(f"{case} gives None, expected {show(wanted)}. Is a `return` missing?")
+    if got is None: why += " (Is a `return` missing?)"
     require(same(got, wanted, tolerance), f"{case} gives {show(got)}, expected {show(wanted)}", why)
 
 

@@ -36,7 +36,9 @@ class ToyRunner:
 
     def execute(self, output):
         self.steps += 1
-        if not output: raise WrongAnswer("the runner was given an empty step: nobody was scheduled")
+        if not output:
+            raise WrongAnswer("the runner was given an empty step: nobody has a token to compute. Has a sequence that is as "
+                              "long as it may get not been finished?")
         if self.steps > 1000: raise WrongAnswer("after 1,000 steps there is still somebody to compute")
         for s in output.scheduled:
             if s.seq.finish_reason:
