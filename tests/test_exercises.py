@@ -9,6 +9,7 @@ import io
 import json
 import re
 from collections import OrderedDict
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -19,12 +20,14 @@ import quarto_filter
 from book import Chapter, chapters
 from nano_vllm.kv_blocks import BlockPool, SchedulerOutput, blocks_needed
 from nano_vllm.prefix_cache import KVCacheManager, hash_block
+from nano_vllm.sampler import LOGIT_STAGES, SAMPLING_STAGES, run_stages
 from nano_vllm.scheduler import Scheduler
+from nano_vllm.tokenizer import StopFilter
 from solutions.checks import (
-    WrongAnswer, attention, call, engine, exercise, kv_blocks, prefix_cache, scheduler, show, tiny)
+    WrongAnswer, attention, call, engine, exercise, kv_blocks, prefix_cache, sampler, scheduler, show, tiny, tokenizer)
 
 EXERCISED = [c for c in chapters() if c.solutions.exists()]
-CHECKS = {name: check for module in (tiny, kv_blocks, prefix_cache, attention, scheduler, engine)
+CHECKS = {name: check for module in (tiny, tokenizer, sampler, kv_blocks, prefix_cache, attention, scheduler, engine)
           for name, check in vars(module).items() if name.startswith("check_")}
 ANSWERS = []     # (check, answer, what the message names, or None for a right answer)
 
@@ -143,6 +146,137 @@ def _(guess, best):              # forgets the token that comes for nothing
     n = 0
     while n < len(guess) and guess[n] == best[n]: n += 1
     return guess[:n]
+
+
+# ---- 02, the tokenizer
+
+@right(tokenizer.check_unfinished)
+def _(data):
+    for n in range(min(4, len(data)) + 1):
+        try: data[:len(data) - n].decode()
+        except UnicodeDecodeError: continue
+        return n
+
+
+wrong(tokenizer.check_unfinished, "all of its characters are whole")(lambda data: sum(byte >= 0x80 for byte in data[-3:]))
+wrong(tokenizer.check_unfinished, "the first 1 of the 2 bytes of 'é'")(lambda data: sum(0x80 <= byte < 0xc0 for byte in data[-3:]))
+
+
+@right(tokenizer.check_held_back)
+def _(text, stops):
+    for n in range(len(text), 0, -1):
+        if any(len(stop) > n and stop.startswith(text[-n:]) for stop in stops): return n
+    return 0
+
+
+wrong(tokenizer.check_held_back, "'<' may become '</b>'")(lambda text, stops: max(map(len, stops), default=1) - 1)
+wrong(tokenizer.check_held_back, "'aa' may become 'aab'")(                  # from the first place where one begins
+    lambda text, stops: next((len(text) - i for i, char in enumerate(text) if any(stop[0] == char for stop in stops)), 0))
+wrong(tokenizer.check_held_back, "raises ValueError")(
+    lambda text, stops: max(n for stop in stops for n in range(len(stop)) if text.endswith(stop[:n])))
+
+right(tokenizer.check_overlooked)(["\n\nQ", "A\n\n\nQ"])
+wrong(tokenizer.check_overlooked, "finds '</b>'")(("</b>", "bold </b>"))
+wrong(tokenizer.check_overlooked, "there is nothing to overlook")(("aab", "aaac"))
+wrong(tokenizer.check_overlooked, "a pair of strings")("aaab")
+
+
+@right(tokenizer.check_inclusive)
+class FromTheText(StopFilter):
+    def __init__(self, stops): super().__init__(stops); self.all = self.shown = ""
+
+    def add(self, text):
+        self.all += super().add(text)
+        whole = self.all + (self.found or self.held)
+        new, self.shown = whole[len(self.shown):], whole
+        return new
+
+
+@wrong(tokenizer.check_inclusive, "nothing needs to be held back")
+class HoldsBack(StopFilter):
+    def add(self, text): return super().add(text)
+
+
+@wrong(tokenizer.check_inclusive, "['bold <', '</b'] has been shown")
+class ShowsTwice(StopFilter):
+    def add(self, text): return super().add(text) + (self.found or self.held)
+
+
+@wrong(tokenizer.check_inclusive, "'</b>' ends it")
+class ShowsAll(StopFilter):
+    def add(self, text):
+        super().add(text)
+        return text
+
+
+# ---- 03, sampling
+
+right(sampler.check_rank)(lambda logits, token: sorted(logits, reverse=True).index(logits[token]) + 1)
+wrong(sampler.check_rank, "no token is better")(lambda logits, token: sum(x > logits[token] for x in logits))
+wrong(sampler.check_rank, "as good, not better")(lambda logits, token: sum(x >= logits[token] for x in logits))
+wrong(sampler.check_rank, "([2.0, 1.0, 0.5], 0) gives 3, expected 1")(lambda logits, token: sorted(logits).index(logits[token]) + 1)
+
+
+@right(sampler.check_nucleus)
+def _(probs, top_p):
+    kept, order = set(), sorted(range(len(probs)), key=probs.__getitem__)
+    while sum(probs[t] for t in kept) < top_p and order: kept.add(order.pop())
+    return kept
+
+
+def kept_by(probs, top_p, crossing=True, enough=lambda mass, top_p: mass >= top_p, ordered=True):
+    kept, mass = [], 0.
+    for token in sorted(range(len(probs)), key=lambda t: -probs[t] if ordered else t):
+        if enough(mass, top_p) or not crossing and mass + probs[token] > top_p: break
+        kept.append(token)
+        mass += probs[token]
+    return kept
+
+
+wrong(sampler.check_nucleus, "so the token that crosses the border stays")(lambda *a: kept_by(*a, crossing=False))
+wrong(sampler.check_nucleus, "0.5 + 0.3 is just enough")(lambda *a: kept_by(*a, enough=lambda mass, top_p: mass > top_p))
+wrong(sampler.check_nucleus, "the best are the last here")(lambda *a: kept_by(*a, ordered=False))
+
+
+@right(sampler.check_two_tokens)
+def _(logits, noise):
+    race = logits + noise
+    first = race.argmax(-1, keepdim=True)
+    return torch.cat([first, race.scatter(1, first, -torch.inf).argmax(-1, keepdim=True)], 1)
+
+
+wrong(sampler.check_two_tokens, "you draw")(lambda logits, noise: torch.stack([(logits + noise).argmax(-1), logits.argmax(-1)], 1))
+wrong(sampler.check_two_tokens, "expected")(lambda logits, noise: (logits + noise).topk(2, largest=False).indices)
+wrong(sampler.check_two_tokens, "the result has shape (4000,)")(lambda logits, noise: (logits + noise).argmax(-1))
+wrong(sampler.check_two_tokens, "who")(lambda logits, noise: (logits + noise).topk(2).indices.sort().values)
+
+
+@right(sampler.check_sampling_probabilities)
+def _(x, m):                     # row by row
+    rows = []
+    for i in range(len(m)):
+        one = m.select(slice(i, i + 1))
+        row = run_stages(LOGIT_STAGES, x[i:i + 1], one)
+        if m.temperature[i] == 0: rows.append((torch.arange(x.shape[1]) == row.argmax()).float()[None])
+        else: rows.append(run_stages(SAMPLING_STAGES, row, one).softmax(-1))
+    return torch.cat(rows)
+
+
+def probabilities(x, m, logit_stages=LOGIT_STAGES, stages=SAMPLING_STAGES, greedy=True):
+    x, temperature = run_stages(logit_stages, x, m), m.temperature
+    random = temperature > 0
+    if not greedy: m = replace(m, temperature=temperature.clamp(min=1e-3)); random[:] = True
+    out = torch.zeros_like(x).scatter_(1, x.argmax(-1, keepdim=True), 1)
+    return out if not random.any() else out.index_copy(0, random.nonzero()[:, 0], run_stages(
+        stages, x[random], m.select(random.nonzero()[:, 0])).softmax(-1))
+
+
+right(sampler.check_sampling_probabilities)(probabilities)
+wrong(sampler.check_sampling_probabilities, "for penalties and logits")(lambda *a: probabilities(*a, logit_stages=[]))
+wrong(sampler.check_sampling_probabilities, "for temperature=2 and logits")(lambda *a: probabilities(*a, stages=SAMPLING_STAGES[1:]))
+wrong(sampler.check_sampling_probabilities, "for top_k=3 and logits")(lambda *a: probabilities(*a, stages=SAMPLING_STAGES[:1]))
+wrong(sampler.check_sampling_probabilities, "for temperature=0 and logits")(
+    lambda x, m: run_stages(LOGIT_STAGES, x, m).softmax(-1))
 
 
 # ---- 04, KV blocks
@@ -787,7 +921,8 @@ def test_solutions_run_and_print_what_is_stored(chapter, monkeypatch):
         with contextlib.redirect_stdout(io.StringIO()) as printed: exec(compile(cell.source, chapter.name, "exec"), names)
         text = "".join("".join(output.get("text", "")) for output in cell.outputs)
         stored.append(text)
-        if "decode(engine, n)" not in cell.source: assert printed.getvalue() == text     # but for what was timed
+        timed = "decode(engine, n)" in cell.source or "microseconds(" in cell.source
+        if not timed: assert printed.getvalue() == text
     said = "".join(stored)
     used = {name for name in re.findall(r"\bcheck_\w+", "".join(c.source for c in Chapter(chapter.solutions).code))}
     assert used and all(f"{name}: right" in said for name in used)
