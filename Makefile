@@ -2,7 +2,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
-NB ?= nbs/*.ipynb
+NB ?= nbs/*.ipynb nbs/solutions/*.ipynb
 FUZZ ?= 50000
 
 .PHONY: help venv demo test test-all test-avx2 bench gpu peers fuzz lab notebooks lines book
@@ -30,12 +30,12 @@ run_tests = $(TEST_ENV) $(1) $(BIN)/python -m pytest -n 2 --dist loadfile
 test: export NANO_VLLM_TEST_START := $(shell date +%s)
 test: venv       ## the export is in sync, every notebook runs, pytest passes
 	$(BIN)/python tools/check_export.py
-	$(call run_notebooks,$(wildcard nbs/*.ipynb))
+	$(call run_notebooks,$(wildcard nbs/*.ipynb nbs/solutions/*.ipynb))
 	$(call run_tests)
 
 test-all: venv   ## the same with the tests that are marked slow
 	$(BIN)/python tools/check_export.py
-	$(call run_notebooks,$(wildcard nbs/*.ipynb))
+	$(call run_notebooks,$(wildcard nbs/*.ipynb nbs/solutions/*.ipynb))
 	$(call run_tests) -m ""
 
 test-avx2: venv  ## what touches kernels, as on a processor that has AVX2 and no more

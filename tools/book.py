@@ -15,6 +15,7 @@ EXPORT = "export|exporti|exports"
 NBDEV = rf"{EXPORT}|hide|notest|cuda|slow|default_exp \w+"
 # "chapter 13", "chapters 06, 16 and 26"
 NUMBERED = re.compile(r"\b[Cc]hapters? \d+(?:(?:, | and | to )\d+)*\b")
+EXERCISE = re.compile(r"\*\*(\d+\. .+?)\*\*")           # opens the text of an exercise
 
 
 @dataclass
@@ -97,6 +98,17 @@ class Chapter:
         if len(found) > 1 or (not found and any(c.exported for c in self.code)):
             raise ValueError(f"{self.name} has {len(found)} cells with default_exp, not one")
         return found[0] if found else None
+
+    @property
+    def exercises(self) -> list[str]:
+        "Number and title of each exercise whose solution stands in a notebook of its own."
+        opened = [EXERCISE.match(c.source) for c in self.markdown]
+        return [match[1] for match in opened if match]
+
+    @property
+    def solutions(self) -> Path:
+        "The notebook of solutions, which not every chapter has yet."
+        return self.path.parent/"solutions"/self.path.name
 
     @property
     def module_path(self) -> Path | None:

@@ -1,0 +1,1 @@
+"Solutions to the exercises, and in `checks` what checks a reader's answers."

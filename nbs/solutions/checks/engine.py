@@ -1,0 +1,146 @@
+"Checks of the exercises of the chapter on the engine, and an engine without a model to try them with."
+from types import SimpleNamespace
+
+from nano_vllm.engine import Engine, InputProcessor, OutputProcessor, RequestMetrics
+from nano_vllm.kv_blocks import Sequence
+from nano_vllm.prefix_cache import KVCacheManager
+from nano_vllm.sampling_params import SamplingParams
+from nano_vllm.scheduler import Scheduler
+from nano_vllm.tokenizer import NoTokenizer
+
+from . import WrongAnswer, attempt, exercise, expect, require
+
+EOS = 0
+
+
+def next_token(text):
+    "The token that the toy model puts after `text`: from 0 to 9, and 0 ends an answer."
+    return sum((i + 1) * token for i, token in enumerate(text)) * 31 % 97 % 10
+
+
+def answer_to(prompt, max_tokens):
+    "The whole answer of the toy model, as nothing but a loop gives it."
+    text = list(prompt)
+    while len(text) - len(prompt) < max_tokens:
+        text.append(next_token(text))
+        if text[-1] == EOS: break
+    return text[len(prompt):]
+
+
+class ToyRunner:
+    "Stands in for `ModelRunner`: each token is a function of the text before it."
+
+    def __init__(self): self.steps = 0
+
+    def clear(self): "It keeps nothing."
+
+    def execute(self, output):
+        self.steps += 1
+        if not output:
+            raise WrongAnswer("the runner was given an empty step: nobody has a token to compute. Has a sequence that is as "
+                              "long as it may get not been finished?")
+        if self.steps > 1000: raise WrongAnswer("after 1,000 steps there is still somebody to compute")
+        for s in output.scheduled:
+            if s.seq.finish_reason:
+                raise WrongAnswer(f"sequence {s.seq.request_id} has ended and is computed all the same")
+        tokens = [next_token(s.seq.tokens(0, s.end)) for s in output.sampled]
+        result = SimpleNamespace(token_ids=tokens, logprobs=[None] * len(tokens), prompt_logprobs=[])
+        return SimpleNamespace(result=lambda: result)
+
+
+def toy_scheduler(num_blocks=400, budget=16):
+    return Scheduler(KVCacheManager(num_blocks, 4), 8, budget)
+
+
+def toy_engine():
+    "An `Engine` with everything in it but a model; prompts are lists of token ids."
+    tokenizer = NoTokenizer("toy")
+    inputs = InputProcessor(tokenizer, 100, 200, 400, 4, {EOS})
+    return Engine(inputs, toy_scheduler(), ToyRunner(), OutputProcessor(tokenizer, {EOS}))
+
+
+def require_idle(scheduler, case):
+    pool = scheduler.manager.pool
+    require(not scheduler.running and not scheduler.waiting,
+            f"{case}: {len(scheduler.running)} sequences still run and {len(scheduler.waiting)} wait")
+    require(len(pool.free_blocks) == pool.num_blocks,
+            f"{case}: {pool.num_blocks - len(pool.free_blocks)} blocks have not been given back")
+
+
+@exercise
+def check_time_per_token(time_per_token):
+    for times, wanted, why in (((10., 10.5, 11., 14.5, 8), 0.5, "7 tokens came in the 3.5 s after the first"),
+                               ((0., 0., 1., 2., 2), 1.0, "one token came in the second after the first"),
+                               ((0., 0., 1., 1., 1), None, "a single token has no time between tokens"),
+                               ((0., 0., 1., None, 5), None, "it has not finished"),
+                               ((0., None, None, None, 0), None, "it has not begun")):
+        metrics = RequestMetrics(*times)
+        case = f"time_per_token of a request with first token at {times[2]}, end at {times[3]} and {times[4]} tokens"
+        got = attempt(case, time_per_token, metrics)
+        close = got == wanted if wanted is None or not isinstance(got, (int, float)) else abs(got - wanted) < 1e-9
+        require(close, f"{case} gives {got}, expected {wanted}", why)
+
+
+@exercise
+def check_why_ended(why_ended):
+    eos, stops = {0}, {0, 7}
+    for output, prompt_len, max_len, wanted, why in (
+            ([5, 3], 4, 20, None, "it goes on"),
+            ([5, 0], 4, 20, ("stop", None), "the model ended it itself"),
+            ([5, 7], 4, 20, ("stop", 7), "7 is a stop token of the request, and no end-of-sequence token"),
+            ([5, 3], 4, 6, ("length", None), "4 + 2 tokens are all that it may have"),
+            ([5, 0], 4, 6, ("stop", None), "an answer that ends by itself with its last permitted token has ended by itself"),
+            ([5, 7], 4, 6, ("stop", 7), "an answer whose last permitted token is a stop token has met the stop token"),
+            ([7, 5], 4, 20, None, "only the last token is new"), ([3], 19, 20, ("length", None), "19 + 1 tokens")):
+        expect(why_ended, (output, prompt_len, max_len, stops, eos), wanted, why)
+
+
+@exercise
+def check_run(run):
+    prompts = [[5, 3, 8], [9] * 30, [1, 2, 3, 4, 5, 6], [4], [2, 2, 7], [6, 1]]
+    for blocks, budget, max_tokens, kind in ((40, 64, 12, "a step has room for all"), (40, 8, 12, "long prompts take several steps"),
+                                             (12, 16, 9, "memory runs out, and sequences start again"), (40, 64, 1, "one token each")):
+        scheduler, runner = toy_scheduler(blocks, budget), ToyRunner()
+        seqs = [Sequence(str(i), list(ids), SamplingParams(), stop_token_ids=frozenset({EOS}), max_len=len(ids) + max_tokens)
+                for i, ids in enumerate(prompts)]
+        case = f"run, where {kind} (budget {budget}, {blocks} blocks, at most {max_tokens} tokens)"
+        attempt(case, run, scheduler, runner, seqs)
+        for seq, ids in zip(seqs, prompts):
+            wanted = answer_to(ids, max_tokens)
+            require(seq.output_token_ids == wanted,
+                    f"{case}: the prompt {ids if len(ids) < 9 else '9, 9, ...'} gets {seq.output_token_ids}, expected {wanted}")
+            reason = "stop" if wanted[-1] == EOS else "length"
+            require(seq.finish_reason == reason,
+                    f"{case}: the answer {wanted} has finish_reason {seq.finish_reason!r}, expected {reason!r}",
+                    "0 is its stop token" if reason == "stop" else "it has all the tokens that it may have")
+        require_idle(scheduler, case)
+
+
+@exercise
+def check_with_deadline(with_deadline):
+    params = SamplingParams(temperature=0, max_tokens=12)
+    prompts = [[5, 3, 8], [1, 2, 3, 4, 5, 6], [4], [2, 2, 7]]
+    whole = [answer_to(ids, 12) for ids in prompts]
+    for steps in (1, 3, 5, 50):
+        engine = toy_engine()
+        other, = engine.input_processor.make_requests([[8, 8, 1]], SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
+        engine.add(other)
+        requests = engine.input_processor.make_requests([list(ids) for ids in prompts], params)
+        case = f"with_deadline for four requests and {steps} steps"
+        outputs = attempt(case, with_deadline, engine, requests, steps)
+        require(engine.runner.steps <= steps, f"{case}: {engine.runner.steps} steps were taken")
+        require(outputs is not None, f"{case} gives None. Is a `return` missing?")
+        require(len(outputs) == 4, f"{case} gives {len(outputs)} outputs, expected one for each request")
+        for ids, answer, output in zip(prompts, whole, outputs):
+            got, reason = output["token_ids"], output["finish_reason"]
+            require(got == answer[:steps], f"{case}: the prompt {ids} gets {got}, expected {answer[:steps]}",
+                    "all are prompts of a few tokens, so each step gives each a token until it ends")
+            wanted = "abort" if len(answer) > steps else ("stop" if answer[-1] == EOS else "length")
+            require(reason == wanted, f"{case}: the answer {got} has finish_reason {reason!r}, expected {wanted!r}")
+        require(not set(r.request_id for r in requests) & set(engine.requests),
+                f"{case}: the engine still has some of the requests")
+        reason = other.output()["finish_reason"]
+        require(reason != "abort", f"{case}: a fifth request, which was in the engine before, has been aborted, too")
+        while engine.requests: engine.step()
+        require_idle(engine.scheduler, case)
+        require(len(other.output()["token_ids"]) == 20, f"{case}: a fifth request was left without its tokens")
