@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['CAPABILITY', 'LANES', 'FLAGS', 'CAN_BUILD', 'VECTOR_TYPES', 'SUMS', 'EXP', 'REDUCE', 'CACHE', 'SIZES', 'FIND',
            'SCORES', 'RESCALE', 'ATTEND', 'QUERIES', 'DECODE', 'SOURCE', 'NORM', 'SWIGLU', 'PLAIN', 'PackedProduct',
-           'PlainProduct', 'are_float32', 'packed_linear', 'run_compiler', 'build', 'cpu_flags', 'build_environment',
-           'load_library', 'address', 'call', 'kernels', 'Queries', 'InPlaceQueries', 'max_in_place_query_len',
-           'InPlaceAttention', 'small_kernels', 'fits_kernels', 'fused_norm', 'fused_swiglu', 'takes_float32',
-           'cpu_kernels_ops']
+           'PlainProduct', 'are_float32', 'packed_linear', 'run_compiler', 'build', 'sha256', 'digest', 'cpu_flags',
+           'build_environment', 'load_library', 'is_whole', 'compiler_works', 'can_build', 'address', 'call', 'kernels',
+           'Queries', 'InPlaceQueries', 'max_in_place_query_len', 'InPlaceAttention', 'small_kernels', 'fits_kernels',
+           'fused_norm', 'fused_swiglu', 'takes_float32', 'cpu_kernels_ops']
 
 # %% ../nbs/19_cpu_kernels.ipynb #043fced6
-import ctypes, functools, hashlib, os, shutil, subprocess, sys, tempfile
+import ctypes, functools, hashlib, logging, os, shutil, subprocess, sys, tempfile
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
@@ -73,13 +73,24 @@ def run_compiler(*arguments, source=None):
 
 
 def build(source: str, defines: list[str], path: Path):
-    "Compile C++ `source` into the shared library `path`, which is whole or not there."
+    "Compile C++ `source` into the shared library `path`, and note its digest."
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as work:
         out, library = f"{work}/out.o", f"{work}/out.so"
         run_compiler(*FLAGS, *defines, "-xc++", "-c", "-", "-o", out, source=source)
         run_compiler("-shared", out, "-o", library)
+        digest(path).write_text(sha256(library))
         os.replace(library, path)
+
+
+def sha256(path) -> str:
+    "The digest of a file."
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def digest(path: Path) -> Path:
+    "The file that keeps the digest of the library at `path`."
+    return path.with_suffix(".sha256")
 
 # %% ../nbs/19_cpu_kernels.ipynb #7185ce8c
 def cpu_flags() -> str:
@@ -102,8 +113,28 @@ def load_library(source: str, **numbers: int) -> ctypes.CDLL:
     recipe = repr((source, FLAGS, defines, build_environment()))
     name = hashlib.sha256(recipe.encode()).hexdigest()[:16]
     path = cache_dir()/"kernels"/f"{name}.so"
-    if not path.exists(): build(source, defines, path)
+    if not is_whole(path): build(source, defines, path)
     return ctypes.CDLL(str(path))
+
+
+def is_whole(path: Path) -> bool:
+    "Is there a library at `path`, and is it the one that was built?"
+    noted = digest(path)
+    return path.exists() and noted.exists() and noted.read_text() == sha256(path)
+
+# %% ../nbs/19_cpu_kernels.ipynb #e4b10c02
+@functools.cache
+def compiler_works() -> bool:
+    "Can a library be built, kept and opened here? If not, a warning says why."
+    try: return load_library('extern "C" int one() { return 1; }').one() == 1
+    except (RuntimeError, OSError) as e:
+        logging.getLogger("nano_vllm").warning("no kernels for the CPU: %s", e)
+        return False
+
+
+def can_build() -> bool:
+    "Are there kernels here: the processor for them, and a compiler that works?"
+    return CAN_BUILD and compiler_works()
 
 # %% ../nbs/19_cpu_kernels.ipynb #e15a3b2e
 def address(x: Tensor | None) -> int | None:
@@ -385,7 +416,7 @@ class InPlaceAttention(TorchAttention):
     @classmethod
     def check(cls, device_type: str, block_size: int):
         "ValueError where the kernels cannot be compiled or do not run."
-        if device_type == "cpu" and CAN_BUILD: return
+        if device_type == "cpu" and can_build(): return
         raise ValueError(f"attention_backend is {cls.name!r}, which needs g++ and "
                          "device 'cpu' with AVX2 or AVX-512; the device is "
                          f"{device_type!r}")
@@ -394,7 +425,7 @@ class InPlaceAttention(TorchAttention):
     def paged(self) -> bool:
         "Is the cache one whose pages the kernels can read?"
         cache = self.kv_cache
-        return (CAN_BUILD and cache.is_cpu and cache.is_contiguous()
+        return (can_build() and cache.is_cpu and cache.is_contiguous()
                 and cache.shape[-1] % 16 == 0
                 and cache.dtype in (torch.float32, torch.bfloat16))
 
@@ -463,7 +494,7 @@ PLAIN = Ops()   # what computes wherever a kernel meets what it is not made for
 
 def fits_kernels(*tensors: Tensor | None) -> bool:
     "Can the kernels be compiled here, and take these tensors?"
-    return CAN_BUILD and are_float32(*tensors)
+    return can_build() and are_float32(*tensors)
 
 # %% ../nbs/19_cpu_kernels.ipynb #65998848
 def fused_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None):
@@ -495,10 +526,11 @@ def takes_float32(target: Target) -> bool:
 def cpu_kernels_ops(target: Target) -> Ops | None:
     "A CPU with AVX2 and g++, or any for float32; neither quantization nor compile."
     if target.quantization is not None or target.compile: return None
-    if target.device.type != "cpu" or not (CAN_BUILD or takes_float32(target)):
+    if target.device.type != "cpu" or not (can_build() or takes_float32(target)):
         return None
-    ops = Ops(attention=InPlaceAttention) if CAN_BUILD else Ops()
+    ops = Ops(attention=InPlaceAttention) if can_build() else Ops()
     if not takes_float32(target): return ops
     ops = replace(ops, linear=packed_linear)
-    return replace(ops, norm=fused_norm, activation=fused_swiglu) if CAN_BUILD else ops
+    if not can_build(): return ops
+    return replace(ops, norm=fused_norm, activation=fused_swiglu)
 OPS["cpu_kernels"] = cpu_kernels_ops

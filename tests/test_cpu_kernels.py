@@ -1,5 +1,7 @@
 """The CPU's own ways: packed matrices give the plain ones' numbers, and attention in place agrees with the slow oracle."""
 import ctypes
+import os
+import subprocess
 import sys
 import threading
 from dataclasses import replace
@@ -12,7 +14,7 @@ from helpers import assert_idle, tiny_folder
 from nano_vllm import LLM, SamplingParams, cpu_kernels
 from nano_vllm.attention import ChunkPlan, DecodeGroup, ReferenceAttention, TorchAttention, attention_backend, make_batch
 from nano_vllm.cpu_kernels import (CAN_BUILD, InPlaceAttention, InPlaceQueries, PackedProduct, PlainProduct, build, build_environment,
-                                   fused_norm, fused_swiglu, kernels, load_library, packed_linear)
+                                   fused_norm, fused_swiglu, is_whole, kernels, load_library, packed_linear)
 from nano_vllm.kv_blocks import ScheduledSequence
 from nano_vllm.layers import OPS, Ops, Target, choose_ops, rms_norm, silu_and_mul
 from nano_vllm.model import ModelConfig
@@ -196,7 +198,7 @@ def test_a_library_is_compiled_once_and_found_again(tmp_path, monkeypatch):
     threads = [threading.Thread(target=load, args=(32, 2, 2, 32)) for _ in range(3)]   # at once, as ranks do
     for t in threads: t.start()
     for t in threads: t.join()
-    file, = (tmp_path/"kernels").iterdir()
+    file, = (tmp_path/"kernels").glob("*.so")
     written = file.stat().st_mtime_ns
     monkeypatch.setattr(cpu_kernels, "build", None)   # to be called no more
     assert load(32, 2, 2, 32).decode and file.stat().st_mtime_ns == written
@@ -216,7 +218,57 @@ def test_a_library_stays_with_its_processor_compiler_and_capability(changed, tmp
     assert flag in environment[0].split() and "g++" in environment[1] and environment[2] == torch.backends.cpu.get_cpu_capability()
     environment[changed] += " and more"
     monkeypatch.setattr(cpu_kernels, "build_environment", lambda: tuple(environment))
-    assert load_library(source).one() == 1 and len(list((tmp_path/"kernels").iterdir())) == 2
+    assert load_library(source).one() == 1 and len(list((tmp_path/"kernels").glob("*.so"))) == 2
+
+
+@compiled
+@pytest.mark.parametrize("harm", [lambda path: path.write_bytes(path.read_bytes()[:1000]), lambda path: path.write_bytes(b""),
+                                  lambda path: path.write_bytes(path.read_bytes()[:-1] + b"x"), lambda path: path.with_suffix(".sha256").unlink(),
+                                  lambda path: path.unlink()], ids=["cut", "empty", "changed", "no digest", "gone"])
+def test_a_harmed_library_is_built_again(harm, tmp_path, monkeypatch):
+    "In a process of its own: one that opened it would end."
+    monkeypatch.setenv("NANO_VLLM_CACHE", str(tmp_path))
+    source = f'extern "C" int two() {{ return 2; }} // {tmp_path.name}'
+    assert load_library(source).two() == 2
+    path, = (tmp_path/"kernels").glob("*.so")
+    whole = path.read_bytes()
+    path.unlink()                                  # what is open stays as it was
+    path.write_bytes(whole)
+    harm(path)
+    assert not is_whole(path)
+    code = f"from nano_vllm.cpu_kernels import load_library; assert load_library({source!r}).two() == 2"
+    assert subprocess.run([sys.executable, "-c", code], env=os.environ).returncode == 0
+    assert is_whole(path)
+
+
+def broken_compiler(tmp_path, monkeypatch):
+    "A g++ that fails, first on the path."
+    (tmp_path/"bin").mkdir()
+    (tmp_path/"bin/g++").write_text("#!/bin/sh\necho no luck today >&2; exit 1\n")
+    (tmp_path/"bin/g++").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path/'bin'}{os.pathsep}{os.environ['PATH']}")
+
+
+def no_folder(tmp_path, monkeypatch):
+    "A cache where there is a file in place of the folder."
+    (tmp_path/"cache").mkdir(exist_ok=True)
+    (tmp_path/"cache/kernels").write_text("not a folder")
+
+
+@compiled
+@pytest.mark.parametrize("fails", [broken_compiler, no_folder])
+@pytest.mark.parametrize("options", [{}, dict(dtype="bfloat16"), dict(attention_backend="torch")], ids=["default", "bfloat16", "torch"])
+def test_without_a_compiler_that_works_the_engine_takes_pytorchs_path(fails, options, tmp_path, monkeypatch):
+    "In a process of its own, since it is asked once; the log says why, once."
+    folder = tiny_folder(tmp_path/"model")
+    monkeypatch.setenv("NANO_VLLM_CACHE", str(tmp_path/"cache"))
+    fails(tmp_path, monkeypatch)
+    code = f"""from nano_vllm import LLM, SamplingParams, cpu_kernels
+llm = LLM({str(folder)!r}, num_kv_blocks=20, **{options!r})
+assert not cpu_kernels.can_build() and llm.engine.runner.ops.attention.__name__ == "TorchAttention"
+print(len(llm.generate("Hello", SamplingParams(max_tokens=3, ignore_eos=True), use_tqdm=False)[0]["token_ids"]))"""
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ, capture_output=True, text=True)
+    assert done.stdout == "3\n" and done.stderr.count("no kernels for the CPU") == 1, done.stderr
 
 
 @compiled
