@@ -254,7 +254,7 @@ def read_hf_config(path: Path):
         supported = ", ".join(ARCHITECTURES)
         raise ValueError(f"architectures is {names}, supported: {supported}")
     from transformers import AutoConfig
-    try: return name, AutoConfig.from_pretrained(path)
+    try: return name, AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as e: raise ValueError(f"{path/'config.json'}: {e}") from e
 
 # %% ../nbs/09_model.ipynb #a2764b1e

@@ -45,7 +45,8 @@ def load_hf(path):
         names = ", ".join(TOKENIZER_FILES)
         raise ValueError(f"tokenizer: {str(path)!r} has none of {names}")
     from transformers import AutoTokenizer
-    try: return AutoTokenizer.from_pretrained(str(path))
+    # a folder is data: code that it may bring is not run, nor is anybody asked
+    try: return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except Exception as e: raise ValueError(f"tokenizer: {str(path)!r}: {e}") from e
 
 # %% ../nbs/02_tokenizer.ipynb #f9af7d40

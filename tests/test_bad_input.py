@@ -316,9 +316,17 @@ FOLDERS = {
     "a wrong shape": (weights(lambda t: t.update({FIRST: torch.zeros(3, 5)})), FIRST, r"\[3, 5\]", r"\[32, 32\]"),
     "a scalar": (weights(lambda t: t.update({"model.norm.weight": torch.zeros(())})), "norm.weight", r"\[\]", r"\[32\]"),
     "a transposed tensor": (weights(lambda t: t.update({UP: t[UP].T.contiguous()})), UP, r"\[32, 48\]", r"\[48, 32\]"),
+    "whole numbers": (weights(lambda t: t.update({FIRST: t[FIRST].int()})), FIRST, "I32", "BF16"),
+    "truth values": (weights(lambda t: t.update({FIRST: t[FIRST] > 0})), FIRST, "BOOL", "BF16"),
+    "eight bits": (weights(lambda t: t.update({FIRST: t[FIRST].to(torch.float8_e4m3fn)})), FIRST, "F8_E4M3", "BF16"),
+    "a weight that is no number": (weights(lambda t: t[UP].view(-1)[-1:].fill_(NAN)), UP, "NaN"),
+    "a weight that is infinite": (weights(lambda t: t["model.norm.weight"][3:4].fill_(-INF)), "model.norm.weight", "infinite"),
+    "weights of both infinities": (weights(lambda t: t[UP][0, :2].copy_(torch.tensor([INF, -INF]))), UP, "infinite"),
     "an index to nowhere": (index('{"weight_map": {"a": "gone.safetensors"}}'), "gone.safetensors"),
     "an index that is no JSON": (index("{"), "index.json"),
     "an index with a number": (index('{"weight_map": {"a": 3}}'), "index.json"),
+    "an index that leaves the folder": (index('{"weight_map": {"a": "../model.safetensors"}}'), "index.json", r"\.\./model.safetensors", "in the folder"),
+    "an index to the root": (index('{"weight_map": {"a": "/etc/hostname"}}'), "index.json", "/etc/hostname"),
     "an index of nothing": (index('{"weight_map": {}}'), "index"),
     "config is no JSON": (write("config.json", "{nope"), "config.json"),
     "config is empty": (write("config.json", ""), "config.json"),
@@ -352,6 +360,30 @@ def test_model_folders(llm, answer, broken, name):
     spoil, *parts = FOLDERS[name]
     spoil(broken)
     refused(llm, answer, lambda: LLM(broken, num_kv_blocks=20), *parts)
+
+
+CODE = """
+import pathlib
+pathlib.Path(__file__).with_name("executed").write_text("")
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+class OwnConfig(LlamaConfig): pass
+class OwnTokenizer(PreTrainedTokenizerFast): pass
+"""
+
+
+def test_a_folder_is_data(llm, answer, broken, monkeypatch):
+    "Code that it brings is not run, and nobody is asked whether it may be: it is refused, or done without."
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
+    (broken/"own.py").write_text(CODE)
+    edit_config(broken, auto_map={"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"})
+    path = broken/"tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | dict(tokenizer_class="OwnTokenizer", auto_map={"AutoTokenizer": [None, "own.OwnTokenizer"]})))
+    try: assert len(LLM(broken, num_kv_blocks=20).generate("hi", use_tqdm=False)) == 1
+    except ValueError as e: assert str(broken) in str(e)
+    edit_config(broken, model_type="own")
+    refused(llm, answer, lambda: LLM(broken, num_kv_blocks=20), "config.json", "own|custom code")
+    assert not list(broken.rglob("executed"))
 
 
 def test_a_file_is_no_folder(llm, answer, folder):

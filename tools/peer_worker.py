@@ -17,22 +17,28 @@ def start(engine: str, folder: str, **options):
         if options.get("load_format") == "dummy":
             options["skip_tokenizer_init"] = True
             SamplingParams = functools.partial(SamplingParams, detokenize=False)
-        return LLM(folder, max_model_len=2048, disable_log_stats=True, **options), SamplingParams
+        return LLM(folder, max_model_len=8192, disable_log_stats=True, **options), SamplingParams
     from nano_vllm import LLM, SamplingParams
-    return LLM(folder, max_model_len=2048, **options), SamplingParams
+    return LLM(folder, max_model_len=8192, **options), SamplingParams
 
 
-def run(llm, params_class, requests: int, prompt: list[int], output: list[int], seed: int, vocab_size: int = 49152) -> dict:
-    "Generate once: fresh random prompts with lengths uniform in `prompt`, answers with lengths uniform in `output`."
+def run(llm, params_class, requests: int, prompt: list[int], output: list[int], seed: int, after: int = 0, vocab_size: int = 49152) -> dict:
+    """Generate once: fresh random prompts with lengths uniform in `prompt`, answers with lengths uniform in `output`.
+
+    `after`: so many tokens, which were computed before, stand before each prompt."""
     rng = random.Random(seed)
-    prompts = [[rng.randrange(100, vocab_size) for _ in range(rng.randint(*prompt))] for _ in range(requests)]
-    params = [params_class(temperature=0.6, max_tokens=rng.randint(*output), ignore_eos=True) for _ in prompts]
+    def tokens(n): return [rng.randrange(100, vocab_size) for _ in range(n)]
+    def params(n): return params_class(temperature=0.6, max_tokens=n, ignore_eos=True)
+    before = tokens(after)
+    if before: llm.generate([{"prompt_token_ids": before}], [params(1)], use_tqdm=False)
+    prompts = [before + tokens(rng.randint(*prompt)) for _ in range(requests)]
+    params = [params(rng.randint(*output)) for _ in prompts]
     start = time.perf_counter()
     outs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
     seconds = time.perf_counter() - start
-    tokens = sum(len(o.outputs[0].token_ids) for o in outs)
-    assert tokens == sum(p.max_tokens for p in params)
-    return dict(seconds=seconds, output_tokens=tokens, output_tokens_per_second=tokens / seconds)
+    count = sum(len(o.outputs[0].token_ids) for o in outs)
+    assert count == sum(p.max_tokens for p in params)
+    return dict(seconds=seconds, output_tokens=count, output_tokens_per_second=count / seconds)
 
 
 def main(engine, folder, *options):

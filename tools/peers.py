@@ -19,6 +19,8 @@ PEERS = ROOT/".peers"
 WORK = {"32 requests": dict(requests=32, prompt=[16, 256], output=[16, 256]),
         "batch 8": dict(requests=8, prompt=[128, 128], output=[256, 256]),
         "batch 1": dict(requests=1, prompt=[128, 128], output=[256, 256])}
+FIRST_TOKEN = {"4,000 tokens": dict(requests=1, prompt=[4000, 4000], output=[1, 1]),
+               "200 after 7,000": dict(requests=1, after=7000, prompt=[200, 200], output=[1, 1])}
 LARGER_WORK = {"16 requests": dict(requests=16, prompt=[24, 160], output=[24, 160])}
 LARGER = "qwen3-0.6b", "llama-3.2-1b"     # with random weights: only their configs are here
 ROUNDS = 3
@@ -94,26 +96,31 @@ def start_engines(folder: Path, dtypes: list[str], *options: str) -> list[Engine
     return [*engines, Engine("nano_vllm int8", sys.executable, "nano_vllm", folder, "dtype=bfloat16", "quantization=int8", *options, **threads)]
 
 
-def compare(name: str, engines: list[Engine], works: dict):
-    "Let the engines take turns, store the runs under `name`, and print what they give, beside vLLM's better one."
-    for work, sizes in works.items():
-        for seed in range(ROUNDS):
-            for engine in engines: engine.run(work, sizes, seed)
+def compare(engines: list[Engine], kinds: dict[str, dict]):
+    "Let the engines take turns at each kind of work; store the runs by its name, and print them beside vLLM's better one."
+    for works in kinds.values():
+        for work, sizes in works.items():
+            for seed in range(ROUNDS):
+                for engine in engines: engine.run(work, sizes, seed)
     for engine in engines: engine.close()
     os.environ["NANO_VLLM_RECORD"] = "1"
-    record(name, {e.name: e.results for e in engines})
-    for work in works:
-        rates = {e.name: statistics.median(r["output_tokens_per_second"] for r in e.results["runs"][work]) for e in engines}
-        best = max(rate for name, rate in rates.items() if name.startswith("vllm"))
-        print(f"{work:12s}" + "".join(f"  {n}: {r:.1f} ({r/best:.2f}x)" for n, r in rates.items()), flush=True)
+    for kind, works in kinds.items():
+        runs = {e.name: {work: e.results["runs"][work] for work in works} for e in engines}
+        record(kind, {e.name: e.results | dict(runs=runs[e.name]) for e in engines})
+        for work in works:
+            seconds = {name: statistics.median(r["seconds"] for r in of[work]) for name, of in runs.items()}
+            rates = {name: statistics.median(r["output_tokens_per_second"] for r in of[work]) for name, of in runs.items()}
+            best = max(rate for name, rate in rates.items() if name.startswith("vllm"))
+            print(f"{work:16s}" + "".join(f"  {n}: {r:.1f} tok/s, {seconds[n]:.2f} s ({r/best:.2f}x)" for n, r in rates.items()), flush=True)
 
 
 def main():
-    compare("peers", start_engines(fetch(), ["float32", "bfloat16"]), WORK)
+    compare(start_engines(fetch(), ["float32", "bfloat16"]), {"peers": WORK, "peers-first-token": FIRST_TOKEN})
     draw_throughput.main()
     for name in LARGER:
         print(name, flush=True)
-        compare(f"peers-{name}", start_engines(ROOT/"nbs/data/configs"/name, ["bfloat16"], "load_format=dummy"), LARGER_WORK)
+        engines = start_engines(ROOT/"nbs/data/configs"/name, ["bfloat16"], "load_format=dummy")
+        compare(engines, {f"peers-{name}": LARGER_WORK})
 
 
 if __name__ == "__main__": main()
