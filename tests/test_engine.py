@@ -95,7 +95,7 @@ def test_gpu_memory_utilization_counts_on_a_cpu(num_blocks):
     (small, size), (large, _), (default, _) = num_blocks(0.3), num_blocks(0.5), num_blocks()
     assert abs((large - small) * size - 0.2 * TOTAL) <= size         # what else is needed is the same
     activations = 0.3 * TOTAL - (TOTAL - FREE) - small * size
-    assert 64 * 49152 * 4 <= activations < 4 * 64 * 49152 * 4        # 64 rows of logits in float32, and a few times that at the peak
+    assert 64 * 49152 * 4 <= activations < 5 * 64 * 49152 * 4        # 64 rows of logits in float32, three times that to rate 64 tokens, and some
     # unless asked otherwise, a part of what is free
     assert abs(default * size - (module.OF_FREE_MEMORY * FREE - activations)) <= size
 
