@@ -29,8 +29,8 @@ def weight_files(path: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict): raise ValueError(f"{index}: no weight_map")
     if odd := [f for f in weight_map.values() if not is_file_name(f)]:
-        raise ValueError(f"{index}: weight_map holds {odd[0]!r}, not the name of a file "
-                         "in the folder")
+        raise ValueError(f"{index}: weight_map holds {odd[0]!r}, not the name of a "
+                         "file in the folder")
     files = [path/name for name in sorted(set(weight_map.values()))]
     if gone := [f.name for f in files if not f.exists()]:
         raise ValueError(f"model folder {path}: no {some(gone)}, named in {index.name}")
