@@ -1014,3 +1014,275 @@ def test_checks_are_found_from_both_folders():
         assert first.replace("solutions.checks", "checks") in Chapter(chapter.solutions).code[0].source
         module = importlib.import_module(re.search(r"from (\S+) import", first)[1])
         for name in re.findall(r"check_\w+", first): assert name in vars(module)
+
+
+# ---- answers to the exercises of further chapters; they join the lists above before pytest reads these
+
+import struct
+
+import safetensors.torch
+import torch.nn.functional as F
+
+from nano_vllm.layers import rms_norm, rotate, shard
+from solutions.checks import layers, model, weights
+
+CHECKS.update((name, check) for module in (layers, model, weights) for name, check in vars(module).items() if name.startswith("check_"))
+
+
+# ---- 08, layers
+
+right(layers.check_break_even)(lambda bandwidth, peak, itemsize: itemsize / bandwidth / (2 / peak))
+wrong(layers.check_break_even, "gives 100.0, expected 50.0")(lambda bandwidth, peak, itemsize: peak * itemsize / bandwidth)
+wrong(layers.check_break_even, "a weight is 2 bytes to read")(lambda bandwidth, peak, itemsize: peak / bandwidth / 2)
+
+right(layers.check_norm)(rms_norm)
+
+
+@right(layers.check_norm)
+def _(x, weight, eps, residual=None):
+    total = x if residual is None else x + residual
+    y = F.rms_norm(total, weight.shape, weight, eps)
+    return y if residual is None else [y, total]
+
+
+def norming(x, weight, eps, residual=None, wide=torch.Tensor.float, scale=lambda y, eps: y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)):
+    total = x if residual is None else x + residual
+    y = scale(wide(total), eps).to(x.dtype) * weight
+    return y if residual is None else (y, total)
+
+
+wrong(layers.check_norm, "float32 inside")(lambda *a: norming(*a, wide=lambda x: x))
+wrong(layers.check_norm, "expected")(lambda *a: norming(*a, scale=lambda y, eps: y / y.norm(dim=-1, keepdim=True)))
+wrong(layers.check_norm, "eps is more than the mean square")(lambda *a: norming(*a, scale=lambda y, eps: y / y.square().mean(-1, keepdim=True).sqrt()))
+wrong(layers.check_norm, "expected that of x")(lambda x, weight, *a: norming(x.float(), weight.float(), *a))
+wrong(layers.check_norm, "expected two tensors")(lambda x, weight, eps, residual=None: norming(x if residual is None else x + residual, weight, eps))
+
+
+@wrong(layers.check_norm, "changes x")
+def _(x, weight, eps, residual=None):
+    if residual is not None: x += residual
+    y = norming(x, weight, eps)
+    return y if residual is None else (y, x)
+
+
+@wrong(layers.check_norm, "the second result of norm")
+def _(x, weight, eps, residual=None):    # what was added, not the sum
+    y = norming(x, weight, eps, residual)
+    return y if residual is None else (y[0], residual)
+
+
+@right(layers.check_move_keys)
+def _(keys, rotary, old, new):           # as numbers in the plane, by the difference of the angles
+    def turns(positions): return torch.complex(rotary.cos[positions], rotary.sin[positions])[:, None]
+    plane = torch.complex(*keys.chunk(2, -1)) / turns(old) * turns(new)
+    return torch.cat([plane.real, plane.imag], -1)
+
+
+wrong(layers.check_move_keys, "yarn's factor is in them once")(
+    lambda keys, rotary, old, new: rotate(rotate(keys, rotary(old)[0], -rotary(old)[1]), *rotary(new)))
+wrong(layers.check_move_keys, "as they would be had they been computed there")(
+    lambda keys, rotary, old, new: rotate(keys, *rotary(new - old)))       # there are no rows before the first
+wrong(layers.check_move_keys, "with rope type default has")(lambda keys, rotary, old, new: rotate(keys, *rotary(new)))
+
+
+@right(layers.check_mlp_of_rank)
+def _(x, gate_up, down, group):          # every so manieth number
+    inner = down.shape[1]
+    mine = torch.arange(group.rank, inner, group.size)
+    return (F.silu(x @ gate_up[mine].T) * (x @ gate_up[inner + mine].T)) @ down[:, mine].T
+
+
+def cut_mlp(x, gate_up, down, gates, ups, columns):
+    return (F.silu(x @ gate_up[gates].T) * (x @ gate_up[ups].T)) @ down[:, columns].T
+
+
+@wrong(layers.check_mlp_of_rank, "the columns of down that belong to them")
+def _(x, gate_up, down, group):          # as if it were one matrix
+    mine = gate_up[shard(len(gate_up), group).slice]
+    return (F.silu(x @ mine[:len(mine)//2].T) * (x @ mine[len(mine)//2:].T)) @ down[:, shard(down.shape[1], group).slice].T
+
+
+@wrong(layers.check_mlp_of_rank, "the sum over 2 ranks, with 7 inner numbers")
+def _(x, gate_up, down, group):          # the numbers that are left over are nobody's
+    n = down.shape[1] // group.size
+    mine = slice(group.rank * n, (group.rank + 1) * n)
+    return cut_mlp(x, *(gate_up, down), *(slice(k + mine.start, k + mine.stop) for k in (0, down.shape[1])), mine)
+
+
+wrong(layers.check_mlp_of_rank, "the sum over 2 ranks, with 6 inner numbers")(
+    lambda x, gate_up, down, group: cut_mlp(x, gate_up, down, *(slice(k, k + down.shape[1]) for k in (0, down.shape[1])), slice(None)))
+wrong(layers.check_mlp_of_rank, "each rank is to have a part")(
+    lambda x, gate_up, down, group: cut_mlp(x, gate_up, down, *(slice(k, k + down.shape[1]) for k in (0, down.shape[1])), slice(None)) * (group.rank == 0))
+
+
+# ---- 09, the model
+
+wrong(model.check_output_share, "and 1 of them through the output layer")(lambda inner, head, tokens, rows: head / (inner + head))
+wrong(model.check_output_share, "gives")(lambda inner, head, tokens, rows: head * rows / (inner * tokens))
+right(model.check_output_share)(lambda inner, head, tokens, rows: 1 - inner * tokens / (inner * tokens + head * rows))
+
+
+def counted(c, norms=True, tied=True, biases=True):
+    q, kv, inner, hidden = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.intermediate_size, c.hidden_size
+    layer = hidden * (2*q + 2*kv + 3*inner)
+    if norms: layer += 2 * hidden + 2 * c.head_dim * c.qk_norm
+    if biases: layer += (q + 2*kv) * c.qkv_bias + hidden * c.o_bias + (2*inner + hidden) * c.mlp_bias
+    return c.num_layers * layer + hidden * norms + c.vocab_size * hidden * (1 if c.tied and tied else 2)
+
+
+right(model.check_count_parameters)(counted)
+wrong(model.check_count_parameters, "for the plain toy gives")(lambda c: counted(c, norms=False))
+wrong(model.check_count_parameters, "for the toy with a tied embedding")(lambda c: counted(c, tied=False))
+wrong(model.check_count_parameters, "for the toy with biases")(lambda c: counted(c, biases=False))
+
+
+def found_switches(names, layers=lambda names: len({n.split(".")[2] for n in names if ".layers." in n}), **others):
+    text = " ".join(names)
+    found = {switch: word in text for switch, word in dict(qkv_bias="q_proj.bias", o_bias="o_proj.bias", mlp_bias="mlp.up_proj.bias",
+                                                           qk_norm="q_norm").items()}
+    return dict(found, num_layers=layers(names), tied="lm_head" not in text, **others)
+
+
+right(model.check_switches)(found_switches)
+wrong(model.check_switches, "says num_layers=10, expected 12")(
+    lambda names: found_switches(names, lambda names: int(max(n.split(".")[2] for n in names if ".layers." in n)) + 1))
+wrong(model.check_switches, "says num_layers=1, expected 2")(
+    lambda names: found_switches(names, lambda names: max(int(n.split(".")[2]) for n in names if ".layers." in n)))
+wrong(model.check_switches, "has the keys")(lambda names: found_switches(names, sliding_window=None))
+wrong(model.check_switches, "says tied=False")(lambda names: found_switches(names) | dict(tied=False))
+
+
+@right(model.check_hidden_states)
+def _(parts, rotary, token_ids, positions, attention):       # the pair, added up each time
+    x = parts.embed_tokens(token_ids)
+    for layer in parts.layers: x = sum(layer(x, torch.zeros_like(x), *rotary(positions), attention))
+    return parts.norm(x)
+
+
+def streamed(parts, rotary, token_ids, positions, attention, last=True, stream=True, at=None):
+    x, rows = parts.embed_tokens(token_ids), rotary(positions if at is None else at)
+    for layer in parts.layers:
+        y = layer.input_layernorm(x)
+        x = (x if stream else y) + layer.self_attn(y, *rows, attention)
+        y = layer.post_attention_layernorm(x)
+        x = (x if stream else y) + layer.mlp(y)
+    return parts.norm(x) if last else x
+
+
+wrong(model.check_hidden_states, "the last norm comes at the end")(lambda *a: streamed(*a, last=False))
+wrong(model.check_hidden_states, "adds to the stream")(lambda *a: streamed(*a, stream=False))
+wrong(model.check_hidden_states, "for the toy has")(lambda *a: streamed(*a, at=torch.zeros_like(a[3])))
+
+
+@right(model.check_fold)
+def _(model, m):                         # k instead of q; the whole scale of the output at the norm
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for p in attention.qkv_proj.parameters():
+            attention.qkv_proj.split(p, 0)[1].mul_(m.attention_multiplier * attention.head_dim**.5)
+        for part in attention.o_proj, mlp.down_proj:
+            part.weight *= m.residual_multiplier
+            if part.bias is not None: part.bias *= m.residual_multiplier
+    model.model.embed_tokens.weight *= m.embedding_multiplier
+    model.model.norm.weight /= m.logits_scaling * (m.embedding_multiplier if model.lm_head is None else 1)
+
+
+def folded(model, m, scale=lambda c: c.head_dim**.5, tied=True, biases=True, both=False, norm=True):
+    for layer in model.model.layers:
+        qkv, ends = layer.self_attn.qkv_proj, (layer.self_attn.o_proj, layer.mlp.down_proj)
+        for p in qkv.parameters():
+            for part in qkv.split(p, 0)[:1 + both]: part.mul_(m.attention_multiplier * scale(model.config))
+        for p in [p for end in ends for p in end.parameters()]:
+            if biases or p.dim() == 2: p.mul_(m.residual_multiplier)
+    model.model.embed_tokens.weight.mul_(m.embedding_multiplier)
+    if norm: model.model.norm.weight.div_(m.logits_scaling)
+    else: model.head.weight.div_(m.logits_scaling)
+    if tied and model.config.tied: model.model.norm.weight.div_(m.embedding_multiplier)
+
+
+wrong(model.check_fold, "is untied, with embedding_multiplier=12.0")(lambda *a: folded(*a, scale=lambda c: 1))
+wrong(model.check_fold, "is untied, with attention_multiplier=0.3")(lambda *a: folded(*a, both=True))
+wrong(model.check_fold, "is tied, with embedding_multiplier=12.0")(lambda *a: folded(*a, tied=False))
+wrong(model.check_fold, "is tied, with logits_scaling=8.0")(lambda *a: folded(*a, norm=False))
+wrong(model.check_fold, "is untied, with biases, with residual_multiplier=0.22")(lambda *a: folded(*a, biases=False))
+
+
+# ---- 10, the weights
+
+def bytes_as_is(header, merged=("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), size=lambda begin, end: end - begin):
+    sizes = {name: size(*t["data_offsets"]) for name, t in header.items() if name != "__metadata__"}
+    return sum(n for name, n in sizes.items() if not any(f".{part}." in name for part in merged)) / sum(sizes.values())
+
+
+right(weights.check_share_as_is)(bytes_as_is)
+wrong(weights.check_share_as_is, "q, k and v are merged, and gate and up")(lambda header: bytes_as_is(header, ("q_proj", "k_proj", "v_proj")))
+wrong(weights.check_share_as_is, "8 bytes of 40")(lambda header: bytes_as_is(header, size=lambda begin, end: 1))
+wrong(weights.check_share_as_is, "raises KeyError: 'data_offsets'")(
+    lambda header: sum(t["data_offsets"][1] - t["data_offsets"][0] for n, t in header.items() if not re.search("[qkv]_proj|gate|up", n))
+    / sum(t["data_offsets"][1] - t["data_offsets"][0] for t in header.values()))
+
+
+@right(weights.check_read_rows)
+def _(tensor, rank, size):               # the first parts have one more
+    n, more = divmod(tensor.get_shape()[0], size)
+    start = rank * n + min(rank, more)
+    return tensor[start:start + n + (rank < more)]
+
+
+wrong(weights.check_read_rows, "and nothing else of the file is touched")(lambda tensor, rank, size: tensor[:].chunk(size)[rank])
+wrong(weights.check_read_rows, "one after the other they should be the tensor")(
+    lambda tensor, rank, size: tensor[rank * (tensor.get_shape()[0] // size):(rank + 1) * (tensor.get_shape()[0] // size)])
+wrong(weights.check_read_rows, "no part is larger than")(lambda tensor, rank, size: tensor[slice(None) if rank == 0 else slice(0)])
+
+
+def by_hand(tensors, length="<Q", begin=0, count=lambda text: len(text.encode()), data=lambda t: t.numpy().tobytes()):
+    parts = [data(t) for t in tensors.values()]
+    ends = np.cumsum([len(part) for part in parts]).tolist()
+    text = json.dumps({name: {"dtype": "F32", "shape": list(t.shape), "data_offsets": [begin + end - len(part), begin + end]}
+                       for (name, t), part, end in zip(tensors.items(), parts, ends)}, ensure_ascii=False)
+    return struct.pack(length, count(text)) + text.encode() + b"".join(parts)
+
+
+right(weights.check_to_safetensors)(by_hand)
+right(weights.check_to_safetensors)(safetensors.torch.save)
+wrong(weights.check_to_safetensors, "one that it wrote itself")(lambda tensors: by_hand(tensors, length=">Q"))
+wrong(weights.check_to_safetensors, "the library cannot read")(lambda tensors: by_hand(tensors, begin=8))
+wrong(weights.check_to_safetensors, "the library cannot read")(lambda tensors: by_hand(tensors, count=len))
+wrong(weights.check_to_safetensors, "x is read as")(lambda tensors: by_hand(tensors, data=lambda t: t.T.contiguous().numpy().tobytes()))
+
+
+@right(weights.check_fill)
+def _(places, tensors):                  # looks at all of them first
+    given = list(tensors)
+    for name in places:
+        if [n for n, _ in given].count(name) != 1: raise ValueError(f"{name} is there {[n for n, _ in given].count(name)} times")
+    for name, tensor in given:
+        if name not in places or places[name].shape != tuple(tensor.shape): raise ValueError(f"{name} does not fit")
+    for name, tensor in given: places[name].parameter[:] = tensor[places[name].index]
+
+
+def filling(places, tensors, once=True, shapes=True, all_of_them=True, index=True, surplus=True):
+    missing = dict(places)
+    for name, tensor in tensors:
+        if name not in (missing if once else places):
+            if surplus: raise ValueError(f"surplus: {name}")
+            continue
+        parameter, shape, part = places[name]
+        missing.pop(name, None)
+        if shapes and list(tensor.shape) != list(shape): raise ValueError(f"{name}: shape")
+        parameter.copy_(tensor[part] if index else tensor[:len(parameter)])
+    if missing and all_of_them: raise ValueError(f"missing: {list(missing)}")
+
+
+wrong(weights.check_fill, "though q.weight comes twice, raises nothing")(lambda *a: filling(*a, once=False))
+wrong(weights.check_fill, "though k.weight is missing, raises nothing")(lambda *a: filling(*a, all_of_them=False))
+wrong(weights.check_fill, "though there is a surplus bias, raises nothing")(lambda *a: filling(*a, surplus=False))
+wrong(weights.check_fill, "which copy_ would spread")(lambda *a: filling(*a, shapes=False))
+wrong(weights.check_fill, "copy the part `index`")(lambda *a: filling(*a, index=False))
+
+
+@wrong(weights.check_fill, "raises KeyError: 'bias', not a ValueError")
+def _(places, tensors):
+    given = list(tensors)
+    for name, tensor in given: places[name].parameter.copy_(tensor[places[name].index])
+    if len(given) < len(places): raise ValueError([name for name in places if name not in dict(given)])
