@@ -1024,9 +1024,9 @@ import safetensors.torch
 import torch.nn.functional as F
 
 from nano_vllm.layers import rms_norm, rotate, shard
-from solutions.checks import layers, model, weights
+from solutions.checks import layers, model, model_runner, weights
 
-CHECKS.update((name, check) for module in (layers, model, weights) for name, check in vars(module).items() if name.startswith("check_"))
+CHECKS.update((name, check) for module in (layers, model, model_runner, weights) for name, check in vars(module).items() if name.startswith("check_"))
 
 
 # ---- 08, layers
@@ -1286,3 +1286,86 @@ def _(places, tensors):
     given = list(tensors)
     for name, tensor in given: places[name].parameter.copy_(tensor[places[name].index])
     if len(given) < len(places): raise ValueError([name for name in places if name not in dict(given)])
+
+
+# ---- 11, the model runner
+
+right(model_runner.check_bytes_sent)(lambda n, context, size: [n * 24, n * (24 + 8 * ((context - 1) // size + 1))])
+wrong(model_runner.check_bytes_sent, "and in the second case 256 tables of 257 blocks")(
+    lambda n, context, size: (24 * n, 24 * n + 8 * n * max(1, context // size)))
+wrong(model_runner.check_bytes_sent, "expected (1536, 132608)")(lambda n, context, size: (24 * n, 8 * n * -(-context // size)))
+
+
+@right(model_runner.check_flat)
+def _(tables, rows, starts, lens, size):
+    pairs = [(row, p) for row, start, n in zip(rows, starts, lens) for p in range(start, start + n)]
+    return [p for _, p in pairs], torch.tensor([tables[row, p // size] * size + p % size for row, p in pairs])
+
+
+def flattened(tables, rows, starts, lens, size, shift=True, by_row=True):
+    positions = np.arange(lens.sum()) + np.repeat(starts - shift * (np.cumsum(lens) - lens), lens)
+    which = np.repeat(rows if by_row else np.arange(len(rows)), lens)
+    return positions, tables[which, positions // size % tables.shape[1]] * size + positions % size
+
+
+wrong(model_runner.check_flat, "gives the positions")(lambda *a: flattened(*a, shift=False))
+wrong(model_runner.check_flat, "gives the slots")(lambda *a: flattened(*a, by_row=False))
+wrong(model_runner.check_flat, "gives the slots")(lambda *a: (flattened(*a)[0],) * 2)
+wrong(model_runner.check_flat, "not positions and slots")(lambda *a: flattened(*a)[1])
+
+
+@right(model_runner.check_rows)
+class ByDictionary:
+    def __init__(self, table): self.table, self.rows, self.len = table, {}, [0] * len(table)
+    def row_of(self, name): return self.rows[name]
+
+    def add(self, name):
+        self.rows[name] = len(self.rows)
+        self.len[self.rows[name]] = 0
+
+    def update(self, name, blocks):
+        row = self.rows[name]
+        for i in range(self.len[row], len(blocks)): self.table[row][i] = blocks[i]
+        self.len[row] = len(blocks)
+
+    def remove(self, name):
+        row, last = self.rows.pop(name), len(self.rows)
+        for other, at in self.rows.items():
+            if at != last: continue
+            self.table[row, :self.len[last]] = self.table[last, :self.len[last]]
+            self.rows[other], self.len[row] = row, self.len[last]
+
+
+@wrong(model_runner.check_rows, "without a gap")
+class WithGaps(ByDictionary):
+    def remove(self, name): del self.rows[name]
+
+
+@wrong(model_runner.check_rows, "1 are enough")
+class WritesAll(ByDictionary):
+    def update(self, name, blocks): self.table[self.rows[name], :len(blocks)] = blocks
+
+
+@wrong(model_runner.check_rows, "the row of C begins with")
+class ForgetsTheBlocks(ByDictionary):
+    def remove(self, name):
+        row, last = self.rows.pop(name), len(self.rows)
+        for other, at in self.rows.items():
+            if at == last: self.rows[other], self.len[row] = row, self.len[last]
+
+
+@wrong(model_runner.check_rows, "where remove('A') has written")
+class LikeAList(ByDictionary):
+    def remove(self, name):
+        row = self.rows.pop(name)
+        self.table[row:-1] = self.table[row + 1:].copy()
+        self.len[row:-1] = self.len[row + 1:]
+        self.rows = {other: at - (at > row) for other, at in self.rows.items()}
+
+
+@wrong(model_runner.check_rows, "the row of")
+class ForgetsTheLength(ByDictionary):
+    def remove(self, name):
+        lens = list(self.len)
+        super().remove(name)
+        self.len = lens
