@@ -1019,14 +1019,16 @@ def test_checks_are_found_from_both_folders():
 # ---- answers to the exercises of further chapters; they join the lists above before pytest reads these
 
 import struct
+from itertools import combinations
 
 import safetensors.torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves
 
 from nano_vllm.layers import rms_norm, rotate, shard
-from solutions.checks import layers, model, model_runner, weights
+from solutions.checks import cuda_graphs, layers, model, model_runner, weights
 
-CHECKS.update((name, check) for module in (layers, model, model_runner, weights) for name, check in vars(module).items() if name.startswith("check_"))
+CHECKS.update((name, check) for module in (cuda_graphs, layers, model, model_runner, weights) for name, check in vars(module).items() if name.startswith("check_"))
 
 
 # ---- 08, layers
@@ -1369,3 +1371,113 @@ class ForgetsTheLength(ByDictionary):
         lens = list(self.len)
         super().remove(name)
         self.len = lens
+
+
+# ---- 12, CUDA graphs
+
+right(cuda_graphs.check_bytes_to_send)(lambda changed, fields: 24 * changed if 3 * changed < fields + 1 else 8 + 8 * fields)
+wrong(cuda_graphs.check_bytes_to_send, "the row's number and 5 fields")(lambda changed, fields: min(24 * changed, 8 * fields))
+wrong(cuda_graphs.check_bytes_to_send, "gives 72, expected 48")(lambda changed, fields: 24 * changed)
+
+
+@right(cuda_graphs.check_through_graph)
+def _(replay, static_in, static_out, inputs):
+    def one(x):
+        static_in.copy_(F.pad(x, (0, 0, 0, len(static_in) - len(x))))
+        replay()
+        return torch.cat([static_out[:len(x)]])
+    return tuple(map(one, inputs))
+
+
+def through(replay, static_in, static_out, inputs, pad=True, keep=torch.clone, cut=True):
+    outputs = []
+    for x in inputs:
+        if pad: static_in.zero_()
+        static_in[:len(x)] = x
+        replay()
+        outputs.append(keep(static_out[:len(x)] if cut else static_out))
+    return outputs
+
+
+wrong(cuda_graphs.check_through_graph, "copy what is to stay")(lambda *a: through(*a, keep=lambda y: y))
+wrong(cuda_graphs.check_through_graph, "the rows of the padding must be 0")(lambda *a: through(*a, pad=False))
+wrong(cuda_graphs.check_through_graph, "has shape (4, 2), expected (3, 2)")(lambda *a: through(*a, cut=False))
+
+
+@wrong(cuda_graphs.check_through_graph, "the graph knows memory, not names")
+def _(replay, static_in, static_out, inputs):
+    outputs = []
+    for static_in in inputs:
+        replay()
+        outputs.append(static_out[:len(static_in)].clone())
+    return outputs
+
+
+@right(cuda_graphs.check_best_buckets)
+def _(counts, k):                        # by trying
+    some = [(*rest, max(counts)) for n in range(k) for rest in combinations(sorted(counts), n)]
+    return min(some, key=lambda buckets: sum(times * (min(b for b in buckets if b >= n) - n) for n, times in counts.items()))
+
+
+wrong(cuda_graphs.check_best_buckets, "there is no room for a batch of 8")(lambda counts, k: sorted(counts, key=lambda n: -counts[n])[1:k+1])
+wrong(cuda_graphs.check_best_buckets, "are enough, for example with")(lambda counts, k: [*sorted(counts)[:k-1], max(counts)])
+wrong(cuda_graphs.check_best_buckets, "are enough, for example with")(               # the largest and the most frequent
+    lambda counts, k: [max(counts), *sorted(set(counts) - {max(counts)}, key=lambda n: -counts[n])[:k-1]])
+wrong(cuda_graphs.check_best_buckets, "gives 4 buckets")(lambda counts, k: sorted(counts))
+
+
+class Recording(cuda_graphs.Tape):
+    def __init__(self, step):
+        super().__init__()
+        with self: step()
+
+    def __call__(self):
+        for op, args, kwargs, out in self.calls:
+            new = op(*args, **kwargs)
+            for old, one in zip(tree_leaves(out), tree_leaves(new)):
+                if old.data_ptr() != one.data_ptr(): old.copy_(one)
+
+
+@right(cuda_graphs.check_record)
+def _(step):
+    step()                               # as a GPU's recorder does, first as usual
+    return Recording(step)
+
+
+wrong(cuda_graphs.check_record, "calls step again")(lambda step: step() or step)
+wrong(cuda_graphs.check_record, "gives None, not a function")(lambda step: step())
+wrong(cuda_graphs.check_record, "does not call step")(lambda step: lambda: None)
+
+
+@wrong(cuda_graphs.check_record, "each result belongs where the first one is")
+def _(step):                             # repeats the operators, and lets their results go
+    with cuda_graphs.Tape() as tape: step()
+    return lambda: [op(*args, **kwargs) for op, args, kwargs, _ in tape.calls] and None
+
+
+@wrong(cuda_graphs.check_record, "what works in place does so once")
+def _(step):
+    with cuda_graphs.Tape() as tape: step()
+
+    def replay():
+        for op, args, kwargs, out in tape.calls:
+            for _ in range(1 + op._schema.is_mutable): new = op(*args, **kwargs)
+            for old, one in zip(tree_leaves(out), tree_leaves(new)): old.copy_(one)
+    return replay
+
+
+@right(cuda_graphs.check_attend)
+def _(q, keys, values, length):          # weights of 0 by hand
+    scores = keys @ q
+    seen = (torch.arange(len(keys)) < length).to(scores.dtype)
+    weights = (scores - torch.where(seen > 0, scores, -1e9).max()).clamp(max=0).exp() * seen
+    return (weights[:, None] * values).sum(0) / weights.sum()
+
+
+wrong(cuda_graphs.check_attend, "recorded with length 3 and replayed with length 5")(
+    lambda q, keys, values, length: (keys[:length] @ q).softmax(0) @ values[:length])
+wrong(cuda_graphs.check_attend, "only the first `length` keys are the text's")(lambda q, keys, values, length: (keys @ q).softmax(0) @ values)
+wrong(cuda_graphs.check_attend, "only the first `length` keys are the text's")(
+    lambda q, keys, values, length: (keys @ q * (torch.arange(len(keys)) < length)).softmax(0) @ values)
+wrong(cuda_graphs.check_attend, "is frozen")(
+    lambda q, keys, values, length: (keys @ q).masked_fill(torch.arange(len(keys)) >= int(length), -torch.inf).softmax(0) @ values)
