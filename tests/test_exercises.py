@@ -1026,9 +1026,10 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves
 
 from nano_vllm.layers import rms_norm, rotate, shard
-from solutions.checks import cuda_graphs, layers, model, model_runner, weights
+from nano_vllm.llm import progress
+from solutions.checks import cuda_graphs, layers, llm, model, model_runner, weights
 
-CHECKS.update((name, check) for module in (cuda_graphs, layers, model, model_runner, weights) for name, check in vars(module).items() if name.startswith("check_"))
+CHECKS.update((name, check) for module in (cuda_graphs, layers, llm, model, model_runner, weights) for name, check in vars(module).items() if name.startswith("check_"))
 
 
 # ---- 08, layers
@@ -1481,3 +1482,141 @@ wrong(cuda_graphs.check_attend, "only the first `length` keys are the text's")(
     lambda q, keys, values, length: (keys @ q * (torch.arange(len(keys)) < length)).softmax(0) @ values)
 wrong(cuda_graphs.check_attend, "is frozen")(
     lambda q, keys, values, length: (keys @ q).masked_fill(torch.arange(len(keys)) >= int(length), -torch.inf).softmax(0) @ values)
+
+
+# ---- 15, LLM
+
+@right(llm.check_perplexity)
+def _(entries, tokens):
+    likely = [entry[token].logprob for entry, token in zip(entries[1:], tokens[1:])]
+    return float(np.exp(-np.mean(likely)))
+
+
+def perplexity_by(entries, tokens, of=lambda entry, token: entry[token].logprob, count=lambda n: n):
+    return np.exp(-sum(of(e, t) for e, t in zip(entries[1:], tokens[1:])) / count(len(tokens) - 1)).item()
+
+
+wrong(llm.check_perplexity, "of tokens of probability 1/2 and 1/8")(lambda *a: perplexity_by(*a, count=lambda n: n + 1))
+wrong(llm.check_perplexity, "of tokens of probability 1/2 and 1/8")(lambda *a: perplexity_by(*a, count=lambda n: 1))
+wrong(llm.check_perplexity, "whose entry also has the best one")(lambda *a: perplexity_by(*a, of=lambda e, t: next(iter(e.values())).logprob))
+wrong(llm.check_perplexity, "raises TypeError")(lambda entries, tokens: np.exp(-np.mean([e[t].logprob for e, t in zip(entries, tokens)])))
+
+
+@right(llm.check_whole_words)
+def _(pieces):                           # one word at a time
+    word = ""
+    for char in (char for piece in pieces for char in piece):
+        word += char
+        if char == " ":
+            yield word
+            word = ""
+    yield word
+
+
+wrong(llm.check_whole_words, "was given on")(lambda pieces: pieces)
+wrong(llm.check_whole_words, "and not later")(lambda pieces: re.findall(r"\S* ?", "".join(pieces)))
+
+
+@wrong(llm.check_whole_words, "at the end, all of the text")
+def _(pieces):
+    waiting = ""
+    for piece in pieces:
+        *words, waiting = (waiting + piece).split(" ")
+        for word in words: yield word + " "
+
+
+@wrong(llm.check_whole_words, "was given on")
+def _(pieces):                           # without the spaces
+    waiting = ""
+    for piece in pieces:
+        *words, waiting = (waiting + piece).split(" ")
+        yield from words
+    yield waiting
+
+
+wrong(llm.check_whole_words, "Is a `yield` missing?")(lambda pieces: None)
+
+
+@right(llm.check_by_streaming)
+def _(llm, prompts, params):             # one after the other
+    return ["".join(piece["text"] for piece in llm.stream(prompt, params)) for prompt in prompts]
+
+
+def streamed_texts(llm, prompts, params, key=lambda piece: piece.request_id, order=sorted):
+    texts = {}
+    for piece in llm.stream(prompts, params): texts[key(piece)] = texts.get(key(piece), "") + piece["text"]
+    return [texts[name] for name in order(texts)]
+
+
+wrong(llm.check_by_streaming, "after '9' comes '10'")(streamed_texts)
+wrong(llm.check_by_streaming, "equal prompts are requests of their own")(
+    lambda llm, prompts, params: streamed_texts(llm, prompts, params, lambda piece: piece.prompt, lambda texts: prompts))
+wrong(llm.check_by_streaming, "use nothing but `stream`")(lambda llm, prompts, params: [out["text"] for out in llm.generate(prompts, params)])
+
+
+@wrong(llm.check_by_streaming, "gives")
+def _(llm, prompts, params):             # the last piece only
+    last = {piece.request_id: piece["text"] for piece in llm.stream(prompts, params)}
+    return [last[name] for name in sorted(last, key=int)]
+
+
+@right(llm.check_ended)
+def _(engine, requests):
+    return progress(engine, requests)
+
+
+def each_ended(engine, requests, given=lambda waiting: [r for r in waiting if r.finished], whom=None, always=True):
+    waiting = list(requests)
+    for request in requests: engine.add(request)
+    try:
+        while waiting:
+            if not any(r.finished for r in waiting): engine.step()
+            for request in given(waiting):
+                waiting.remove(request)
+                yield request
+        whole = True
+    except GeneratorExit:
+        whole = always
+        raise
+    finally:
+        for name in [r.request_id for r in requests] if whom is None else whom(engine):
+            if always or whole: engine.abort(name)
+
+
+right(llm.check_ended)(each_ended)
+wrong(llm.check_ended, "abort only your own")(lambda *a: each_ended(*a, whom=lambda engine: list(engine.requests)))
+wrong(llm.check_ended, "was closed, the engine still has the requests")(lambda *a: each_ended(*a, whom=lambda engine: []))
+wrong(llm.check_ended, "is given before it has ended")(lambda *a: each_ended(*a, given=lambda waiting: waiting[:1]))
+wrong(llm.check_ended, "with `yield`")(lambda engine, requests: requests)
+
+
+@wrong(llm.check_ended, "give each when it ends")
+def _(engine, requests):
+    yield from sorted(each_ended(engine, requests), key=lambda r: r.request_id)
+
+
+@wrong(llm.check_ended, "left by an exception, the engine still has the requests")
+def _(engine, requests):                 # thinks of closing only
+    waiting = list(requests)
+    for request in requests: engine.add(request)
+    try:
+        while waiting:
+            while not any(r.finished for r in waiting): engine.step()
+            done = next(r for r in waiting if r.finished)
+            waiting.remove(done)
+            yield done
+    except GeneratorExit:
+        for request in requests: engine.abort(request.request_id)
+
+
+@wrong(llm.check_ended, "a request may end in a step that another reader has asked for")
+def _(engine, requests):                 # looks only at what has ended in its own step
+    try:
+        for request in requests: engine.add(request)
+        while not all(r.finished for r in requests):
+            before = [r.finished for r in requests]
+            engine.step()
+            for ended, request in zip(before, requests):
+                if request.finished and not ended: yield request
+    finally:
+        for request in requests: engine.abort(request.request_id)
