@@ -1,5 +1,6 @@
 "Checks of the exercises of the chapter on LLM, with a toy model behind a real engine."
 import math
+from contextlib import closing
 
 from nano_vllm.engine import Engine, InputProcessor, OutputProcessor
 from nano_vllm.layers import TensorParallelGroup
@@ -111,10 +112,11 @@ def check_ended(ended):
     case, seen = "reading ended(engine, requests), of 20, 3, 9 and 3 tokens, to its end", []
     readings = attempt(case, ended, engine, requests)
     require(hasattr(readings, "__next__"), f"ended(engine, requests) gives a {type(readings).__name__}", "write a generator, with `yield`")
-    while (request := attempt(case, next, readings, None)) is not None:
-        require(request.finished, f"{case}: request {request.request_id} is given before it has ended")
-        if not seen: require(not requests[0].finished, f"{case}: the first is given when all have ended", "give each when it ends")
-        seen.append(request)
+    with closing(readings):
+        while (request := attempt(case, next, readings, None)) is not None:
+            require(request.finished, f"{case}: request {request.request_id} is given before it has ended")
+            if not seen: require(not requests[0].finished, f"{case}: the first is given when all have ended", "give each when it ends")
+            seen.append(request)
     require(sorted(names(seen)) == sorted(names(requests)), f"{case} gives the requests {names(seen)}, expected each of {names(requests)} once")
     require([len(r.output()["token_ids"]) for r in requests] == [20, 3, 9, 3], f"{case}: not all answers are whole")
     only_the_other(engine, other, f"after {case}")
