@@ -1027,9 +1027,9 @@ from torch.utils._pytree import tree_leaves
 
 from nano_vllm.layers import rms_norm, rotate, shard
 from nano_vllm.llm import progress
-from solutions.checks import cuda_graphs, layers, llm, model, model_runner, weights
+from solutions.checks import benchmark, cuda_graphs, layers, llm, model, model_runner, weights
 
-CHECKS.update((name, check) for module in (cuda_graphs, layers, llm, model, model_runner, weights) for name, check in vars(module).items() if name.startswith("check_"))
+CHECKS.update((name, check) for module in (benchmark, cuda_graphs, layers, llm, model, model_runner, weights) for name, check in vars(module).items() if name.startswith("check_"))
 
 
 # ---- 08, layers
@@ -1620,3 +1620,80 @@ def _(engine, requests):                 # looks only at what has ended in its o
                 if request.finished and not ended: yield request
     finally:
         for request in requests: engine.abort(request.request_id)
+
+
+# ---- 16, the benchmark
+
+right(benchmark.check_even_context)(lambda batch, weights, token: weights / token / batch)
+wrong(benchmark.check_even_context, "32 texts of that length")(lambda batch, weights, token: weights / token)
+wrong(benchmark.check_even_context, "gives 364, expected 364.")(lambda batch, weights, token: weights // (batch * token) // 1)
+
+
+def roof(batch, context, weights, itemsize, token, bandwidth, peak, join=max, kv=True, tokens=True):
+    read = (weights * itemsize + batch * context * token * kv) / bandwidth
+    return (batch if tokens else 1) / join(read, 2 * batch * weights / peak)
+
+
+right(benchmark.check_bound)(lambda *a: min(roof(*a, join=lambda read, computed: read), roof(*a, join=lambda read, computed: computed)))
+wrong(benchmark.check_bound, "computes for")(lambda *a: roof(*a, join=lambda read, computed: read + computed))
+wrong(benchmark.check_bound, "computes for")(lambda *a: roof(*a, join=min))
+wrong(benchmark.check_bound, "bound(10, 100, ")(lambda *a: roof(*a, kv=False))
+wrong(benchmark.check_bound, "and gives 32 tokens")(lambda *a: roof(*a, tokens=False))
+
+right(benchmark.check_padding_ratio)(
+    lambda prompts, outputs: len(prompts) * max(prompts) / sum(prompts + outputs) + len(prompts) * max(outputs) / sum(prompts + outputs))
+wrong(benchmark.check_padding_ratio, "as wide as the longest prompt and as long as the longest output")(
+    lambda prompts, outputs: len(prompts) * max(p + o for p, o in zip(prompts, outputs)) / sum(prompts + outputs))
+wrong(benchmark.check_padding_ratio, "expected")(lambda prompts, outputs: sum(prompts + outputs) / len(prompts) / (max(prompts) + max(outputs)))
+
+
+@right(benchmark.check_output_rate)
+def _(generate, work, clock):
+    times = [clock()]
+    outputs = generate(work)
+    times.append(clock())
+    for ids, params in zip(outputs, work.params, strict=True):
+        if len(ids) != params.max_tokens: raise ValueError("not all of the work")
+    return work.num_output_tokens / (times[1] - times[0])
+
+
+def rate_of(generate, work, clock, tokens=lambda work: work.num_output_tokens, strict=True, compare=lambda n, wanted: n == wanted):
+    start = clock()
+    outputs = generate(work)
+    for ids, params in zip(outputs, work.params, strict=strict):
+        if not compare(len(ids), params.max_tokens): raise ValueError
+    return tokens(work) / (clock() - start)
+
+
+wrong(benchmark.check_output_rate, "is 22.5, expected 5.0")(
+    lambda *a: rate_of(*a, tokens=lambda work: work.num_prompt_tokens + work.num_output_tokens))
+wrong(benchmark.check_output_rate, "though an output is missing")(lambda *a: rate_of(*a, strict=False))
+wrong(benchmark.check_output_rate, "though the first is too long")(lambda *a: rate_of(*a, compare=lambda n, wanted: n >= wanted))
+wrong(benchmark.check_output_rate, "though the second output is too short")(lambda *a: rate_of(*a, compare=lambda n, wanted: True))
+
+
+@right(benchmark.check_found_again)
+def _(prompts, size):                    # by comparing with all that came before
+    found = 0
+    for i, prompt in enumerate(prompts):
+        common = [next((n for n, (a, b) in enumerate(zip(p, prompt)) if a != b), min(len(p), len(prompt))) for p in prompts[:i]]
+        blocks = [min(n, len(prompt) - 1) // size for n in common]
+        found += size * max(blocks, default=0)
+    return found
+
+
+def found_by(prompts, size, key=lambda prompt, i, size: tuple(prompt[:(i + 1) * size]), leave=1):
+    cached, found = set(), 0
+    for prompt in prompts:
+        for i in range((len(prompt) - leave) // size):
+            if key(prompt, i, size) not in cached: break
+            found += size
+        cached.update(key(prompt, i, size) for i in range(len(prompt) // size))
+    return found
+
+
+wrong(benchmark.check_found_again, "the same tokens at another place")(
+    lambda *a: found_by(*a, key=lambda prompt, i, size: tuple(prompt[i * size:(i + 1) * size])))
+wrong(benchmark.check_found_again, "a prompt that fills its blocks, twice")(lambda *a: found_by(*a, leave=0))
+wrong(benchmark.check_found_again, "a common system prompt")(
+    lambda prompts, size: sum((len(p) - 1) // size * size for i, p in enumerate(prompts) if p in prompts[:i]))
