@@ -1637,7 +1637,7 @@ def roof(batch, context, weights, itemsize, token, bandwidth, peak, join=max, kv
 right(benchmark.check_bound)(lambda *a: min(roof(*a, join=lambda read, computed: read), roof(*a, join=lambda read, computed: computed)))
 wrong(benchmark.check_bound, "computes for")(lambda *a: roof(*a, join=lambda read, computed: read + computed))
 wrong(benchmark.check_bound, "computes for")(lambda *a: roof(*a, join=min))
-wrong(benchmark.check_bound, "bound(10, 100, ")(lambda *a: roof(*a, kv=False))
+wrong(benchmark.check_bound, "(10, 100, 134515008")(lambda *a: roof(*a, kv=False))
 wrong(benchmark.check_bound, "and gives 32 tokens")(lambda *a: roof(*a, tokens=False))
 
 right(benchmark.check_padding_ratio)(
