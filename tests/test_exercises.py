@@ -1027,9 +1027,9 @@ from torch.utils._pytree import tree_leaves
 
 from nano_vllm.layers import rms_norm, rotate, shard
 from nano_vllm.llm import progress
-from solutions.checks import benchmark, cuda_graphs, layers, llm, model, model_runner, weights
+from solutions.checks import benchmark, cuda_graphs, latency, layers, llm, model, model_runner, weights
 
-CHECKS.update((name, check) for module in (benchmark, cuda_graphs, layers, llm, model, model_runner, weights) for name, check in vars(module).items() if name.startswith("check_"))
+CHECKS.update((name, check) for module in (benchmark, cuda_graphs, latency, layers, llm, model, model_runner, weights) for name, check in vars(module).items() if name.startswith("check_"))
 
 
 # ---- 08, layers
@@ -1697,3 +1697,74 @@ wrong(benchmark.check_found_again, "the same tokens at another place")(
 wrong(benchmark.check_found_again, "a prompt that fills its blocks, twice")(lambda *a: found_by(*a, leave=0))
 wrong(benchmark.check_found_again, "a common system prompt")(
     lambda prompts, size: sum((len(p) - 1) // size * size for i, p in enumerate(prompts) if p in prompts[:i]))
+
+
+# ---- 17, under load
+
+right(latency.check_longest_gap)(lambda n, tpot: sum([tpot] * (n - 1)))
+wrong(latency.check_longest_gap, "64 tokens have 63 gaps")(lambda n, tpot: n * tpot)
+wrong(latency.check_longest_gap, "all but one may be 0")(lambda n, tpot: tpot)
+
+
+@right(latency.check_what_a_reader_sees)
+def _(arrival, tokens):
+    gaps = [b - a for a, b in zip(tokens, tokens[1:])]
+    return [tokens[0] - arrival, sum(gaps) / len(gaps) if gaps else None, max(gaps, default=None)]
+
+
+def seen_by_reader(arrival, tokens, first=lambda arrival, tokens: tokens[0] - arrival, divide=lambda n: n - 1):
+    if len(tokens) == 1: return first(arrival, tokens), None, None
+    return first(arrival, tokens), (tokens[-1] - tokens[0]) / divide(len(tokens)), max(np.diff(tokens))
+
+
+wrong(latency.check_what_a_reader_sees, "gives a time per output token of 1.5")(lambda *a: seen_by_reader(*a, divide=lambda n: n))
+wrong(latency.check_what_a_reader_sees, "gives a time to the first token of 12.0")(lambda *a: seen_by_reader(*a, first=lambda arrival, tokens: tokens[0]))
+wrong(latency.check_what_a_reader_sees, "raises ValueError")(
+    lambda arrival, tokens: (tokens[0] - arrival, np.diff(tokens).sum() / max(len(tokens) - 1, 1), max(np.diff(tokens))))
+
+
+@right(latency.check_waits)
+def _(arrivals, seconds):                # Lindley's recursion
+    found = [0.]
+    for i in range(1, len(arrivals)): found.append(max(0, found[-1] + seconds[i - 1] - (arrivals[i] - arrivals[i - 1])))
+    return np.array(found)
+
+
+wrong(latency.check_waits, "and all before it are done")(lambda arrivals, seconds: [sum(seconds[:i]) for i in range(len(seconds))])
+wrong(latency.check_waits, "in waits([1.0, 1.0, 1.0], [2.0, 3.0, 4.0]), all at once, request 2")(   # sees only the one before
+    lambda arrivals, seconds: [max(0., (arrivals[i - 1] + seconds[i - 1] if i else 0.) - at) for i, at in enumerate(arrivals)])
+wrong(latency.check_waits, "request 0 waits 1.000 s, expected 0.000")(
+    lambda arrivals, seconds: [max(sum(seconds[:i + 1]) - at, 0.) for i, at in enumerate(arrivals)])
+
+
+def serving(engine, requests, arrivals, clock, sleep, early=False, after=True, naps=lambda wait: wait, busy=lambda engine: engine.requests, until_all=True):
+    coming, lines = list(zip(arrivals, requests)), [[] for _ in requests]
+    while coming or (engine.requests and until_all):
+        while coming and (early or coming[0][0] <= clock()): engine.add(coming.pop(0)[1])
+        before = clock()
+        if busy(engine): engine.step()
+        else: sleep(naps(coming[0][0] - clock()))
+        for request, line in zip(requests, lines):
+            line.extend([clock() if after else before] * (request.num_generated_tokens - len(line)))
+    return lines
+
+
+right(latency.check_serve)(serving)
+right(latency.check_serve)(lambda *a: serving(*a, naps=lambda wait: min(wait, .05)))      # looks in now and then
+wrong(latency.check_serve, "it arrives only at")(lambda *a: serving(*a, early=True))
+wrong(latency.check_serve, "read the clock after the step")(lambda *a: serving(*a, after=False))
+wrong(latency.check_serve, "there is nothing to compute")(lambda *a: serving(*a, busy=lambda engine: True))
+wrong(latency.check_serve, "has all of its tokens")(lambda *a: serving(*a, until_all=False))
+
+
+@wrong(latency.check_serve, "it has arrived by then")
+def _(engine, requests, arrivals, clock, sleep):         # the next one only when the engine is idle
+    lines = []
+    for request, at in zip(requests, arrivals):
+        if at > clock(): sleep(at - clock())
+        engine.add(request)
+        lines.append([])
+        while engine.requests:
+            engine.step()
+            lines[-1].append(clock())
+    return lines
