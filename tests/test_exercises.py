@@ -1018,7 +1018,9 @@ def test_checks_are_found_from_both_folders():
 
 # ---- answers to the exercises of further chapters; they join the lists above before pytest reads these
 
+import argparse
 import struct
+import sys
 from itertools import combinations
 
 import safetensors.torch
@@ -1027,9 +1029,9 @@ from torch.utils._pytree import tree_leaves
 
 from nano_vllm.layers import rms_norm, rotate, shard
 from nano_vllm.llm import progress
-from solutions.checks import benchmark, cuda_graphs, latency, layers, llm, model, model_runner, weights
+from solutions.checks import benchmark, cli, cuda_graphs, latency, layers, llm, model, model_runner, weights
 
-CHECKS.update((name, check) for module in (benchmark, cuda_graphs, latency, layers, llm, model, model_runner, weights) for name, check in vars(module).items() if name.startswith("check_"))
+CHECKS.update((name, check) for module in (benchmark, cli, cuda_graphs, latency, layers, llm, model, model_runner, weights) for name, check in vars(module).items() if name.startswith("check_"))
 
 
 # ---- 08, layers
@@ -1768,3 +1770,83 @@ def _(engine, requests, arrivals, clock, sleep):         # the next one only whe
             engine.step()
             lines[-1].append(clock())
     return lines
+
+
+# ---- 18, the command line
+
+@right(cli.check_add_stop)
+def _(parser):
+    parser.argument_default = argparse.SUPPRESS
+    parser.add_argument("--stop", action="extend", nargs=1, type=str)
+
+
+wrong(cli.check_add_stop, "is parsed to {'stop': 'b'}")(lambda parser: parser.add_argument("--stop", default=argparse.SUPPRESS))
+wrong(cli.check_add_stop, "leaves no trace")(lambda parser: parser.add_argument("--stop", action="append"))
+wrong(cli.check_add_stop, "expected {'stop': ['a', 'b']}")(lambda parser: parser.add_argument("--stop", nargs="+", default=argparse.SUPPRESS))
+
+
+@right(cli.check_number_of)
+def _(text):
+    match = re.fullmatch(r"(\d+)([kKmM]?)", text)
+    if match is None: raise argparse.ArgumentTypeError(f"{text!r} is no number")
+    return int(match[1]) << {"": 0, "k": 10, "m": 20}[match[2].lower()]
+
+
+wrong(cli.check_number_of, "number_of('8K') raises ValueError")(lambda text: int(text.replace("k", "")) * 1024**("k" in text))
+wrong(cli.check_number_of, "'8kk' is taken for")(
+    lambda text: int(text.lower().rstrip("km")) * dict(k=2**10, m=2**20).get(text[-1:].lower(), 1))
+wrong(cli.check_number_of, "number_of('100') gives 100.0")(float)
+wrong(cli.check_number_of, "bad text has to raise a ValueError")(
+    lambda text: int(text[:-1]) * {"k": 2**10, "m": 2**20}[text[-1].lower()] if not text[-1].isdigit() else int(text))
+
+
+@right(cli.check_add_table)
+def _(parser, table):                    # two switches by hand
+    for name, (kind, text) in table.items():
+        option, others = name.replace("_", "-"), dict(default=argparse.SUPPRESS, dest=name)
+        if kind is not bool:
+            parser.add_argument(f"--{option}", type=kind, help=text, **others)
+            continue
+        parser.add_argument(f"--{option}", action="store_true", help=text, **others)
+        parser.add_argument(f"--no-{option}", action="store_false", **others)
+
+
+def adding(parser, table, dashes=True, suppress=True, switch=True, kinds=True, helps=True):
+    for name, (kind, text) in table.items():
+        form = dict(action=argparse.BooleanOptionalAction) if kind is bool and switch else dict(type=kind if kinds else str)
+        parser.add_argument("--" + (name.replace("_", "-") if dashes else name), default=argparse.SUPPRESS if suppress else None,
+                            help=text if helps else None, **form)
+
+
+wrong(cli.check_add_table, "leaves no trace")(lambda *a: adding(*a, suppress=False))
+wrong(cli.check_add_table, "['--max-tokens', '5'] is refused")(lambda *a: adding(*a, dashes=False))
+wrong(cli.check_add_table, "['--async-scheduling'] is refused")(lambda *a: adding(*a, switch=False))
+wrong(cli.check_add_table, "expected {'max_tokens': 5}")(lambda *a: adding(*a, kinds=False))
+wrong(cli.check_add_table, "--help does not say")(lambda *a: adding(*a, helps=False))
+
+
+@right(cli.check_exit_code)
+def _(command):
+    code, said = 0, ""
+    try: command()
+    except KeyboardInterrupt: code = 130
+    except ValueError as error: code, said = 2, str(error)
+    except RuntimeError as error: code, said = 2, str(error)
+    if said: print(f"nano-vllm: {said}", file=sys.stderr)
+    return code
+
+
+def ending(command, kinds=(ValueError, RuntimeError), file=None, interrupted=130, fine=0):
+    try: command()
+    except kinds as error:
+        print(f"error: {error}", file=file or sys.stderr)
+        return 2
+    except KeyboardInterrupt: return interrupted
+    return fine
+
+
+wrong(cli.check_exit_code, "hide no bugs")(lambda command: ending(command, kinds=Exception))
+wrong(cli.check_exit_code, "raises RuntimeError('no g++')")(lambda command: ending(command, kinds=ValueError))
+wrong(cli.check_exit_code, "messages go to standard error")(lambda command: ending(command, file=sys.stdout))
+wrong(cli.check_exit_code, "gives None, expected 0")(lambda command: ending(command, fine=None))
+wrong(cli.check_exit_code, "gives 2, expected 130")(lambda command: ending(command, interrupted=2))
