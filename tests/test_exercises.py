@@ -1019,6 +1019,7 @@ def test_checks_are_found_from_both_folders():
 # ---- answers to the exercises of further chapters; they join the lists above before pytest reads these
 
 import argparse
+import math
 import struct
 import sys
 from itertools import combinations
@@ -1029,9 +1030,9 @@ from torch.utils._pytree import tree_leaves
 
 from nano_vllm.layers import rms_norm, rotate, shard
 from nano_vllm.llm import progress
-from solutions.checks import benchmark, cli, cuda_graphs, latency, layers, llm, model, model_runner, weights
+from solutions.checks import benchmark, cli, cuda_graphs, latency, layers, llm, model, model_runner, triton_attention, weights
 
-CHECKS.update((name, check) for module in (benchmark, cli, cuda_graphs, latency, layers, llm, model, model_runner, weights) for name, check in vars(module).items() if name.startswith("check_"))
+CHECKS.update((name, check) for module in (benchmark, cli, cuda_graphs, latency, layers, llm, model, model_runner, triton_attention, weights) for name, check in vars(module).items() if name.startswith("check_"))
 
 
 # ---- 08, layers
@@ -1850,3 +1851,85 @@ wrong(cli.check_exit_code, "raises RuntimeError('no g++')")(lambda command: endi
 wrong(cli.check_exit_code, "messages go to standard error")(lambda command: ending(command, file=sys.stdout))
 wrong(cli.check_exit_code, "gives None, expected 0")(lambda command: ending(command, fine=None))
 wrong(cli.check_exit_code, "gives 2, expected 130")(lambda command: ending(command, interrupted=2))
+
+
+# ---- 07, Triton kernels
+
+right(triton_attention.check_side_traffic)(lambda split, group, dim, itemsize: 4 * group * (1 + 2 / dim) / (split * itemsize))
+wrong(triton_attention.check_side_traffic, "are written and read again")(lambda split, group, dim, itemsize: 4 * group * (dim + 2) / (2 * split * dim * itemsize))
+wrong(triton_attention.check_side_traffic, "256 keys and values")(lambda split, group, dim, itemsize: 8 * group * (dim + 2) / (split * dim * itemsize))
+
+right(triton_attention.check_unnoticed)((7., 0., 1., 2., 7., 7., -3., 0., 7.))
+wrong(triton_attention.check_unnoticed, "there is one split only")([1, 2, 3, 4])
+wrong(triton_attention.check_unnoticed, "all of your scores are equal")([2.] * 8)
+wrong(triton_attention.check_unnoticed, "the best scores of the splits are [5.0, 4.0]")([1, 5, 2, 3, 4, 0, 0, 1])
+
+
+@right(triton_attention.check_join)
+def _(states):                           # one after the other
+    best, mass, acc = states[0]
+    for other, more, part in states[1:]:
+        top = max(best, other)
+        a, b = (np.exp(x - top) if x > -np.inf else 0. for x in (best, other))
+        best, mass, acc = top, a * mass + b * more, a * acc + b * part
+    return best, mass, acc
+
+
+def joined(states, shrink=lambda x, best: np.exp(x - best), top=max, keep_mass=False):
+    best = top(x for x, *_ in states)
+    factors = [shrink(x, best) for x, *_ in states]
+    return best, sum(m * (1 if keep_mass else f) for f, (_, m, _) in zip(factors, states)), sum(f * acc for f, (*_, acc) in zip(factors, states))
+
+
+wrong(triton_attention.check_join, "relative to its own best score")(lambda states: joined(states, keep_mass=True))
+wrong(triton_attention.check_join, "has the best score")(lambda states: joined(states, top=lambda bests: list(bests)[0]))
+
+
+@wrong(triton_attention.check_join, "join of scores around -1000 raises ZeroDivisionError")
+def _(states):                           # relative to no score at all
+    best = max(b for b, *_ in states)
+    mass, acc = (sum(math.exp(state[0]) * state[i] for state in states) for i in (1, 2))
+    return best, mass / math.exp(best), acc / math.exp(best)
+
+
+@right(triton_attention.check_decode)
+def _(q, read, context, split):          # online, from the last split to the first
+    best, mass, acc = torch.tensor(-3e38), 0., 0.
+    for begin in reversed(range(0, context, split)):
+        keys, values = read(begin, min(begin + split, context))
+        scores = keys @ q
+        top = torch.maximum(best, scores.max())
+        p, shrink = (scores - top).exp(), (best - top).exp()
+        best, mass, acc = top, mass * shrink + p.sum(), acc * shrink + p @ values
+    return acc / mass
+
+
+def in_splits(q, read, context, split, shrink=True, whole=False, end=lambda n, context: min(n, context)):
+    parts = [read(begin, end(begin + split, context)) for begin in range(0, context, context if whole else split)]
+    logs = torch.stack([(keys @ q).logsumexp(0) for keys, _ in parts])
+    outs = torch.stack([(keys @ q).softmax(0) @ values for keys, values in parts])
+    return logs.softmax(0) @ outs if shrink else outs.mean(0)
+
+
+right(triton_attention.check_decode)(in_splits)
+wrong(triton_attention.check_decode, "shrink each part's mass and acc")(lambda *a: in_splits(*a, shrink=False))
+wrong(triton_attention.check_decode, "for a context of 10")(lambda *a: in_splits(*a, end=lambda n, context: n))
+wrong(triton_attention.check_decode, "in splits that begin at multiples of their length")(
+    lambda q, read, context, split: in_splits(q, read, context, -(-context // 2)))
+
+
+@right(triton_attention.check_list_work)
+def _(num_items, capacity):
+    ends = torch.cumsum(num_items, 0)
+    return F.pad(ends, (1, 0)), (torch.arange(capacity)[:, None] >= ends).sum(1)
+
+
+wrong(triton_attention.check_list_work, "gives item_seq")(
+    lambda n, capacity: (F.pad(n.cumsum(0), (1, 0)), torch.searchsorted(n.cumsum(0), torch.arange(capacity))))
+wrong(triton_attention.check_list_work, "gives first_item")(
+    lambda n, capacity: (n.cumsum(0), torch.searchsorted(n.cumsum(0), torch.arange(capacity), right=True)))
+wrong(triton_attention.check_list_work, "recorded with [4, 1, 2] and repeated with [1, 0, 3]")(
+    lambda n, capacity: (F.pad(n.cumsum(0), (1, 0)), torch.tensor(
+        [i for i, k in enumerate(n.tolist()) for _ in range(k)] + [len(n)] * (capacity - int(n.sum())))))
+wrong(triton_attention.check_list_work, "asks for other shapes, or for numbers on the host")(
+    lambda n, capacity: (F.pad(n.cumsum(0), (1, 0)), F.pad(torch.arange(len(n)).repeat_interleave(n), (0, capacity - int(n.sum())), value=len(n))))
