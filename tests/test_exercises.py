@@ -1032,7 +1032,8 @@ from nano_vllm.layers import rms_norm, rotate, shard
 from nano_vllm.llm import progress
 from solutions.checks import benchmark, cli, cuda_graphs, latency, layers, llm, model, model_runner, triton_attention, weights
 
-CHECKS.update((name, check) for module in (benchmark, cli, cuda_graphs, latency, layers, llm, model, model_runner, triton_attention, weights) for name, check in vars(module).items() if name.startswith("check_"))
+FURTHER = benchmark, cli, cuda_graphs, latency, layers, llm, model, model_runner, triton_attention, weights
+CHECKS.update((name, check) for module in FURTHER for name, check in vars(module).items() if name.startswith("check_"))
 
 
 # ---- 08, layers
@@ -1885,7 +1886,7 @@ wrong(triton_attention.check_join, "relative to its own best score")(lambda stat
 wrong(triton_attention.check_join, "has the best score")(lambda states: joined(states, top=lambda bests: list(bests)[0]))
 
 
-@wrong(triton_attention.check_join, "join of scores around -1000 raises ZeroDivisionError")
+@wrong(triton_attention.check_join, "join of large scores has nan")
 def _(states):                           # relative to no score at all
     best = max(b for b, *_ in states)
     mass, acc = (sum(math.exp(state[0]) * state[i] for state in states) for i in (1, 2))
