@@ -1014,3 +1014,923 @@ def test_checks_are_found_from_both_folders():
         assert first.replace("solutions.checks", "checks") in Chapter(chapter.solutions).code[0].source
         module = importlib.import_module(re.search(r"from (\S+) import", first)[1])
         for name in re.findall(r"check_\w+", first): assert name in vars(module)
+
+
+# ---- answers to the exercises of further chapters; they join the lists above before pytest reads these
+
+import argparse
+import math
+import struct
+import sys
+from itertools import combinations
+
+import safetensors.torch
+import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves
+
+from nano_vllm.layers import rms_norm, rotate, shard
+from nano_vllm.llm import progress
+from solutions.checks import benchmark, cli, cuda_graphs, latency, layers, llm, model, model_runner, triton_attention, weights
+
+FURTHER = benchmark, cli, cuda_graphs, latency, layers, llm, model, model_runner, triton_attention, weights
+CHECKS.update((name, check) for module in FURTHER for name, check in vars(module).items() if name.startswith("check_"))
+
+
+# ---- 08, layers
+
+right(layers.check_break_even)(lambda bandwidth, peak, itemsize: itemsize / bandwidth / (2 / peak))
+wrong(layers.check_break_even, "gives 100.0, expected 50.0")(lambda bandwidth, peak, itemsize: peak * itemsize / bandwidth)
+wrong(layers.check_break_even, "a weight is 2 bytes to read")(lambda bandwidth, peak, itemsize: peak / bandwidth / 2)
+
+right(layers.check_norm)(rms_norm)
+
+
+@right(layers.check_norm)
+def _(x, weight, eps, residual=None):
+    total = x if residual is None else x + residual
+    y = F.rms_norm(total, weight.shape, weight, eps)
+    return y if residual is None else [y, total]
+
+
+def norming(x, weight, eps, residual=None, wide=torch.Tensor.float, scale=lambda y, eps: y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)):
+    total = x if residual is None else x + residual
+    y = scale(wide(total), eps).to(x.dtype) * weight
+    return y if residual is None else (y, total)
+
+
+wrong(layers.check_norm, "float32 inside")(lambda *a: norming(*a, wide=lambda x: x))
+wrong(layers.check_norm, "expected")(lambda *a: norming(*a, scale=lambda y, eps: y / y.norm(dim=-1, keepdim=True)))
+wrong(layers.check_norm, "eps is more than the mean square")(lambda *a: norming(*a, scale=lambda y, eps: y / y.square().mean(-1, keepdim=True).sqrt()))
+wrong(layers.check_norm, "expected that of x")(lambda x, weight, *a: norming(x.float(), weight.float(), *a))
+wrong(layers.check_norm, "expected two tensors")(lambda x, weight, eps, residual=None: norming(x if residual is None else x + residual, weight, eps))
+
+
+@wrong(layers.check_norm, "changes x")
+def _(x, weight, eps, residual=None):
+    if residual is not None: x += residual
+    y = norming(x, weight, eps)
+    return y if residual is None else (y, x)
+
+
+@wrong(layers.check_norm, "the second result of norm")
+def _(x, weight, eps, residual=None):    # what was added, not the sum
+    y = norming(x, weight, eps, residual)
+    return y if residual is None else (y[0], residual)
+
+
+@right(layers.check_move_keys)
+def _(keys, rotary, old, new):           # as numbers in the plane, by the difference of the angles
+    def turns(positions): return torch.complex(rotary.cos[positions], rotary.sin[positions])[:, None]
+    plane = torch.complex(*keys.chunk(2, -1)) / turns(old) * turns(new)
+    return torch.cat([plane.real, plane.imag], -1)
+
+
+wrong(layers.check_move_keys, "yarn's factor is in them once")(
+    lambda keys, rotary, old, new: rotate(rotate(keys, rotary(old)[0], -rotary(old)[1]), *rotary(new)))
+wrong(layers.check_move_keys, "as they would be had they been computed there")(
+    lambda keys, rotary, old, new: rotate(keys, *rotary(new - old)))       # there are no rows before the first
+wrong(layers.check_move_keys, "with rope type default has")(lambda keys, rotary, old, new: rotate(keys, *rotary(new)))
+
+
+@right(layers.check_mlp_of_rank)
+def _(x, gate_up, down, group):          # every so manieth number
+    inner = down.shape[1]
+    mine = torch.arange(group.rank, inner, group.size)
+    return (F.silu(x @ gate_up[mine].T) * (x @ gate_up[inner + mine].T)) @ down[:, mine].T
+
+
+def cut_mlp(x, gate_up, down, gates, ups, columns):
+    return (F.silu(x @ gate_up[gates].T) * (x @ gate_up[ups].T)) @ down[:, columns].T
+
+
+@wrong(layers.check_mlp_of_rank, "the columns of down that belong to them")
+def _(x, gate_up, down, group):          # as if it were one matrix
+    mine = gate_up[shard(len(gate_up), group).slice]
+    return (F.silu(x @ mine[:len(mine)//2].T) * (x @ mine[len(mine)//2:].T)) @ down[:, shard(down.shape[1], group).slice].T
+
+
+@wrong(layers.check_mlp_of_rank, "the sum over 2 ranks, with 7 inner numbers")
+def _(x, gate_up, down, group):          # the numbers that are left over are nobody's
+    n = down.shape[1] // group.size
+    mine = slice(group.rank * n, (group.rank + 1) * n)
+    return cut_mlp(x, *(gate_up, down), *(slice(k + mine.start, k + mine.stop) for k in (0, down.shape[1])), mine)
+
+
+wrong(layers.check_mlp_of_rank, "the sum over 2 ranks, with 6 inner numbers")(
+    lambda x, gate_up, down, group: cut_mlp(x, gate_up, down, *(slice(k, k + down.shape[1]) for k in (0, down.shape[1])), slice(None)))
+wrong(layers.check_mlp_of_rank, "each rank is to have a part")(
+    lambda x, gate_up, down, group: cut_mlp(x, gate_up, down, *(slice(k, k + down.shape[1]) for k in (0, down.shape[1])), slice(None)) * (group.rank == 0))
+
+
+# ---- 09, the model
+
+wrong(model.check_output_share, "and 1 of them through the output layer")(lambda inner, head, tokens, rows: head / (inner + head))
+wrong(model.check_output_share, "gives")(lambda inner, head, tokens, rows: head * rows / (inner * tokens))
+right(model.check_output_share)(lambda inner, head, tokens, rows: 1 - inner * tokens / (inner * tokens + head * rows))
+
+
+def counted(c, norms=True, tied=True, biases=True):
+    q, kv, inner, hidden = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.intermediate_size, c.hidden_size
+    layer = hidden * (2*q + 2*kv + 3*inner)
+    if norms: layer += 2 * hidden + 2 * c.head_dim * c.qk_norm
+    if biases: layer += (q + 2*kv) * c.qkv_bias + hidden * c.o_bias + (2*inner + hidden) * c.mlp_bias
+    return c.num_layers * layer + hidden * norms + c.vocab_size * hidden * (1 if c.tied and tied else 2)
+
+
+right(model.check_count_parameters)(counted)
+wrong(model.check_count_parameters, "for the plain toy gives")(lambda c: counted(c, norms=False))
+wrong(model.check_count_parameters, "for the toy with a tied embedding")(lambda c: counted(c, tied=False))
+wrong(model.check_count_parameters, "for the toy with biases")(lambda c: counted(c, biases=False))
+
+
+def found_switches(names, layers=lambda names: len({n.split(".")[2] for n in names if ".layers." in n}), **others):
+    text = " ".join(names)
+    found = {switch: word in text for switch, word in dict(qkv_bias="q_proj.bias", o_bias="o_proj.bias", mlp_bias="mlp.up_proj.bias",
+                                                           qk_norm="q_norm").items()}
+    return dict(found, num_layers=layers(names), tied="lm_head" not in text, **others)
+
+
+right(model.check_switches)(found_switches)
+wrong(model.check_switches, "says num_layers=10, expected 12")(
+    lambda names: found_switches(names, lambda names: int(max(n.split(".")[2] for n in names if ".layers." in n)) + 1))
+wrong(model.check_switches, "says num_layers=1, expected 2")(
+    lambda names: found_switches(names, lambda names: max(int(n.split(".")[2]) for n in names if ".layers." in n)))
+wrong(model.check_switches, "has the keys")(lambda names: found_switches(names, sliding_window=None))
+wrong(model.check_switches, "says tied=False")(lambda names: found_switches(names) | dict(tied=False))
+
+
+@right(model.check_hidden_states)
+def _(parts, rotary, token_ids, positions, attention):       # the pair, added up each time
+    x = parts.embed_tokens(token_ids)
+    for layer in parts.layers: x = sum(layer(x, torch.zeros_like(x), *rotary(positions), attention))
+    return parts.norm(x)
+
+
+def streamed(parts, rotary, token_ids, positions, attention, last=True, stream=True, at=None):
+    x, rows = parts.embed_tokens(token_ids), rotary(positions if at is None else at)
+    for layer in parts.layers:
+        y = layer.input_layernorm(x)
+        x = (x if stream else y) + layer.self_attn(y, *rows, attention)
+        y = layer.post_attention_layernorm(x)
+        x = (x if stream else y) + layer.mlp(y)
+    return parts.norm(x) if last else x
+
+
+wrong(model.check_hidden_states, "the last norm comes at the end")(lambda *a: streamed(*a, last=False))
+wrong(model.check_hidden_states, "adds to the stream")(lambda *a: streamed(*a, stream=False))
+wrong(model.check_hidden_states, "for the toy has")(lambda *a: streamed(*a, at=torch.zeros_like(a[3])))
+
+
+@right(model.check_fold)
+def _(model, m):                         # k instead of q; the whole scale of the output at the norm
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for p in attention.qkv_proj.parameters():
+            attention.qkv_proj.split(p, 0)[1].mul_(m.attention_multiplier * attention.head_dim**.5)
+        for part in attention.o_proj, mlp.down_proj:
+            part.weight *= m.residual_multiplier
+            if part.bias is not None: part.bias *= m.residual_multiplier
+    model.model.embed_tokens.weight *= m.embedding_multiplier
+    model.model.norm.weight /= m.logits_scaling * (m.embedding_multiplier if model.lm_head is None else 1)
+
+
+def folded(model, m, scale=lambda c: c.head_dim**.5, tied=True, biases=True, both=False, norm=True):
+    for layer in model.model.layers:
+        qkv, ends = layer.self_attn.qkv_proj, (layer.self_attn.o_proj, layer.mlp.down_proj)
+        for p in qkv.parameters():
+            for part in qkv.split(p, 0)[:1 + both]: part.mul_(m.attention_multiplier * scale(model.config))
+        for p in [p for end in ends for p in end.parameters()]:
+            if biases or p.dim() == 2: p.mul_(m.residual_multiplier)
+    model.model.embed_tokens.weight.mul_(m.embedding_multiplier)
+    if norm: model.model.norm.weight.div_(m.logits_scaling)
+    else: model.head.weight.div_(m.logits_scaling)
+    if tied and model.config.tied: model.model.norm.weight.div_(m.embedding_multiplier)
+
+
+wrong(model.check_fold, "is untied, with embedding_multiplier=12.0")(lambda *a: folded(*a, scale=lambda c: 1))
+wrong(model.check_fold, "is untied, with attention_multiplier=0.3")(lambda *a: folded(*a, both=True))
+wrong(model.check_fold, "is tied, with embedding_multiplier=12.0")(lambda *a: folded(*a, tied=False))
+wrong(model.check_fold, "is tied, with logits_scaling=8.0")(lambda *a: folded(*a, norm=False))
+wrong(model.check_fold, "is untied, with biases, with residual_multiplier=0.22")(lambda *a: folded(*a, biases=False))
+
+
+# ---- 10, the weights
+
+def bytes_as_is(header, merged=("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), size=lambda begin, end: end - begin):
+    sizes = {name: size(*t["data_offsets"]) for name, t in header.items() if name != "__metadata__"}
+    return sum(n for name, n in sizes.items() if not any(f".{part}." in name for part in merged)) / sum(sizes.values())
+
+
+right(weights.check_share_as_is)(bytes_as_is)
+wrong(weights.check_share_as_is, "q, k and v are merged, and gate and up")(lambda header: bytes_as_is(header, ("q_proj", "k_proj", "v_proj")))
+wrong(weights.check_share_as_is, "8 bytes of 40")(lambda header: bytes_as_is(header, size=lambda begin, end: 1))
+wrong(weights.check_share_as_is, "raises KeyError: 'data_offsets'")(
+    lambda header: sum(t["data_offsets"][1] - t["data_offsets"][0] for n, t in header.items() if not re.search("[qkv]_proj|gate|up", n))
+    / sum(t["data_offsets"][1] - t["data_offsets"][0] for t in header.values()))
+
+
+@right(weights.check_read_rows)
+def _(tensor, rank, size):               # the first parts have one more
+    n, more = divmod(tensor.get_shape()[0], size)
+    start = rank * n + min(rank, more)
+    return tensor[start:start + n + (rank < more)]
+
+
+wrong(weights.check_read_rows, "and nothing else of the file is touched")(lambda tensor, rank, size: tensor[:].chunk(size)[rank])
+wrong(weights.check_read_rows, "one after the other they should be the tensor")(
+    lambda tensor, rank, size: tensor[rank * (tensor.get_shape()[0] // size):(rank + 1) * (tensor.get_shape()[0] // size)])
+wrong(weights.check_read_rows, "no part is larger than")(lambda tensor, rank, size: tensor[slice(None) if rank == 0 else slice(0)])
+
+
+def by_hand(tensors, length="<Q", begin=0, count=lambda text: len(text.encode()), data=lambda t: t.numpy().tobytes()):
+    parts = [data(t) for t in tensors.values()]
+    ends = np.cumsum([len(part) for part in parts]).tolist()
+    text = json.dumps({name: {"dtype": "F32", "shape": list(t.shape), "data_offsets": [begin + end - len(part), begin + end]}
+                       for (name, t), part, end in zip(tensors.items(), parts, ends)}, ensure_ascii=False)
+    return struct.pack(length, count(text)) + text.encode() + b"".join(parts)
+
+
+right(weights.check_to_safetensors)(by_hand)
+right(weights.check_to_safetensors)(safetensors.torch.save)
+wrong(weights.check_to_safetensors, "one that it wrote itself")(lambda tensors: by_hand(tensors, length=">Q"))
+wrong(weights.check_to_safetensors, "the library cannot read")(lambda tensors: by_hand(tensors, begin=8))
+wrong(weights.check_to_safetensors, "the library cannot read")(lambda tensors: by_hand(tensors, count=len))
+wrong(weights.check_to_safetensors, "x is read as")(lambda tensors: by_hand(tensors, data=lambda t: t.T.contiguous().numpy().tobytes()))
+
+
+@right(weights.check_fill)
+def _(places, tensors):                  # looks at all of them first
+    given = list(tensors)
+    for name in places:
+        if [n for n, _ in given].count(name) != 1: raise ValueError(f"{name} is there {[n for n, _ in given].count(name)} times")
+    for name, tensor in given:
+        if name not in places or places[name].shape != tuple(tensor.shape): raise ValueError(f"{name} does not fit")
+    for name, tensor in given: places[name].parameter[:] = tensor[places[name].index]
+
+
+def filling(places, tensors, once=True, shapes=True, all_of_them=True, index=True, surplus=True):
+    missing = dict(places)
+    for name, tensor in tensors:
+        if name not in (missing if once else places):
+            if surplus: raise ValueError(f"surplus: {name}")
+            continue
+        parameter, shape, part = places[name]
+        missing.pop(name, None)
+        if shapes and list(tensor.shape) != list(shape): raise ValueError(f"{name}: shape")
+        parameter.copy_(tensor[part] if index else tensor[:len(parameter)])
+    if missing and all_of_them: raise ValueError(f"missing: {list(missing)}")
+
+
+wrong(weights.check_fill, "though q.weight comes twice, raises nothing")(lambda *a: filling(*a, once=False))
+wrong(weights.check_fill, "though k.weight is missing, raises nothing")(lambda *a: filling(*a, all_of_them=False))
+wrong(weights.check_fill, "though there is a surplus bias, raises nothing")(lambda *a: filling(*a, surplus=False))
+wrong(weights.check_fill, "which copy_ would spread")(lambda *a: filling(*a, shapes=False))
+wrong(weights.check_fill, "copy the part `index`")(lambda *a: filling(*a, index=False))
+
+
+@wrong(weights.check_fill, "raises KeyError: 'bias', not a ValueError")
+def _(places, tensors):
+    given = list(tensors)
+    for name, tensor in given: places[name].parameter.copy_(tensor[places[name].index])
+    if len(given) < len(places): raise ValueError([name for name in places if name not in dict(given)])
+
+
+# ---- 11, the model runner
+
+right(model_runner.check_bytes_sent)(lambda n, context, size: [n * 24, n * (24 + 8 * ((context - 1) // size + 1))])
+wrong(model_runner.check_bytes_sent, "and in the second case 256 tables of 257 blocks")(
+    lambda n, context, size: (24 * n, 24 * n + 8 * n * max(1, context // size)))
+wrong(model_runner.check_bytes_sent, "expected (1536, 132608)")(lambda n, context, size: (24 * n, 8 * n * -(-context // size)))
+
+
+@right(model_runner.check_flat)
+def _(tables, rows, starts, lens, size):
+    pairs = [(row, p) for row, start, n in zip(rows, starts, lens) for p in range(start, start + n)]
+    return [p for _, p in pairs], torch.tensor([tables[row, p // size] * size + p % size for row, p in pairs])
+
+
+def flattened(tables, rows, starts, lens, size, shift=True, by_row=True):
+    positions = np.arange(lens.sum()) + np.repeat(starts - shift * (np.cumsum(lens) - lens), lens)
+    which = np.repeat(rows if by_row else np.arange(len(rows)), lens)
+    return positions, tables[which, positions // size % tables.shape[1]] * size + positions % size
+
+
+wrong(model_runner.check_flat, "gives the positions")(lambda *a: flattened(*a, shift=False))
+wrong(model_runner.check_flat, "gives the slots")(lambda *a: flattened(*a, by_row=False))
+wrong(model_runner.check_flat, "gives the slots")(lambda *a: (flattened(*a)[0],) * 2)
+wrong(model_runner.check_flat, "not positions and slots")(lambda *a: flattened(*a)[1])
+
+
+@right(model_runner.check_rows)
+class ByDictionary:
+    def __init__(self, table): self.table, self.rows, self.len = table, {}, [0] * len(table)
+    def row_of(self, name): return self.rows[name]
+
+    def add(self, name):
+        self.rows[name] = len(self.rows)
+        self.len[self.rows[name]] = 0
+
+    def update(self, name, blocks):
+        row = self.rows[name]
+        for i in range(self.len[row], len(blocks)): self.table[row][i] = blocks[i]
+        self.len[row] = len(blocks)
+
+    def remove(self, name):
+        row, last = self.rows.pop(name), len(self.rows)
+        for other, at in self.rows.items():
+            if at != last: continue
+            self.table[row, :self.len[last]] = self.table[last, :self.len[last]]
+            self.rows[other], self.len[row] = row, self.len[last]
+
+
+@wrong(model_runner.check_rows, "without a gap")
+class WithGaps(ByDictionary):
+    def remove(self, name): del self.rows[name]
+
+
+@wrong(model_runner.check_rows, "1 are enough")
+class WritesAll(ByDictionary):
+    def update(self, name, blocks): self.table[self.rows[name], :len(blocks)] = blocks
+
+
+@wrong(model_runner.check_rows, "the row of C begins with")
+class ForgetsTheBlocks(ByDictionary):
+    def remove(self, name):
+        row, last = self.rows.pop(name), len(self.rows)
+        for other, at in self.rows.items():
+            if at == last: self.rows[other], self.len[row] = row, self.len[last]
+
+
+@wrong(model_runner.check_rows, "where remove('A') has written")
+class LikeAList(ByDictionary):
+    def remove(self, name):
+        row = self.rows.pop(name)
+        self.table[row:-1] = self.table[row + 1:].copy()
+        self.len[row:-1] = self.len[row + 1:]
+        self.rows = {other: at - (at > row) for other, at in self.rows.items()}
+
+
+@wrong(model_runner.check_rows, "the row of")
+class ForgetsTheLength(ByDictionary):
+    def remove(self, name):
+        lens = list(self.len)
+        super().remove(name)
+        self.len = lens
+
+
+# ---- 12, CUDA graphs
+
+right(cuda_graphs.check_bytes_to_send)(lambda changed, fields: 24 * changed if 3 * changed < fields + 1 else 8 + 8 * fields)
+wrong(cuda_graphs.check_bytes_to_send, "the row's number and 5 fields")(lambda changed, fields: min(24 * changed, 8 * fields))
+wrong(cuda_graphs.check_bytes_to_send, "gives 72, expected 48")(lambda changed, fields: 24 * changed)
+
+
+@right(cuda_graphs.check_through_graph)
+def _(replay, static_in, static_out, inputs):
+    def one(x):
+        static_in.copy_(F.pad(x, (0, 0, 0, len(static_in) - len(x))))
+        replay()
+        return torch.cat([static_out[:len(x)]])
+    return tuple(map(one, inputs))
+
+
+def through(replay, static_in, static_out, inputs, pad=True, keep=torch.clone, cut=True):
+    outputs = []
+    for x in inputs:
+        if pad: static_in.zero_()
+        static_in[:len(x)] = x
+        replay()
+        outputs.append(keep(static_out[:len(x)] if cut else static_out))
+    return outputs
+
+
+wrong(cuda_graphs.check_through_graph, "copy what is to stay")(lambda *a: through(*a, keep=lambda y: y))
+wrong(cuda_graphs.check_through_graph, "the rows of the padding must be 0")(lambda *a: through(*a, pad=False))
+wrong(cuda_graphs.check_through_graph, "has shape (4, 2), expected (3, 2)")(lambda *a: through(*a, cut=False))
+
+
+@wrong(cuda_graphs.check_through_graph, "the graph knows memory, not names")
+def _(replay, static_in, static_out, inputs):
+    outputs = []
+    for static_in in inputs:
+        replay()
+        outputs.append(static_out[:len(static_in)].clone())
+    return outputs
+
+
+@right(cuda_graphs.check_best_buckets)
+def _(counts, k):                        # by trying
+    some = [(*rest, max(counts)) for n in range(k) for rest in combinations(sorted(counts), n)]
+    return min(some, key=lambda buckets: sum(times * (min(b for b in buckets if b >= n) - n) for n, times in counts.items()))
+
+
+wrong(cuda_graphs.check_best_buckets, "there is no room for a batch of 8")(lambda counts, k: sorted(counts, key=lambda n: -counts[n])[1:k+1])
+wrong(cuda_graphs.check_best_buckets, "are enough, for example with")(lambda counts, k: [*sorted(counts)[:k-1], max(counts)])
+wrong(cuda_graphs.check_best_buckets, "are enough, for example with")(               # the largest and the most frequent
+    lambda counts, k: [max(counts), *sorted(set(counts) - {max(counts)}, key=lambda n: -counts[n])[:k-1]])
+wrong(cuda_graphs.check_best_buckets, "gives 4 buckets")(lambda counts, k: sorted(counts))
+
+
+class Recording(cuda_graphs.Tape):
+    def __init__(self, step):
+        super().__init__()
+        with self: step()
+
+    def __call__(self):
+        for op, args, kwargs, out in self.calls:
+            new = op(*args, **kwargs)
+            for old, one in zip(tree_leaves(out), tree_leaves(new)):
+                if old.data_ptr() != one.data_ptr(): old.copy_(one)
+
+
+@right(cuda_graphs.check_record)
+def _(step):
+    step()                               # as a GPU's recorder does, first as usual
+    return Recording(step)
+
+
+wrong(cuda_graphs.check_record, "calls step again")(lambda step: step() or step)
+wrong(cuda_graphs.check_record, "gives None, not a function")(lambda step: step())
+wrong(cuda_graphs.check_record, "does not call step")(lambda step: lambda: None)
+
+
+@wrong(cuda_graphs.check_record, "each result belongs where the first one is")
+def _(step):                             # repeats the operators, and lets their results go
+    with cuda_graphs.Tape() as tape: step()
+    return lambda: [op(*args, **kwargs) for op, args, kwargs, _ in tape.calls] and None
+
+
+@wrong(cuda_graphs.check_record, "what works in place does so once")
+def _(step):
+    with cuda_graphs.Tape() as tape: step()
+
+    def replay():
+        for op, args, kwargs, out in tape.calls:
+            for _ in range(1 + op._schema.is_mutable): new = op(*args, **kwargs)
+            for old, one in zip(tree_leaves(out), tree_leaves(new)): old.copy_(one)
+    return replay
+
+
+@right(cuda_graphs.check_attend)
+def _(q, keys, values, length):          # weights of 0 by hand
+    scores = keys @ q
+    seen = (torch.arange(len(keys)) < length).to(scores.dtype)
+    weights = (scores - torch.where(seen > 0, scores, -1e9).max()).clamp(max=0).exp() * seen
+    return (weights[:, None] * values).sum(0) / weights.sum()
+
+
+wrong(cuda_graphs.check_attend, "recorded with length 3 and replayed with length 5")(
+    lambda q, keys, values, length: (keys[:length] @ q).softmax(0) @ values[:length])
+wrong(cuda_graphs.check_attend, "only the first `length` keys are the text's")(lambda q, keys, values, length: (keys @ q).softmax(0) @ values)
+wrong(cuda_graphs.check_attend, "only the first `length` keys are the text's")(
+    lambda q, keys, values, length: (keys @ q * (torch.arange(len(keys)) < length)).softmax(0) @ values)
+wrong(cuda_graphs.check_attend, "is frozen")(
+    lambda q, keys, values, length: (keys @ q).masked_fill(torch.arange(len(keys)) >= int(length), -torch.inf).softmax(0) @ values)
+
+
+# ---- 15, LLM
+
+@right(llm.check_perplexity)
+def _(entries, tokens):
+    likely = [entry[token].logprob for entry, token in zip(entries[1:], tokens[1:])]
+    return float(np.exp(-np.mean(likely)))
+
+
+def perplexity_by(entries, tokens, of=lambda entry, token: entry[token].logprob, count=lambda n: n):
+    return np.exp(-sum(of(e, t) for e, t in zip(entries[1:], tokens[1:])) / count(len(tokens) - 1)).item()
+
+
+wrong(llm.check_perplexity, "of tokens of probability 1/2 and 1/8")(lambda *a: perplexity_by(*a, count=lambda n: n + 1))
+wrong(llm.check_perplexity, "of tokens of probability 1/2 and 1/8")(lambda *a: perplexity_by(*a, count=lambda n: 1))
+wrong(llm.check_perplexity, "whose entry also has the best one")(lambda *a: perplexity_by(*a, of=lambda e, t: next(iter(e.values())).logprob))
+wrong(llm.check_perplexity, "raises TypeError")(lambda entries, tokens: np.exp(-np.mean([e[t].logprob for e, t in zip(entries, tokens)])))
+
+
+@right(llm.check_whole_words)
+def _(pieces):                           # one word at a time
+    word = ""
+    for char in (char for piece in pieces for char in piece):
+        word += char
+        if char == " ":
+            yield word
+            word = ""
+    yield word
+
+
+wrong(llm.check_whole_words, "was given on")(lambda pieces: pieces)
+wrong(llm.check_whole_words, "and not later")(lambda pieces: re.findall(r"\S* ?", "".join(pieces)))
+
+
+@wrong(llm.check_whole_words, "at the end, all of the text")
+def _(pieces):
+    waiting = ""
+    for piece in pieces:
+        *words, waiting = (waiting + piece).split(" ")
+        for word in words: yield word + " "
+
+
+@wrong(llm.check_whole_words, "was given on")
+def _(pieces):                           # without the spaces
+    waiting = ""
+    for piece in pieces:
+        *words, waiting = (waiting + piece).split(" ")
+        yield from words
+    yield waiting
+
+
+wrong(llm.check_whole_words, "Is a `yield` missing?")(lambda pieces: None)
+
+
+@right(llm.check_by_streaming)
+def _(llm, prompts, params):             # one after the other
+    return ["".join(piece["text"] for piece in llm.stream(prompt, params)) for prompt in prompts]
+
+
+def streamed_texts(llm, prompts, params, key=lambda piece: piece.request_id, order=sorted):
+    texts = {}
+    for piece in llm.stream(prompts, params): texts[key(piece)] = texts.get(key(piece), "") + piece["text"]
+    return [texts[name] for name in order(texts)]
+
+
+wrong(llm.check_by_streaming, "after '9' comes '10'")(streamed_texts)
+wrong(llm.check_by_streaming, "equal prompts are requests of their own")(
+    lambda llm, prompts, params: streamed_texts(llm, prompts, params, lambda piece: piece.prompt, lambda texts: prompts))
+wrong(llm.check_by_streaming, "use nothing but `stream`")(lambda llm, prompts, params: [out["text"] for out in llm.generate(prompts, params)])
+
+
+@wrong(llm.check_by_streaming, "gives")
+def _(llm, prompts, params):             # the last piece only
+    last = {piece.request_id: piece["text"] for piece in llm.stream(prompts, params)}
+    return [last[name] for name in sorted(last, key=int)]
+
+
+@right(llm.check_ended)
+def _(engine, requests):
+    return progress(engine, requests)
+
+
+def each_ended(engine, requests, given=lambda waiting: [r for r in waiting if r.finished], whom=None, always=True):
+    waiting = list(requests)
+    for request in requests: engine.add(request)
+    try:
+        while waiting:
+            if not any(r.finished for r in waiting): engine.step()
+            for request in given(waiting):
+                waiting.remove(request)
+                yield request
+        whole = True
+    except GeneratorExit:
+        whole = always
+        raise
+    finally:
+        for name in [r.request_id for r in requests] if whom is None else whom(engine):
+            if always or whole: engine.abort(name)
+
+
+right(llm.check_ended)(each_ended)
+wrong(llm.check_ended, "abort only your own")(lambda *a: each_ended(*a, whom=lambda engine: list(engine.requests)))
+wrong(llm.check_ended, "was closed, the engine still has the requests")(lambda *a: each_ended(*a, whom=lambda engine: []))
+wrong(llm.check_ended, "is given before it has ended")(lambda *a: each_ended(*a, given=lambda waiting: waiting[:1]))
+wrong(llm.check_ended, "with `yield`")(lambda engine, requests: requests)
+
+
+@wrong(llm.check_ended, "give each when it ends")
+def _(engine, requests):
+    yield from sorted(each_ended(engine, requests), key=lambda r: r.request_id)
+
+
+@wrong(llm.check_ended, "left by an exception, the engine still has the requests")
+def _(engine, requests):                 # thinks of closing only
+    waiting = list(requests)
+    for request in requests: engine.add(request)
+    try:
+        while waiting:
+            while not any(r.finished for r in waiting): engine.step()
+            done = next(r for r in waiting if r.finished)
+            waiting.remove(done)
+            yield done
+    except GeneratorExit:
+        for request in requests: engine.abort(request.request_id)
+
+
+@wrong(llm.check_ended, "a request may end in a step that another reader has asked for")
+def _(engine, requests):                 # looks only at what has ended in its own step
+    try:
+        for request in requests: engine.add(request)
+        while not all(r.finished for r in requests):
+            before = [r.finished for r in requests]
+            engine.step()
+            for ended, request in zip(before, requests):
+                if request.finished and not ended: yield request
+    finally:
+        for request in requests: engine.abort(request.request_id)
+
+
+# ---- 16, the benchmark
+
+right(benchmark.check_even_context)(lambda batch, weights, token: weights / token / batch)
+wrong(benchmark.check_even_context, "32 texts of that length")(lambda batch, weights, token: weights / token)
+wrong(benchmark.check_even_context, "gives 364, expected 364.")(lambda batch, weights, token: weights // (batch * token) // 1)
+
+
+def roof(batch, context, weights, itemsize, token, bandwidth, peak, join=max, kv=True, tokens=True):
+    read = (weights * itemsize + batch * context * token * kv) / bandwidth
+    return (batch if tokens else 1) / join(read, 2 * batch * weights / peak)
+
+
+right(benchmark.check_bound)(lambda *a: min(roof(*a, join=lambda read, computed: read), roof(*a, join=lambda read, computed: computed)))
+wrong(benchmark.check_bound, "computes for")(lambda *a: roof(*a, join=lambda read, computed: read + computed))
+wrong(benchmark.check_bound, "computes for")(lambda *a: roof(*a, join=min))
+wrong(benchmark.check_bound, "(10, 100, 134515008")(lambda *a: roof(*a, kv=False))
+wrong(benchmark.check_bound, "and gives 32 tokens")(lambda *a: roof(*a, tokens=False))
+
+right(benchmark.check_padding_ratio)(
+    lambda prompts, outputs: len(prompts) * max(prompts) / sum(prompts + outputs) + len(prompts) * max(outputs) / sum(prompts + outputs))
+wrong(benchmark.check_padding_ratio, "as wide as the longest prompt and as long as the longest output")(
+    lambda prompts, outputs: len(prompts) * max(p + o for p, o in zip(prompts, outputs)) / sum(prompts + outputs))
+wrong(benchmark.check_padding_ratio, "expected")(lambda prompts, outputs: sum(prompts + outputs) / len(prompts) / (max(prompts) + max(outputs)))
+
+
+@right(benchmark.check_output_rate)
+def _(generate, work, clock):
+    times = [clock()]
+    outputs = generate(work)
+    times.append(clock())
+    for ids, params in zip(outputs, work.params, strict=True):
+        if len(ids) != params.max_tokens: raise ValueError("not all of the work")
+    return work.num_output_tokens / (times[1] - times[0])
+
+
+def rate_of(generate, work, clock, tokens=lambda work: work.num_output_tokens, strict=True, compare=lambda n, wanted: n == wanted):
+    start = clock()
+    outputs = generate(work)
+    for ids, params in zip(outputs, work.params, strict=strict):
+        if not compare(len(ids), params.max_tokens): raise ValueError
+    return tokens(work) / (clock() - start)
+
+
+wrong(benchmark.check_output_rate, "is 22.5, expected 5.0")(
+    lambda *a: rate_of(*a, tokens=lambda work: work.num_prompt_tokens + work.num_output_tokens))
+wrong(benchmark.check_output_rate, "though an output is missing")(lambda *a: rate_of(*a, strict=False))
+wrong(benchmark.check_output_rate, "though the first is too long")(lambda *a: rate_of(*a, compare=lambda n, wanted: n >= wanted))
+wrong(benchmark.check_output_rate, "though the second output is too short")(lambda *a: rate_of(*a, compare=lambda n, wanted: True))
+
+
+@right(benchmark.check_found_again)
+def _(prompts, size):                    # by comparing with all that came before
+    found = 0
+    for i, prompt in enumerate(prompts):
+        common = [next((n for n, (a, b) in enumerate(zip(p, prompt)) if a != b), min(len(p), len(prompt))) for p in prompts[:i]]
+        blocks = [min(n, len(prompt) - 1) // size for n in common]
+        found += size * max(blocks, default=0)
+    return found
+
+
+def found_by(prompts, size, key=lambda prompt, i, size: tuple(prompt[:(i + 1) * size]), leave=1):
+    cached, found = set(), 0
+    for prompt in prompts:
+        for i in range((len(prompt) - leave) // size):
+            if key(prompt, i, size) not in cached: break
+            found += size
+        cached.update(key(prompt, i, size) for i in range(len(prompt) // size))
+    return found
+
+
+wrong(benchmark.check_found_again, "the same tokens at another place")(
+    lambda *a: found_by(*a, key=lambda prompt, i, size: tuple(prompt[i * size:(i + 1) * size])))
+wrong(benchmark.check_found_again, "a prompt that fills its blocks, twice")(lambda *a: found_by(*a, leave=0))
+wrong(benchmark.check_found_again, "a common system prompt")(
+    lambda prompts, size: sum((len(p) - 1) // size * size for i, p in enumerate(prompts) if p in prompts[:i]))
+
+
+# ---- 17, under load
+
+right(latency.check_longest_gap)(lambda n, tpot: sum([tpot] * (n - 1)))
+wrong(latency.check_longest_gap, "64 tokens have 63 gaps")(lambda n, tpot: n * tpot)
+wrong(latency.check_longest_gap, "all but one may be 0")(lambda n, tpot: tpot)
+
+
+@right(latency.check_what_a_reader_sees)
+def _(arrival, tokens):
+    gaps = [b - a for a, b in zip(tokens, tokens[1:])]
+    return [tokens[0] - arrival, sum(gaps) / len(gaps) if gaps else None, max(gaps, default=None)]
+
+
+def seen_by_reader(arrival, tokens, first=lambda arrival, tokens: tokens[0] - arrival, divide=lambda n: n - 1):
+    if len(tokens) == 1: return first(arrival, tokens), None, None
+    return first(arrival, tokens), (tokens[-1] - tokens[0]) / divide(len(tokens)), max(np.diff(tokens))
+
+
+wrong(latency.check_what_a_reader_sees, "gives a time per output token of 1.5")(lambda *a: seen_by_reader(*a, divide=lambda n: n))
+wrong(latency.check_what_a_reader_sees, "gives a time to the first token of 12.0")(lambda *a: seen_by_reader(*a, first=lambda arrival, tokens: tokens[0]))
+wrong(latency.check_what_a_reader_sees, "raises ValueError")(
+    lambda arrival, tokens: (tokens[0] - arrival, np.diff(tokens).sum() / max(len(tokens) - 1, 1), max(np.diff(tokens))))
+
+
+@right(latency.check_waits)
+def _(arrivals, seconds):                # Lindley's recursion
+    found = [0.]
+    for i in range(1, len(arrivals)): found.append(max(0, found[-1] + seconds[i - 1] - (arrivals[i] - arrivals[i - 1])))
+    return np.array(found)
+
+
+wrong(latency.check_waits, "and all before it are done")(lambda arrivals, seconds: [sum(seconds[:i]) for i in range(len(seconds))])
+wrong(latency.check_waits, "in waits([1.0, 1.0, 1.0], [2.0, 3.0, 4.0]), all at once, request 2")(   # sees only the one before
+    lambda arrivals, seconds: [max(0., (arrivals[i - 1] + seconds[i - 1] if i else 0.) - at) for i, at in enumerate(arrivals)])
+wrong(latency.check_waits, "request 0 waits 1.000 s, expected 0.000")(
+    lambda arrivals, seconds: [max(sum(seconds[:i + 1]) - at, 0.) for i, at in enumerate(arrivals)])
+
+
+def serving(engine, requests, arrivals, clock, sleep, early=False, after=True, naps=lambda wait: wait, busy=lambda engine: engine.requests, until_all=True):
+    coming, lines = list(zip(arrivals, requests)), [[] for _ in requests]
+    while coming or (engine.requests and until_all):
+        while coming and (early or coming[0][0] <= clock()): engine.add(coming.pop(0)[1])
+        before = clock()
+        if busy(engine): engine.step()
+        else: sleep(naps(coming[0][0] - clock()))
+        for request, line in zip(requests, lines):
+            line.extend([clock() if after else before] * (request.num_generated_tokens - len(line)))
+    return lines
+
+
+right(latency.check_serve)(serving)
+right(latency.check_serve)(lambda *a: serving(*a, naps=lambda wait: min(wait, .05)))      # looks in now and then
+wrong(latency.check_serve, "it arrives only at")(lambda *a: serving(*a, early=True))
+wrong(latency.check_serve, "read the clock after the step")(lambda *a: serving(*a, after=False))
+wrong(latency.check_serve, "there is nothing to compute")(lambda *a: serving(*a, busy=lambda engine: True))
+wrong(latency.check_serve, "has all of its tokens")(lambda *a: serving(*a, until_all=False))
+
+
+@wrong(latency.check_serve, "it has arrived by then")
+def _(engine, requests, arrivals, clock, sleep):         # the next one only when the engine is idle
+    lines = []
+    for request, at in zip(requests, arrivals):
+        if at > clock(): sleep(at - clock())
+        engine.add(request)
+        lines.append([])
+        while engine.requests:
+            engine.step()
+            lines[-1].append(clock())
+    return lines
+
+
+# ---- 18, the command line
+
+@right(cli.check_add_stop)
+def _(parser):
+    parser.argument_default = argparse.SUPPRESS
+    parser.add_argument("--stop", action="extend", nargs=1, type=str)
+
+
+wrong(cli.check_add_stop, "is parsed to {'stop': 'b'}")(lambda parser: parser.add_argument("--stop", default=argparse.SUPPRESS))
+wrong(cli.check_add_stop, "leaves no trace")(lambda parser: parser.add_argument("--stop", action="append"))
+wrong(cli.check_add_stop, "expected {'stop': ['a', 'b']}")(lambda parser: parser.add_argument("--stop", nargs="+", default=argparse.SUPPRESS))
+
+
+@right(cli.check_number_of)
+def _(text):
+    match = re.fullmatch(r"(\d+)([kKmM]?)", text)
+    if match is None: raise argparse.ArgumentTypeError(f"{text!r} is no number")
+    return int(match[1]) << {"": 0, "k": 10, "m": 20}[match[2].lower()]
+
+
+wrong(cli.check_number_of, "number_of('8K') raises ValueError")(lambda text: int(text.replace("k", "")) * 1024**("k" in text))
+wrong(cli.check_number_of, "'8kk' is taken for")(
+    lambda text: int(text.lower().rstrip("km")) * dict(k=2**10, m=2**20).get(text[-1:].lower(), 1))
+wrong(cli.check_number_of, "number_of('100') gives 100.0")(float)
+wrong(cli.check_number_of, "bad text has to raise a ValueError")(
+    lambda text: int(text[:-1]) * {"k": 2**10, "m": 2**20}[text[-1].lower()] if not text[-1].isdigit() else int(text))
+
+
+@right(cli.check_add_table)
+def _(parser, table):                    # two switches by hand
+    for name, (kind, text) in table.items():
+        option, others = name.replace("_", "-"), dict(default=argparse.SUPPRESS, dest=name)
+        if kind is not bool:
+            parser.add_argument(f"--{option}", type=kind, help=text, **others)
+            continue
+        parser.add_argument(f"--{option}", action="store_true", help=text, **others)
+        parser.add_argument(f"--no-{option}", action="store_false", **others)
+
+
+def adding(parser, table, dashes=True, suppress=True, switch=True, kinds=True, helps=True):
+    for name, (kind, text) in table.items():
+        form = dict(action=argparse.BooleanOptionalAction) if kind is bool and switch else dict(type=kind if kinds else str)
+        parser.add_argument("--" + (name.replace("_", "-") if dashes else name), default=argparse.SUPPRESS if suppress else None,
+                            help=text if helps else None, **form)
+
+
+wrong(cli.check_add_table, "leaves no trace")(lambda *a: adding(*a, suppress=False))
+wrong(cli.check_add_table, "['--max-tokens', '5'] is refused")(lambda *a: adding(*a, dashes=False))
+wrong(cli.check_add_table, "['--async-scheduling'] is refused")(lambda *a: adding(*a, switch=False))
+wrong(cli.check_add_table, "expected {'max_tokens': 5}")(lambda *a: adding(*a, kinds=False))
+wrong(cli.check_add_table, "--help does not say")(lambda *a: adding(*a, helps=False))
+
+
+@right(cli.check_exit_code)
+def _(command):
+    code, said = 0, ""
+    try: command()
+    except KeyboardInterrupt: code = 130
+    except ValueError as error: code, said = 2, str(error)
+    except RuntimeError as error: code, said = 2, str(error)
+    if said: print(f"nano-vllm: {said}", file=sys.stderr)
+    return code
+
+
+def ending(command, kinds=(ValueError, RuntimeError), file=None, interrupted=130, fine=0):
+    try: command()
+    except kinds as error:
+        print(f"error: {error}", file=file or sys.stderr)
+        return 2
+    except KeyboardInterrupt: return interrupted
+    return fine
+
+
+wrong(cli.check_exit_code, "hide no bugs")(lambda command: ending(command, kinds=Exception))
+wrong(cli.check_exit_code, "raises RuntimeError('no g++')")(lambda command: ending(command, kinds=ValueError))
+wrong(cli.check_exit_code, "messages go to standard error")(lambda command: ending(command, file=sys.stdout))
+wrong(cli.check_exit_code, "gives None, expected 0")(lambda command: ending(command, fine=None))
+wrong(cli.check_exit_code, "gives 2, expected 130")(lambda command: ending(command, interrupted=2))
+
+
+# ---- 07, Triton kernels
+
+right(triton_attention.check_side_traffic)(lambda split, group, dim, itemsize: 4 * group * (1 + 2 / dim) / (split * itemsize))
+wrong(triton_attention.check_side_traffic, "are written and read again")(lambda split, group, dim, itemsize: 4 * group * (dim + 2) / (2 * split * dim * itemsize))
+wrong(triton_attention.check_side_traffic, "256 keys and values")(lambda split, group, dim, itemsize: 8 * group * (dim + 2) / (split * dim * itemsize))
+
+right(triton_attention.check_unnoticed)((7., 0., 1., 2., 7., 7., -3., 0., 7.))
+wrong(triton_attention.check_unnoticed, "there is one split only")([1, 2, 3, 4])
+wrong(triton_attention.check_unnoticed, "all of your scores are equal")([2.] * 8)
+wrong(triton_attention.check_unnoticed, "the best scores of the splits are [5.0, 4.0]")([1, 5, 2, 3, 4, 0, 0, 1])
+
+
+@right(triton_attention.check_join)
+def _(states):                           # one after the other
+    best, mass, acc = states[0]
+    for other, more, part in states[1:]:
+        top = max(best, other)
+        a, b = (np.exp(x - top) if x > -np.inf else 0. for x in (best, other))
+        best, mass, acc = top, a * mass + b * more, a * acc + b * part
+    return best, mass, acc
+
+
+def joined(states, shrink=lambda x, best: np.exp(x - best), top=max, keep_mass=False):
+    best = top(x for x, *_ in states)
+    factors = [shrink(x, best) for x, *_ in states]
+    return best, sum(m * (1 if keep_mass else f) for f, (_, m, _) in zip(factors, states)), sum(f * acc for f, (*_, acc) in zip(factors, states))
+
+
+wrong(triton_attention.check_join, "relative to its own best score")(lambda states: joined(states, keep_mass=True))
+wrong(triton_attention.check_join, "has the best score")(lambda states: joined(states, top=lambda bests: list(bests)[0]))
+
+
+@wrong(triton_attention.check_join, "join of large scores has nan")
+def _(states):                           # relative to no score at all
+    best = max(b for b, *_ in states)
+    mass, acc = (sum(math.exp(state[0]) * state[i] for state in states) for i in (1, 2))
+    return best, mass / math.exp(best), acc / math.exp(best)
+
+
+@right(triton_attention.check_decode)
+def _(q, read, context, split):          # online, from the last split to the first
+    best, mass, acc = torch.tensor(-3e38), 0., 0.
+    for begin in reversed(range(0, context, split)):
+        keys, values = read(begin, min(begin + split, context))
+        scores = keys @ q
+        top = torch.maximum(best, scores.max())
+        p, shrink = (scores - top).exp(), (best - top).exp()
+        best, mass, acc = top, mass * shrink + p.sum(), acc * shrink + p @ values
+    return acc / mass
+
+
+def in_splits(q, read, context, split, shrink=True, whole=False, end=lambda n, context: min(n, context)):
+    parts = [read(begin, end(begin + split, context)) for begin in range(0, context, context if whole else split)]
+    logs = torch.stack([(keys @ q).logsumexp(0) for keys, _ in parts])
+    outs = torch.stack([(keys @ q).softmax(0) @ values for keys, values in parts])
+    return logs.softmax(0) @ outs if shrink else outs.mean(0)
+
+
+right(triton_attention.check_decode)(in_splits)
+wrong(triton_attention.check_decode, "shrink each part's mass and acc")(lambda *a: in_splits(*a, shrink=False))
+wrong(triton_attention.check_decode, "for a context of 10")(lambda *a: in_splits(*a, end=lambda n, context: n))
+wrong(triton_attention.check_decode, "in splits that begin at multiples of their length")(
+    lambda q, read, context, split: in_splits(q, read, context, -(-context // 2)))
+
+
+@right(triton_attention.check_list_work)
+def _(num_items, capacity):
+    ends = torch.cumsum(num_items, 0)
+    return F.pad(ends, (1, 0)), (torch.arange(capacity)[:, None] >= ends).sum(1)
+
+
+wrong(triton_attention.check_list_work, "gives item_seq")(
+    lambda n, capacity: (F.pad(n.cumsum(0), (1, 0)), torch.searchsorted(n.cumsum(0), torch.arange(capacity))))
+wrong(triton_attention.check_list_work, "gives first_item")(
+    lambda n, capacity: (n.cumsum(0), torch.searchsorted(n.cumsum(0), torch.arange(capacity), right=True)))
+wrong(triton_attention.check_list_work, "recorded with [4, 1, 2] and repeated with [1, 0, 3]")(
+    lambda n, capacity: (F.pad(n.cumsum(0), (1, 0)), torch.tensor(
+        [i for i, k in enumerate(n.tolist()) for _ in range(k)] + [len(n)] * (capacity - int(n.sum())))))
+wrong(triton_attention.check_list_work, "asks for other shapes, or for numbers on the host")(
+    lambda n, capacity: (F.pad(n.cumsum(0), (1, 0)), F.pad(torch.arange(len(n)).repeat_interleave(n), (0, capacity - int(n.sum())), value=len(n))))
