@@ -1,0 +1,139 @@
+"""The exercises of the parts "Faster" and "Many devices": each check accepts other right answers, and says what is wrong with wrong ones.
+
+What holds for the notebooks of all chapters with solutions stands in test_exercises.py."""
+import pytest
+import torch
+
+from solutions.checks import WrongAnswer, cpu_attention
+from test_exercises import name_of
+
+MODULES = [cpu_attention]
+CHECKS = {name: check for module in MODULES for name, check in vars(module).items() if name.startswith("check_")}
+ANSWERS = []     # (check, answer, what the message names, or None for a right answer)
+
+
+def right(check):
+    def note(answer): ANSWERS.append((check, answer, None)); return answer
+    return note
+
+
+def wrong(check, says):
+    def note(answer): ANSWERS.append((check, answer, says)); return answer
+    return note
+
+
+# ---- 23, attention in tiles
+
+@right(cpu_attention.check_diagonal_share)
+def _(n, rows, keys):            # with a matrix of tiles
+    row, first = torch.arange(0, n, rows)[:, None], torch.arange(0, n, keys)
+    computed = first < row + rows
+    return ((first + keys - 1 > row) & computed).sum().item() / computed.sum().item()
+
+
+wrong(cpu_attention.check_diagonal_share, "those in the future are not computed")(
+    lambda n, rows, keys: cpu_attention.kinds(n, rows, keys)[0] / (-(-n // rows) * -(-n // keys)))
+wrong(cpu_attention.check_diagonal_share, "tiles are on the diagonal and")(
+    lambda n, rows, keys: cpu_attention.kinds(n, rows, keys)[0] / cpu_attention.kinds(n, rows, keys)[1])
+wrong(cpu_attention.check_diagonal_share, "(24, 4, 6) gives 1")(lambda n, rows, keys: 1)
+
+
+@right(cpu_attention.check_bytes_read)
+def _(n, tile, dim, size):       # full tiles by their sum, and the rest
+    full = n // tile
+    return 2 * dim * size * (tile * full * (full + 1) // 2 + (n if n % tile else 0))
+
+
+wrong(cpu_attention.check_bytes_read, "(7, 3, 64, 4)")(lambda n, tile, dim, size: 2 * dim * size * sum(range(tile, n + 1, tile)))
+wrong(cpu_attention.check_bytes_read, "a key and a value")(lambda n, tile, dim, size: dim * size * sum(min(i + tile, n) for i in range(0, n, tile)))
+wrong(cpu_attention.check_bytes_read, "end before the positions [3, 6]")(
+    lambda n, tile, dim, size: 2 * dim * size * (n if tile > 1 else n * (n + 1) // 2))
+
+
+@right(cpu_attention.check_find_pieces)
+def _(rows, most):               # text by text
+    begins, start = [], 0
+    for row in dict.fromkeys(rows):
+        n = rows.count(row)
+        begins += range(start, start + n, most)
+        start += n
+    return (*begins, start)
+
+
+wrong(cpu_attention.check_find_pieces, "the last number is where the last piece ends")(
+    lambda rows, most: [i for i in range(len(rows)) if i == 0 or rows[i] != rows[i - 1]])
+wrong(cpu_attention.check_find_pieces, "counted from its own beginning")(
+    lambda rows, most: [i for i in range(len(rows)) if i % most == 0 or rows[i] != rows[i - 1]] + [len(rows)])
+wrong(cpu_attention.check_find_pieces, "at most 3 tokens")(
+    lambda rows, most: [i for i in range(len(rows)) if i == 0 or rows[i] != rows[i - 1]] + [len(rows)])
+
+
+@right(cpu_attention.check_attend_tile)
+def _(q, take, end, width, window):          # everything taken, then all at once
+    at = torch.arange(end - len(q), end)[:, None]
+    start = 0 if window is None else max(0, end - len(q) - window + 1)
+    keys, values = (torch.cat(x) for x in zip(*(take(i, min(end, i + width)) for i in range(start, end, width))))
+    p = torch.arange(start, end)
+    hidden = (p > at) | (p <= at - (window or end))
+    return (q @ keys.T).masked_fill(hidden, -torch.inf).softmax(-1) @ values
+
+
+def in_tiles(q, take, end, width, window, first_row=lambda end, rows: end - rows, low=-1e30, shrink=True, start=True, cut=True):
+    "A tile of queries; the arguments after `window` break it."
+    at = torch.arange(first_row(end, len(q)), first_row(end, len(q)) + len(q))[:, None]
+    starts = (at - window + 1).clamp(min=0) if window else at * 0
+    best, mass, total = torch.full(at.shape, low), torch.zeros(at.shape), torch.zeros_like(q)
+    for first in range(int(starts[0]) if start else 0, end, width):
+        keys, values = take(first, min(first + width, end))
+        p = torch.arange(first, first + len(keys))
+        scores = q @ keys.T
+        if cut: scores = scores.masked_fill((p < starts) | (p > at), -torch.inf)
+        new = torch.maximum(best, scores.amax(1, keepdim=True))
+        weights, keep = (scores - new).exp(), (best - new).exp() if shrink else 1
+        mass, total, best = mass * keep + weights.sum(1, keepdim=True), total * keep + weights @ values, new
+    return total / mass
+
+
+right(cpu_attention.check_attend_tile)(in_tiles)
+wrong(cpu_attention.check_attend_tile, "minus infinity less minus infinity")(lambda *a: in_tiles(*a, low=-torch.inf))
+wrong(cpu_attention.check_attend_tile, "old sums shrink")(lambda *a: in_tiles(*a, shrink=False))
+wrong(cpu_attention.check_attend_tile, "3 new tokens after 20 others")(lambda *a: in_tiles(*a, first_row=lambda end, rows: 0))
+wrong(cpu_attention.check_attend_tile, "no row sees anything before 26")(lambda *a: in_tiles(*a, start=False))
+wrong(cpu_attention.check_attend_tile, "row 0 gives")(lambda *a: in_tiles(*a, cut=False))
+
+
+@wrong(cpu_attention.check_attend_tile, "some positions are taken twice")
+def _(q, take, end, width, window):          # rows outside, keys inside
+    return torch.cat([in_tiles(q[i:i + 1], take, end - len(q) + 1 + i, width, window) for i in range(len(q))])
+
+
+def done_at(work, cores):
+    free = [0] * cores
+    for time in work: free[free.index(min(free))] += time
+    return max(free)
+
+
+right(cpu_attention.check_finished)(done_at)
+wrong(cpu_attention.check_finished, "the first core is free at 1")(lambda work, cores: max(sum(work) / cores, max(work, default=0)))
+wrong(cpu_attention.check_finished, "the second core takes the last piece as well")(      # in turns
+    lambda work, cores: max(sum(work[i::cores]) for i in range(cores)))
+wrong(cpu_attention.check_finished, "there is no work")(lambda work, cores: done_at(work, cores) if work else None)
+
+
+# ---- what holds for all
+
+@pytest.mark.parametrize("case", ANSWERS, ids=name_of)
+def test_check_accepts_right_answers_and_says_what_is_wrong_with_others(case, capsys):
+    check, answer, says = case
+    if says is None:
+        check(answer)
+        assert capsys.readouterr().out.startswith(f"{check.__name__}: right")
+        return
+    with pytest.raises(WrongAnswer) as told: check(answer)
+    assert says in str(told.value)
+
+
+def test_every_check_has_been_tried_with_right_and_wrong_answers():
+    for name, check in CHECKS.items():
+        says = [says for tried, _, says in ANSWERS if tried is check]
+        assert None in says and len(set(says) - {None}) >= 2, f"{name}: {len(says)} answers"
