@@ -1,13 +1,15 @@
 """The exercises of the parts "Faster" and "Many devices": each check accepts other right answers, and says what is wrong with wrong ones.
 
 What holds for the notebooks of all chapters with solutions stands in test_exercises.py."""
+import math
+
 import pytest
 import torch
 
-from solutions.checks import WrongAnswer, cpu_attention
+from solutions.checks import WrongAnswer, bfloat16, cpu_attention
 from test_exercises import name_of
 
-MODULES = [cpu_attention]
+MODULES = [bfloat16, cpu_attention]
 CHECKS = {name: check for module in MODULES for name, check in vars(module).items() if name.startswith("check_")}
 ANSWERS = []     # (check, answer, what the message names, or None for a right answer)
 
@@ -20,6 +22,70 @@ def right(check):
 def wrong(check, says):
     def note(answer): ANSWERS.append((check, answer, says)); return answer
     return note
+
+
+# ---- 21, bfloat16 weights
+
+right(bfloat16.check_tokens_per_second)(lambda weights, size, bandwidth, texts: texts / (weights * size / bandwidth))
+wrong(bfloat16.check_tokens_per_second, "a step reads 4.96e+09 bytes")(lambda weights, size, bandwidth, texts: texts * bandwidth / weights)
+wrong(bfloat16.check_tokens_per_second, "gives each of 8 texts a token")(lambda weights, size, bandwidth, texts: bandwidth / (weights * size))
+
+
+@right(bfloat16.check_round_to_bfloat16)
+def _(x):                        # the neighbours below and above, by their distance
+    bits = x.view(torch.int32)
+    below = bits & -65536
+    rest = bits - below
+    up = (rest > 0x8000) | (rest == 0x8000) & (below >> 16 & 1 == 1)
+    return torch.where(up, below + 0x10000, below).view(torch.float32)
+
+
+def rounded(x, add): return ((x.view(torch.int32) + add(x)) & -65536).view(torch.float32)
+
+
+right(bfloat16.check_round_to_bfloat16)(lambda x: x.bfloat16().float())
+wrong(bfloat16.check_round_to_bfloat16, "nearer to the one above: 0.100000001 becomes 0.0996")(lambda x: rounded(x, lambda x: 0))
+wrong(bfloat16.check_round_to_bfloat16, "halfway, and the one below is even")(lambda x: rounded(x, lambda x: 0x8000))
+wrong(bfloat16.check_round_to_bfloat16, "halfway, and the one above is even")(lambda x: rounded(x, lambda x: 0x7fff))
+wrong(bfloat16.check_round_to_bfloat16, "gives torch.bfloat16")(lambda x: x.bfloat16())
+
+
+@wrong(bfloat16.check_round_to_bfloat16, "changes what it is given")
+def _(x):
+    bits = x.view(torch.int32)
+    bits += 0x7fff + (bits >> 16 & 1)
+    bits &= -65536
+    return x
+
+
+@right(bfloat16.check_pair_product)
+def _(x, pairs):                 # the halves put back into one weight
+    low, high = (half.view(torch.float32) for half in (pairs << 16, pairs >> 16 << 16))
+    return x @ torch.stack([low, high], -1).flatten(1).T
+
+
+right(bfloat16.check_pair_product)(lambda x, pairs: x @ pairs.view(torch.bfloat16).float().T)
+wrong(bfloat16.check_pair_product, "still has the lower one behind it")(
+    lambda x, pairs: x[:, 0::2] @ (pairs << 16).view(torch.float32).T + x[:, 1::2] @ pairs.view(torch.float32).T)
+wrong(bfloat16.check_pair_product, "the first input of a pair is its lower half")(
+    lambda x, pairs: x[:, 1::2] @ (pairs << 16).view(torch.float32).T + x[:, 0::2] @ (pairs & -65536).view(torch.float32).T)
+wrong(bfloat16.check_pair_product, "raises RuntimeError")(lambda x, pairs: x @ (pairs << 16).view(torch.float32).T)
+wrong(bfloat16.check_pair_product, "is off by")(         # in bfloat16 throughout
+    lambda x, pairs: x.bfloat16() @ pairs.view(torch.bfloat16).T)
+
+
+@right(bfloat16.check_swallowed)
+def _(total):                    # half a step, or the number just below it
+    number = torch.tensor(total).bfloat16()
+    half = (torch.nextafter(number, torch.tensor(torch.inf).bfloat16()) - number) / 2
+    odd = number.view(torch.int16) & 1
+    return (half.view(torch.int16) - odd).view(torch.bfloat16).item()
+
+
+wrong(bfloat16.check_swallowed, "goes to the number whose last bit is 0")(lambda total: 2.**(math.floor(math.log2(total)) - 8))
+wrong(bfloat16.check_swallowed, "(256.0) gives 2.0, expected 1.0")(lambda total: 2.**(math.floor(math.log2(total)) - 7))
+wrong(bfloat16.check_swallowed, "(256.0) gives 0.99609375")(
+    lambda total: (1 - 2**-8) * 2.**(math.floor(math.log2(total)) - 8))
 
 
 # ---- 23, attention in tiles
