@@ -6,10 +6,11 @@ import math
 import pytest
 import torch
 
-from solutions.checks import WrongAnswer, bfloat16, cpu_attention
+from nano_vllm.cpu_kernels import CAN_BUILD
+from solutions.checks import WrongAnswer, bfloat16, cpu_attention, cpu_products
 from test_exercises import name_of
 
-MODULES = [bfloat16, cpu_attention]
+MODULES = [cpu_products, bfloat16, cpu_attention]
 CHECKS = {name: check for module in MODULES for name, check in vars(module).items() if name.startswith("check_")}
 ANSWERS = []     # (check, answer, what the message names, or None for a right answer)
 
@@ -22,6 +23,85 @@ def right(check):
 def wrong(check, says):
     def note(answer): ANSWERS.append((check, answer, says)); return answer
     return note
+
+
+# ---- 20, products of our own
+
+right(cpu_products.check_uses_of_a_load)(lambda rows, vectors: 1 / (1/rows + 1/vectors))
+wrong(cpu_products.check_uses_of_a_load, "8 numbers of x are loaded")(lambda rows, vectors: rows)
+wrong(cpu_products.check_uses_of_a_load, "gives 0.4583")(lambda rows, vectors: (rows + vectors) / (rows * vectors))
+
+
+@right(cpu_products.check_best_tile)
+def _(registers):                # for each number of vectors, as many rows as fit
+    shapes = [((registers - 1 - v) // v, v) for v in range(1, registers // 2 + 1)]
+    return list(max((s for s in shapes if s[0]), key=lambda s: s[0] * s[1] / sum(s)))
+
+
+wrong(cpu_products.check_best_tile, "33 in all")(lambda registers: (7, 4))
+wrong(cpu_products.check_best_tile, "there is one with 2.50")(lambda registers: (8, 3))
+wrong(cpu_products.check_best_tile, "(5, 5), which needs 5 x 5 registers")(lambda registers: (5, 5))
+wrong(cpu_products.check_best_tile, "not (rows, vectors)")(lambda registers: 25)
+
+
+@right(cpu_products.check_candidates)
+def _(x, u):                     # as the kernel goes
+    best, n = -math.inf, 0
+    for first in range(0, len(x), 16):
+        sums = []
+        for logit, chance in zip(x[first:first + 16].tolist(), u[first:first + 16].tolist()):
+            if chance >= math.exp(min(0, logit - best)): continue
+            n += 1
+            sums.append(logit - math.log(-math.log1p(-chance)))
+        best = max([best, *sums])
+    return n
+
+
+def passing(x, u, noise=lambda u: -(-(-u).log1p()).log(), group=16, moved=True):
+    best = (x + noise(u)).view(-1, group).amax(1).cummax(0).values
+    if moved: best = torch.cat([torch.tensor([-torch.inf], dtype=x.dtype), best[:-1]])
+    return int((u < (x - best.repeat_interleave(group)).exp()).sum())
+
+
+right(cpu_products.check_candidates)(passing)
+wrong(cpu_products.check_candidates, "sixteen tokens, and nothing before them")(lambda x, u: passing(x, u, moved=False))
+wrong(cpu_products.check_candidates, "two groups")(lambda x, u: passing(x, u, noise=lambda u: 0))
+wrong(cpu_products.check_candidates, "changes after each sixteen tokens")(lambda x, u: passing(x, u, group=1))
+
+
+@right(cpu_products.check_tiled_product)
+def _(x, packed, outputs):       # the weight put back into rows
+    weight = packed.transpose(1, 2).flatten(0, 1)[:outputs]
+    return x @ weight.T
+
+
+wrong(cpu_products.check_tiled_product, "has shape (3, 12), expected (3, 10)")(lambda x, packed, outputs: torch.cat([x @ tile for tile in packed], 1))
+wrong(cpu_products.check_tiled_product, "output 1 is number 1 of tile 0")(
+    lambda x, packed, outputs: x @ packed.permute(2, 0, 1).flatten(0, 1)[:outputs].T)
+wrong(cpu_products.check_tiled_product, "raises RuntimeError")(lambda x, packed, outputs: x @ packed.flatten(0, 1)[:outputs].T)
+
+WRITER = """
+static inline auto writer(const Matrix* m, const float* bias, float* y) {
+  return [=](int64_t row, int64_t out, floats sum) { BODY };
+}
+"""
+
+
+def writing(body): return WRITER.replace("BODY", body)
+
+
+right(cpu_products.check_relu_writer)(writing("""
+    for (int i = 0; i < LANES; i++) y[row * m->outputs + out + i] = std::max(0.f, sum[i] + bias[out + i]);"""))
+if CAN_BUILD:
+    place, biased = "*(floats*)(y + row * m->outputs + out) = ", "(sum + *(const floats*)(bias + out))"
+    wrong(cpu_products.check_relu_writer, "this is the sum and the bias without the maximum")(writing(place + biased + ";"))
+    wrong(cpu_products.check_relu_writer, "this is max(sum, 0) without the bias")(writing(place + "sum > 0.f ? sum : floats{};"))
+    wrong(cpu_products.check_relu_writer, "this is max(sum, 0), and then the bias")(
+        writing("sum = sum > 0.f ? sum : floats{};" + place + biased + ";"))
+    wrong(cpu_products.check_relu_writer, "have not been written")(writing(f"floats s = {biased}; if (s[0] > 0) {place} s > 0.f ? s : floats{{}};"))
+    wrong(cpu_products.check_relu_writer, "g++ could not compile")(writing("not C++"))
+wrong(cpu_products.check_relu_writer, "not a string of C++")(None)
+wrong(cpu_products.check_relu_writer, "RELU_WRITE is 7")(7)
 
 
 # ---- 21, bfloat16 weights
