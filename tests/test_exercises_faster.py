@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from nano_vllm.cpu_kernels import CAN_BUILD
-from solutions.checks import WrongAnswer, bfloat16, cpu_attention, cpu_products
+from solutions.checks import WrongAnswer, bfloat16, cpu_attention, cpu_products, quantization
 from test_exercises import name_of
 
-MODULES = [cpu_products, bfloat16, cpu_attention]
+MODULES = [cpu_products, bfloat16, quantization, cpu_attention]
 CHECKS = {name: check for module in MODULES for name, check in vars(module).items() if name.startswith("check_")}
 ANSWERS = []     # (check, answer, what the message names, or None for a right answer)
 
@@ -166,6 +166,106 @@ wrong(bfloat16.check_swallowed, "goes to the number whose last bit is 0")(lambda
 wrong(bfloat16.check_swallowed, "(256.0) gives 2.0, expected 1.0")(lambda total: 2.**(math.floor(math.log2(total)) - 7))
 wrong(bfloat16.check_swallowed, "(256.0) gives 0.99609375")(
     lambda total: (1 - 2**-8) * 2.**(math.floor(math.log2(total)) - 8))
+
+
+# ---- 22, eight bits
+
+right(quantization.check_bits_per_weight)(lambda bits, group: (bits * group + 32) / group)
+wrong(quantization.check_bits_per_weight, "576 weights share the 32 bits of a scale")(lambda bits, group: bits)
+wrong(quantization.check_bits_per_weight, "(8, 576) gives 8.00694")(lambda bits, group: bits + 4 / group)
+
+
+def by_adding(x, number): return (x + number).view(torch.int32).view(torch.uint8).unflatten(-1, (-1, 4))[..., 0].view(torch.int8)
+
+
+right(quantization.check_round_by_adding)(lambda x: by_adding(x, 1.5 * 2**23))
+right(quantization.check_round_by_adding)(lambda x: (x + 1.5 * 2**23 - 1.5 * 2**23).char())
+wrong(quantization.check_round_by_adding, "negative numbers")(lambda x: by_adding(x, 2**23))
+wrong(quantization.check_round_by_adding, "numbers between")(lambda x: x.char())
+wrong(quantization.check_round_by_adding, "half way, which go to the even one")(lambda x: (x + 0.5).floor().char())
+wrong(quantization.check_round_by_adding, "gives torch.int32, expected torch.int8")(lambda x: (x + 1.5 * 2**23).view(torch.int32))
+
+
+@right(quantization.check_round_rows)
+def _(x, bits):                  # row by row
+    top, rows, scales = 2**(bits - 1) - 1, [], []
+    for row in x:
+        largest = row.abs().max().item() or 1.
+        rows.append((row * (top / largest)).round().to(torch.int8))
+        scales.append([largest / top])
+    return torch.stack(rows), torch.tensor(scales)
+
+
+def by_rows(x, bits, top=lambda bits: 2**(bits - 1) - 1, largest=lambda x: x.abs().amax(-1, keepdim=True), least=1e-30, whole=torch.round):
+    scale = largest(x).clamp(min=least).expand(len(x), 1) / top(bits)
+    return whole(x / scale), scale
+
+
+right(quantization.check_round_rows)(by_rows)
+wrong(quantization.check_round_rows, "what is 0 / 0?")(lambda *a: by_rows(*a, least=0))
+wrong(quantization.check_round_rows, "gives numbers up to 128, expected at most 127")(lambda *a: by_rows(*a, top=lambda bits: 2**(bits - 1)))
+wrong(quantization.check_round_rows, "the largest number of each row becomes 127")(lambda *a: by_rows(*a, largest=lambda x: x.abs().amax()))
+wrong(quantization.check_round_rows, "4 bits: round_rows gives numbers up to 127")(lambda *a: by_rows(*a, top=lambda bits: 127))
+wrong(quantization.check_round_rows, "becomes")(lambda *a: by_rows(*a, whole=torch.trunc))
+wrong(quantization.check_round_rows, "which are not whole")(lambda *a: by_rows(*a, whole=lambda x: x))
+wrong(quantization.check_round_rows, "not (numbers, scales)")(lambda x, bits: x)
+
+
+@right(quantization.check_hadamard)
+def _(x):                        # by halves, each rotated by itself
+    n = x.shape[1]
+    if n == 1: return x
+    a, b = x[:, :n // 2], x[:, n // 2:]
+    return torch.cat([_hadamard(a + b), _hadamard(a - b)], 1) / 2**0.5
+
+
+def _hadamard(x): return (x.double() @ quantization.hadamard_matrix(x.shape[1])).float()
+
+
+def in_rounds(x, factor=lambda n: n**-0.5, sign=1):
+    n, half = x.shape[1], 1
+    while half < n:
+        a, b = x.unflatten(1, (-1, 2, half)).unbind(2)
+        x, half = torch.stack([a + b, sign * (a - b)], 2).flatten(1), 2 * half
+    return x * factor(n)
+
+
+right(quantization.check_hadamard)(in_rounds)
+wrong(quantization.check_hadamard, "a rotation keeps it")(lambda x: in_rounds(x, factor=lambda n: 1))
+wrong(quantization.check_hadamard, "sums and differences of numbers 1, 2, 4, ... apart")(lambda x: in_rounds(x, sign=-1))
+
+
+@wrong(quantization.check_hadamard, "changes what it is given")
+def _(x):
+    half = 1
+    while half < x.shape[1]:
+        pairs = x.view(len(x), -1, 2, half)
+        a, b = pairs.unbind(2)
+        pairs.copy_(torch.stack([a + b, a - b], 2))
+        half *= 2
+    return x * x.shape[1]**-0.5
+
+
+@right(quantization.check_int8_product)
+def _(x, weight):                # sums in float64
+    (qx, sx), (qw, sw) = by_rows(x, 8), by_rows(weight, 8)
+    return (qx.double() @ qw.double().T * sx * sw[:, 0]).float()
+
+
+def multiplied(x, weight, kind=torch.int32, rows=by_rows, scales=lambda sx, sw: sx * sw.T):
+    (qx, sx), (qw, sw) = rows(x, 8), by_rows(weight, 8)
+    return (qx.to(kind) @ qw.to(kind).T) * scales(sx, sw)
+
+
+right(quantization.check_int8_product)(multiplied)
+wrong(quantization.check_int8_product, "which does not fit into 8 bits")(lambda *a: multiplied(*a, kind=torch.int8))
+wrong(quantization.check_int8_product, "nothing has been rounded")(lambda x, weight: x @ weight.T)
+wrong(quantization.check_int8_product, "only the scale of the row is in it")(lambda *a: multiplied(*a, scales=lambda sx, sw: sx))
+wrong(quantization.check_int8_product, "has not been scaled by both scales")(lambda *a: multiplied(*a, scales=lambda sx, sw: 1))
+wrong(quantization.check_int8_product, "each row has a scale of its own")(
+    lambda *a: multiplied(*a, rows=lambda x, bits: by_rows(x, bits, largest=lambda x: x.abs().amax())))
+wrong(quantization.check_int8_product, "what is 0 / 0?")(
+    lambda *a: multiplied(*a, kind=torch.float64, rows=lambda x, bits: by_rows(x, bits, least=0)))
 
 
 # ---- 23, attention in tiles
