@@ -2,15 +2,16 @@
 
 What holds for the notebooks of all chapters with solutions stands in test_exercises.py."""
 import math
+from collections import deque
 
 import pytest
 import torch
 
 from nano_vllm.cpu_kernels import CAN_BUILD
-from solutions.checks import WrongAnswer, bfloat16, cpu_attention, cpu_products, quantization
+from solutions.checks import WrongAnswer, bfloat16, cpu_attention, cpu_products, overlapped_loop, quantization
 from test_exercises import name_of
 
-MODULES = [cpu_products, bfloat16, quantization, cpu_attention]
+MODULES = [cpu_products, bfloat16, quantization, cpu_attention, overlapped_loop]
 CHECKS = {name: check for module in MODULES for name, check in vars(module).items() if name.startswith("check_")}
 ANSWERS = []     # (check, answer, what the message names, or None for a right answer)
 
@@ -364,6 +365,108 @@ wrong(cpu_attention.check_finished, "the first core is free at 1")(lambda work, 
 wrong(cpu_attention.check_finished, "the second core takes the last piece as well")(      # in turns
     lambda work, cores: max(sum(work[i::cores]) for i in range(cores)))
 wrong(cpu_attention.check_finished, "there is no work")(lambda work, cores: done_at(work, cores) if work else None)
+
+
+# ---- 25, the overlapped loop
+
+@right(overlapped_loop.check_to_schedule)
+def _(known, expected, computed, max_len):
+    left = known + expected - computed
+    return left - 1 if known + expected == max_len else left
+
+
+wrong(overlapped_loop.check_to_schedule, "can be scheduled")(lambda known, expected, computed, max_len: known - computed)
+wrong(overlapped_loop.check_to_schedule, "the last permitted one")(lambda known, expected, computed, max_len: known + expected - computed)
+wrong(overlapped_loop.check_to_schedule, "(6, 1, 6, 20) gives -1")(lambda known, expected, computed, max_len: known - expected - computed)
+
+
+@right(overlapped_loop.check_wasted_rows)
+def _(answers, depth):           # row by row
+    rows = 0
+    for tokens, stopped, most in answers:
+        for ahead in range(1, depth): rows += stopped and tokens + ahead <= most
+    return rows
+
+
+wrong(overlapped_loop.check_wasted_rows, "the host can count")(lambda answers, depth: (depth - 1) * len(answers))
+wrong(overlapped_loop.check_wasted_rows, "only one more token was permitted")(lambda answers, depth: (depth - 1) * sum(stopped for _, stopped, _ in answers))
+wrong(overlapped_loop.check_wasted_rows, "nothing is launched on trust")(lambda answers, depth: sum(stopped for _, stopped, _ in answers))
+
+
+@right(overlapped_loop.check_end_of_run)
+def _(hosts, devices, depth):    # each step's end from the two before it that matter
+    def host_end(i): return 0 if i < 0 else max(host_end(i - 1), device_end(i - depth)) + hosts[i]
+    def device_end(i): return 0 if i < 0 else max(host_end(i), device_end(i - 1)) + devices[i]
+    return device_end(len(hosts) - 1)
+
+
+wrong(overlapped_loop.check_end_of_run, "in turn; the host begins")(lambda hosts, devices, depth: hosts[0] + sum(map(max, hosts[1:] + [0], devices)))
+wrong(overlapped_loop.check_end_of_run, "the host's work is hidden but for the first")(lambda hosts, devices, depth: sum(hosts) + sum(devices))
+wrong(overlapped_loop.check_end_of_run, "a single step has nothing")(lambda hosts, devices, depth: sum(map(max, hosts, devices)))
+
+
+@wrong(overlapped_loop.check_end_of_run, "the host is slow once")
+def _(hosts, devices, depth):    # the host never waits
+    host_free = end = 0
+    if depth == 1: return sum(hosts) + sum(devices)
+    for i, (host, device) in enumerate(zip(hosts, devices)):
+        host_free += host
+        end = max(end, host_free) + device
+    return end
+
+
+def ahead(scheduler, runner, seqs, depth, drain=True, drop=True, oldest=True, full=lambda n, depth: n >= depth):
+    for seq in seqs: scheduler.add(seq)
+    in_flight = deque()
+    while scheduler.waiting or scheduler.running or drain and in_flight:
+        output = scheduler.schedule()
+        if output: in_flight.append((output, runner.execute(output)))
+        if output and not full(len(in_flight), depth): continue
+        output, handle = in_flight.popleft() if oldest else in_flight.pop()
+        scheduler.update(output, handle.result().token_ids)
+        for seq in [s.seq for s in output.sampled]:
+            if drop and seq.finish_reason: continue
+            if seq.output_token_ids[-1] in seq.stop_token_ids: scheduler.finish(seq, "stop")
+            elif seq.num_tokens == seq.max_len: scheduler.finish(seq, "length")
+
+
+@right(overlapped_loop.check_run_ahead)
+def _(scheduler, runner, seqs, depth):       # launches as long as there is room, then receives
+    for seq in seqs: scheduler.add(seq)
+    in_flight = []
+    while not all(seq.finish_reason for seq in seqs) or in_flight:
+        while len(in_flight) < depth and (output := scheduler.schedule()): in_flight.append((output, runner.execute(output)))
+        output, handle = in_flight.pop(0)
+        tokens = handle.result().token_ids
+        scheduler.update(output, tokens)
+        for s, token in zip(output.sampled, tokens):
+            if s.seq.finish_reason: continue
+            if token in s.seq.stop_token_ids: scheduler.finish(s.seq, "stop")
+            elif s.seq.num_tokens == s.seq.max_len: scheduler.finish(s.seq, "length")
+
+
+right(overlapped_loop.check_run_ahead)(ahead)
+wrong(overlapped_loop.check_run_ahead, "were never received")(lambda *a: ahead(*a, drain=False))
+wrong(overlapped_loop.check_run_ahead, "raises KeyError")(lambda *a: ahead(*a, drop=False))
+wrong(overlapped_loop.check_run_ahead, "which was launched before it")(lambda *a: ahead(*a, oldest=False))
+wrong(overlapped_loop.check_run_ahead, "never more than 1 steps were in flight")(lambda *a: ahead(*a, full=lambda n, depth: True))
+wrong(overlapped_loop.check_run_ahead, "2 steps were in flight at a time")(lambda *a: ahead(*a, full=lambda n, depth: n > depth))
+
+
+@wrong(overlapped_loop.check_run_ahead, "the runner was given an empty step")
+def _(scheduler, runner, seqs, depth):
+    for seq in seqs: scheduler.add(seq)
+    in_flight = deque()
+    while scheduler.waiting or scheduler.running:
+        output = scheduler.schedule()
+        in_flight.append((output, runner.execute(output)))
+        if len(in_flight) < depth: continue
+        output, handle = in_flight.popleft()
+        scheduler.update(output, handle.result().token_ids)
+        for seq in [s.seq for s in output.sampled]:
+            if seq.finish_reason: continue
+            if seq.output_token_ids[-1] in seq.stop_token_ids: scheduler.finish(seq, "stop")
+            elif seq.num_tokens == seq.max_len: scheduler.finish(seq, "length")
 
 
 # ---- what holds for all
