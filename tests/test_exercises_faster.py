@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from nano_vllm.cpu_kernels import CAN_BUILD
-from solutions.checks import WrongAnswer, bfloat16, cpu_attention, cpu_products, overlapped_loop, quantization
+from nano_vllm.layers import silu_and_mul
+from solutions.checks import WrongAnswer, bfloat16, cpu_attention, cpu_products, moe, overlapped_loop, quantization
 from test_exercises import name_of
 
-MODULES = [cpu_products, bfloat16, quantization, cpu_attention, overlapped_loop]
+MODULES = [cpu_products, bfloat16, quantization, cpu_attention, overlapped_loop, moe]
 CHECKS = {name: check for module in MODULES for name, check in vars(module).items() if name.startswith("check_")}
 ANSWERS = []     # (check, answer, what the message names, or None for a right answer)
 
@@ -467,6 +468,96 @@ def _(scheduler, runner, seqs, depth):
             if seq.finish_reason: continue
             if seq.output_token_ids[-1] in seq.stop_token_ids: scheduler.finish(seq, "stop")
             elif seq.num_tokens == seq.max_len: scheduler.finish(seq, "length")
+
+
+# ---- 28, mixtures of experts
+
+right(moe.check_tokens_for_share)(lambda share, experts, chosen: math.ceil(math.log(1 - share, 1 - chosen / experts)))
+wrong(moe.check_tokens_for_share, "8 tokens use 90.0% of the experts and 9 use")(
+    lambda share, experts, chosen: round(math.log(1 - share) / math.log(1 - chosen / experts)))
+wrong(moe.check_tokens_for_share, "(0.9, 8, 2) gives 4, expected 9")(lambda share, experts, chosen: math.ceil(share * experts / chosen))
+
+right(moe.check_ridge)(lambda experts, chosen, peak, bandwidth, size: (experts / chosen) * (peak / bandwidth) * size / 2)
+wrong(moe.check_ridge, "a token needs 1 x 2 w operations")(lambda experts, chosen, peak, bandwidth, size: experts * size * peak / bandwidth / chosen)
+wrong(moe.check_ridge, "64 x 4 w bytes are read")(lambda experts, chosen, peak, bandwidth, size: size * peak / bandwidth / 2)
+
+
+@right(moe.check_all_experts)
+def _(x, gate_up, down, experts, weights):   # by a product with the one-hot choices
+    rows = torch.stack([silu_and_mul(x @ a.T) @ b.T for a, b in zip(gate_up, down)])
+    chosen = torch.nn.functional.one_hot(experts, len(down)).float()
+    return torch.einsum("nke,nk,enh->nh", chosen, weights, rows)
+
+
+def everywhere(x, gate_up, down, experts, weights, value=lambda w: w):
+    rows = silu_and_mul(x @ gate_up.mT) @ down.mT
+    table = x.new_zeros(len(x), len(down)).scatter(1, experts, value(weights))
+    return (table.T[..., None] * rows).sum(0)
+
+
+right(moe.check_all_experts)(everywhere)
+wrong(moe.check_all_experts, "it has chosen the experts")(lambda *a: everywhere(*a, value=torch.ones_like))
+wrong(moe.check_all_experts, "has shape (3, 1, 6), expected (1, 6)")(lambda x, gate_up, down, *_: silu_and_mul(x @ gate_up.mT) @ down.mT)
+wrong(moe.check_all_experts, "gives")(lambda x, gate_up, down, experts, weights: (silu_and_mul(x @ gate_up.mT) @ down.mT).mean(0))
+
+
+@right(moe.check_mixture)
+def _(x, experts, weights, run_expert):      # sorted, as in the chapter
+    expert, order = experts.flatten().sort(stable=True)
+    out = torch.zeros_like(x)
+    for e in expert.unique():
+        choices = order[expert == e]
+        rows = run_expert(e, x[choices // experts.shape[1]])
+        out.index_add_(0, choices // experts.shape[1], rows * weights.flatten()[choices, None])
+    return out
+
+
+def grouped(x, experts, weights, run_expert, used=lambda experts: experts.unique().tolist(), add=True, first=False):
+    out = torch.zeros_like(x)
+    for e in used(experts):
+        tokens, choices = (experts == e).nonzero(as_tuple=True)
+        rows = run_expert(e, x[tokens]) * weights[tokens, 0 if first else choices, None]
+        out[tokens] = out[tokens] + rows if add else rows
+    return out
+
+
+right(moe.check_mixture)(grouped)
+wrong(moe.check_mixture, "without rows")(lambda *a: grouped(*a, used=lambda experts: range(experts.max() + 1)))
+wrong(moe.check_mixture, "by its own weights")(lambda *a: grouped(*a, add=False))
+wrong(moe.check_mixture, "1 token, 2 of 3 experts: mixture gives")(lambda *a: grouped(*a, first=True))
+
+
+@wrong(moe.check_mixture, "is run a second time")
+def _(x, experts, weights, run_expert):      # token by token
+    return torch.stack([sum(w * run_expert(e, x[t:t + 1])[0] for e, w in zip(experts[t].tolist(), weights[t])) for t in range(len(x))])
+
+
+@right(moe.check_rank_part)
+def _(rank, x, gate_up, down, experts, weights):     # all of the rank's experts on all tokens
+    table = x.new_zeros(len(x), 4 * len(down)).scatter(1, experts, weights)[:, rank * len(down):(rank + 1) * len(down)]
+    return torch.einsum("enh,ne->nh", silu_and_mul(x @ gate_up.mT) @ down.mT, table)
+
+
+def own_part(rank, x, gate_up, down, experts, weights, first=lambda rank, size: rank * size, all_tokens=True):
+    out, size = torch.zeros_like(x), len(down)
+    local = experts - first(rank, size)
+    for e in range(size):
+        tokens, choices = (local == e).nonzero(as_tuple=True)
+        out.index_add_(0, tokens, silu_and_mul(x[tokens] @ gate_up[e].T) @ down[e].T * weights[tokens, choices, None])
+    return out if all_tokens else out[(local // size == 0).any(1)]
+
+
+right(moe.check_rank_part)(own_part)
+wrong(moe.check_rank_part, "the token has chosen the experts")(lambda *a: own_part(*a, first=lambda rank, size: 0))
+wrong(moe.check_rank_part, "all ranks' parts are added up")(lambda *a: own_part(*a, all_tokens=False))
+wrong(moe.check_rank_part, "raises IndexError")(
+    lambda rank, x, gate_up, down, experts, weights: torch.stack([sum(w * (down[e] @ silu_and_mul(gate_up[e] @ x[t])) for e, w in zip(experts[t], weights[t]))
+                                                                   for t in range(len(x))]))
+
+
+@wrong(moe.check_rank_part, "rank_part of rank 0, which has the experts 0 to 1,")
+def _(rank, x, gate_up, down, experts, weights):     # modulo: expert 2 is taken for expert 0
+    return own_part(rank, x, gate_up, down, experts % len(down) + rank * len(down), weights)
 
 
 # ---- what holds for all
