@@ -2,6 +2,7 @@
 
 What holds for the notebooks of all chapters with solutions stands in test_exercises.py."""
 import math
+import pickle
 from collections import deque
 
 import pytest
@@ -9,10 +10,10 @@ import torch
 
 from nano_vllm.cpu_kernels import CAN_BUILD
 from nano_vllm.layers import silu_and_mul
-from solutions.checks import WrongAnswer, bfloat16, cpu_attention, cpu_products, moe, overlapped_loop, quantization
+from solutions.checks import WrongAnswer, bfloat16, cpu_attention, cpu_products, moe, overlapped_loop, parallel, quantization
 from test_exercises import name_of
 
-MODULES = [cpu_products, bfloat16, quantization, cpu_attention, overlapped_loop, moe]
+MODULES = [cpu_products, bfloat16, quantization, cpu_attention, overlapped_loop, parallel, moe]
 CHECKS = {name: check for module in MODULES for name, check in vars(module).items() if name.startswith("check_")}
 ANSWERS = []     # (check, answer, what the message names, or None for a right answer)
 
@@ -468,6 +469,143 @@ def _(scheduler, runner, seqs, depth):
             if seq.finish_reason: continue
             if seq.output_token_ids[-1] in seq.stop_token_ids: scheduler.finish(seq, "stop")
             elif seq.num_tokens == seq.max_len: scheduler.finish(seq, "length")
+
+
+# ---- 27, ranks
+
+right(parallel.check_ring_sends)(lambda n, p: [(p - 1) / p * n * 2, 2 * n * (p - 1)])
+wrong(parallel.check_ring_sends, "twice 1 steps")(lambda n, p: (n * (p - 1) / p, n * (p - 1)))
+wrong(parallel.check_ring_sends, "gives (2400, 4800)")(lambda n, p: (2 * n * (p - 1), 2 * n * (p - 1) * p))    # all pieces to the next
+wrong(parallel.check_ring_sends, "gives 1200.0, expected")(lambda n, p: 2 * n * (p - 1) / p)
+
+right(parallel.check_break_even)(lambda bandwidth, latency, ranks: 2 * latency * bandwidth * ranks / (ranks - 1))
+wrong(parallel.check_break_even, "two exchanges of a layer")(lambda bandwidth, latency, ranks: latency * bandwidth * ranks / (ranks - 1))
+wrong(parallel.check_break_even, "(3000000000000.0, 1e-05, 2) gives 60000000.0")(lambda bandwidth, latency, ranks: 2 * latency * bandwidth)
+
+
+@right(parallel.check_channel)
+class WithPrefix:
+    "The length as text, ten digits."
+    def __init__(self, write, read): self.write, self.read = write, read
+
+    def send(self, message):
+        data = pickle.dumps(message)
+        self.write(f"{len(data):010}".encode() + data)
+
+    def receive(self): return pickle.loads(self.read(int(self.read(10))))
+
+
+class ChannelWith:
+    def __init__(self, write, read): self.write, self.read = write, read
+
+    def send(self, message):
+        data = pickle.dumps(message)
+        self.write(self.head(data) + data)
+
+
+@wrong(parallel.check_channel, "the receiver would wait for ever")
+class FixedBuffer(ChannelWith):
+    def head(self, data): return b""
+    def receive(self): return pickle.loads(self.read(1024))
+
+
+@wrong(parallel.check_channel, "send of 100,000 numbers raises OverflowError")
+class ShortLength(ChannelWith):
+    def head(self, data): return len(data).to_bytes(2, "little")
+    def receive(self): return pickle.loads(self.read(int.from_bytes(self.read(2), "little")))
+
+
+@wrong(parallel.check_channel, "are left, and belong to nobody")
+class Padded(ChannelWith):
+    def head(self, data): return len(data).to_bytes(8, "little")
+
+    def send(self, message):
+        super().send(message)
+        self.write(bytes(-len(pickle.dumps(message)) % 64))
+
+    def receive(self): return pickle.loads(self.read(int.from_bytes(self.read(8), "little")))
+
+
+@wrong(parallel.check_channel, "only bytes can be written")
+class AsText(ChannelWith):
+    def send(self, message): self.write(repr(message))
+    def receive(self): return None
+
+
+@right(parallel.check_to_blame)
+def _(codes, noted):             # the least of (kind, rank)
+    kinds = [((0 if code < 0 else 2), rank) for rank, code in codes.items() if code is not None]
+    if noted is not None: kinds.append((1, noted))
+    return min(kinds)[1] if kinds else None
+
+
+def blamed(codes, noted, order="killed noted ended"):
+    ranks = dict(killed=[r for r, c in codes.items() if c is not None and c < 0], noted=[noted] if noted else [],
+                 ended=[r for r, c in codes.items() if c is not None])
+    return next((ranks[kind][0] for kind in order.split() if ranks[kind]), None)
+
+
+right(parallel.check_to_blame)(blamed)
+wrong(parallel.check_to_blame, "the note of rank 1 tells of the consequence")(lambda *a: blamed(*a, order="noted killed ended"))
+wrong(parallel.check_to_blame, "since its connection broke")(lambda *a: blamed(*a, order="ended noted"))
+wrong(parallel.check_to_blame, "was the first to leave a note")(lambda *a: blamed(*a, order="killed ended noted"))
+wrong(parallel.check_to_blame, "without an error is missing, too")(
+    lambda codes, noted: blamed({rank: code or None for rank, code in codes.items()}, noted))
+
+
+@right(parallel.check_all_reduce)
+def _(rank, size, pieces, send, receive):    # what travels is kept apart from what is held
+    moving = pieces[rank]
+    for step in range(1, size):
+        send(moving)
+        moving = receive() + pieces[(rank - step) % size]
+    done = {(rank + 1) % size: moving}
+    for step in range(size - 1):
+        send(done[(rank + 1 - step) % size])
+        done[(rank - step) % size] = receive()
+    return tuple(done[i] for i in range(size))
+
+
+def ring(rank, size, pieces, send, receive, rounds=2, add=True, first=0):
+    for step in range(size - 1):
+        send(pieces[(rank - step - first) % size])
+        pieces[(rank - 1 - step) % size] += receive()
+    for step in range(size - 1):
+        if rounds == 1: break
+        send(pieces[(rank + 1 - step) % size])
+        new = receive()
+        pieces[(rank - step) % size] = new + (pieces[(rank - step) % size] if not add else 0)
+    return pieces
+
+
+right(parallel.check_all_reduce)(ring)
+wrong(parallel.check_all_reduce, "rank 0 gets [1, 222, ")(lambda *a: ring(*a, rounds=1))
+wrong(parallel.check_all_reduce, "expected [111, 222, 333]")(lambda *a: ring(*a, add=False))
+wrong(parallel.check_all_reduce, "rank 0 gets")(lambda *a: ring(*a, first=1))
+
+
+@wrong(parallel.check_all_reduce, "a rank sends 6 numbers, and 4 are enough")
+def _(rank, size, pieces, send, receive):    # all pieces go all the way round
+    total, moving = list(pieces), list(pieces)
+    for _ in range(size - 1):
+        for number in moving: send(number)
+        moving = [receive() for _ in moving]
+        total = [a + b for a, b in zip(total, moving)]
+    return total
+
+
+@wrong(parallel.check_all_reduce, "a message is one number")
+def _(rank, size, pieces, send, receive):
+    send(pieces)
+    return receive()
+
+
+@wrong(parallel.check_all_reduce, "waits for a message that nobody sends")
+def _(rank, size, pieces, send, receive):    # everybody waits before he gives
+    for step in range(size - 1):
+        pieces[(rank - 1 - step) % size] += receive()
+        send(pieces[(rank - step) % size])
+    return pieces
 
 
 # ---- 28, mixtures of experts
