@@ -10,10 +10,10 @@ import torch
 
 from nano_vllm.cpu_kernels import CAN_BUILD
 from nano_vllm.layers import silu_and_mul
-from solutions.checks import WrongAnswer, bfloat16, cpu_attention, cpu_products, moe, overlapped_loop, parallel, quantization
+from solutions.checks import WrongAnswer, bfloat16, cpu_attention, cpu_kernels, cpu_products, moe, overlapped_loop, parallel, quantization
 from test_exercises import name_of
 
-MODULES = [cpu_products, bfloat16, quantization, cpu_attention, overlapped_loop, parallel, moe]
+MODULES = [cpu_kernels, cpu_products, bfloat16, quantization, cpu_attention, overlapped_loop, parallel, moe]
 CHECKS = {name: check for module in MODULES for name, check in vars(module).items() if name.startswith("check_")}
 ANSWERS = []     # (check, answer, what the message names, or None for a right answer)
 
@@ -26,6 +26,76 @@ def right(check):
 def wrong(check, says):
     def note(answer): ANSWERS.append((check, answer, says)); return answer
     return note
+
+
+# ---- 19, kernels for CPUs
+
+right(cpu_kernels.check_packed_copy)(lambda vocab, hidden, others, size: [size * hidden * vocab, 1 / (1 + others / (vocab * hidden))])
+wrong(cpu_kernels.check_packed_copy, "has 28,311,552 of 134,515,008 weights")(
+    lambda vocab, hidden, others, size: (vocab * hidden * size, vocab * hidden / others))
+wrong(cpu_kernels.check_packed_copy, "gives (28311552,")(
+    lambda vocab, hidden, others, size: (vocab * hidden, vocab * hidden / (vocab * hidden + others)))
+
+right(cpu_kernels.check_fewest_sequences)(lambda cores, pieces: math.ceil(cores / pieces))
+wrong(cpu_kernels.check_fewest_sequences, "(8, 3) gives 2, expected 3")(lambda cores, pieces: cores // pieces)
+wrong(cpu_kernels.check_fewest_sequences, "(9, 3) gives 4, expected 3")(lambda cores, pieces: cores // pieces + (pieces > 1))
+wrong(cpu_kernels.check_fewest_sequences, "2 sequences are 6 pieces of work for 8 cores")(lambda cores, pieces: cores)
+
+
+@right(cpu_kernels.check_pack)
+def _(weight, width): return torch.stack([rows.T.contiguous() for rows in weight.split(width)])
+
+
+wrong(cpu_kernels.check_pack, "it is a view of the weight")(lambda weight, width: weight.unflatten(0, (-1, width)).transpose(1, 2))
+wrong(cpu_kernels.check_pack, "is that of output 0 and input 1, expected output 1 and input 0")(
+    lambda weight, width: weight.reshape(-1, weight.shape[1], width))
+wrong(cpu_kernels.check_pack, "has shape (2, 2, 3), expected (2, 3, 2)")(lambda weight, width: weight.unflatten(0, (-1, width)).contiguous())
+
+
+@right(cpu_kernels.check_split_exponent)
+def _(x):                        # with another first part, which has few bits, too
+    n = (x / math.log(2)).round()
+    first = 355 / 512
+    return n.int(), x - n * first - n * (math.log(2) - first)
+
+
+right(cpu_kernels.check_split_exponent)(lambda x: ((x / math.log(2)).round(), x.double() - (x / math.log(2)).round().double() * math.log(2)))
+wrong(cpu_kernels.check_split_exponent, "has been rounded before it was subtracted")(
+    lambda x: ((x / math.log(2)).round(), x - (x / math.log(2)).round() * math.log(2)))
+wrong(cpu_kernels.check_split_exponent, "|f| is at most 0.3466")(
+    lambda x: ((x / math.log(2)).trunc(), x - (x / math.log(2)).trunc() * math.log(2)))
+wrong(cpu_kernels.check_split_exponent, "not whole")(lambda x: (x / math.log(2), 0 * x))
+wrong(cpu_kernels.check_split_exponent, "not (n, f)")(lambda x: x)
+
+SCORES = """extern "C" void scores(const float* q, const float* keys, const int64_t* table, int64_t size, int64_t length, float* out) {
+  for (int64_t p = 0; p < END; p++) {
+    out[p] = 0;
+    for (int d = 0; d < HEAD_DIM; d++) out[p] += q[d] * keys[(SLOT) * HEAD_DIM + d];
+  } }"""
+
+
+def scoring(slot, end="length"): return SCORES.replace("SLOT", slot).replace("END", end)
+
+
+right(cpu_kernels.check_page_scores)("""
+extern "C" void scores(const float* q, const float* keys, const int64_t* table, int64_t size, int64_t length, float* out) {
+  for (int64_t first = 0; first < length; first += size, table++)
+    for (int64_t j = 0; j < size && first + j < length; j++) {
+      const floats* k = (const floats*)(keys + (*table * size + j) * HEAD_DIM);
+      floats sum = {};
+      for (int i = 0; i < HEAD_DIM / LANES; i++) sum += ((const floats*)q)[i] * k[i];
+      float dot = 0;
+      for (int i = 0; i < LANES; i++) dot += sum[i];
+      out[first + j] = dot;
+    } }""")
+if CAN_BUILD:
+    wrong(cpu_kernels.check_page_scores, "its key is in slot 0 of block")(scoring("p"))
+    wrong(cpu_kernels.check_page_scores, "of 5 tokens in blocks of 4")(scoring("table[p / size] * size + p"))
+    wrong(cpu_kernels.check_page_scores, "behind the last score")(scoring("table[p / size] * size + p % size", "(length + 15) / 16 * 16").replace(
+        "table[p / size]", "(p < length ? table[p / size] : 0)"))
+    wrong(cpu_kernels.check_page_scores, "is `extern \"C\"` missing?")(scoring("p").replace('extern "C" ', ""))
+wrong(cpu_kernels.check_page_scores, "PAGE_SCORES is None")(None)
+wrong(cpu_kernels.check_page_scores, "not a string of C++")(7)
 
 
 # ---- 20, products of our own
