@@ -8,12 +8,12 @@ from collections import deque
 import pytest
 import torch
 
-from nano_vllm.cpu_kernels import CAN_BUILD
+from nano_vllm.cpu_kernels import CAN_BUILD, address
 from nano_vllm.layers import silu_and_mul
-from solutions.checks import WrongAnswer, bfloat16, cpu_attention, cpu_kernels, cpu_products, moe, overlapped_loop, parallel, quantization
+from solutions.checks import WrongAnswer, bfloat16, cpu_attention, cpu_kernels, cpu_products, cpu_steps, moe, overlapped_loop, parallel, quantization
 from test_exercises import name_of
 
-MODULES = [cpu_kernels, cpu_products, bfloat16, quantization, cpu_attention, overlapped_loop, parallel, moe]
+MODULES = [cpu_kernels, cpu_products, bfloat16, quantization, cpu_attention, cpu_steps, overlapped_loop, parallel, moe]
 CHECKS = {name: check for module in MODULES for name, check in vars(module).items() if name.startswith("check_")}
 ANSWERS = []     # (check, answer, what the message names, or None for a right answer)
 
@@ -437,6 +437,73 @@ wrong(cpu_attention.check_finished, "the first core is free at 1")(lambda work, 
 wrong(cpu_attention.check_finished, "the second core takes the last piece as well")(      # in turns
     lambda work, cores: max(sum(work[i::cores]) for i in range(cores)))
 wrong(cpu_attention.check_finished, "there is no work")(lambda work, cores: done_at(work, cores) if work else None)
+
+
+# ---- 24, a step in one call
+
+right(cpu_steps.check_share_of_asking)(lambda calls, layers, us, ms: calls * us * 1e-6 * layers / (ms * 1e-3))
+wrong(cpu_steps.check_share_of_asking, "9 x 30 calls of 5.0 microseconds")(lambda calls, layers, us, ms: calls * us / 1000 / ms)
+wrong(cpu_steps.check_share_of_asking, "gives 67.5, expected 0.0675")(lambda calls, layers, us, ms: calls * layers * us / ms)
+
+right(cpu_steps.check_wide_numbers)(lambda n, q, kv, inner, most: sorted([n * (q + kv + kv), 2 * inner * (n if n < most else most)])[1])
+wrong(cpu_steps.check_wide_numbers, "the QKV product of all tokens is larger")(lambda n, q, kv, inner, most: max(n * (q + 2*kv), n * 2 * inner))
+wrong(cpu_steps.check_wide_numbers, "(1, 576, 192, 1536, 1024) gives 4032, expected 3072")(
+    lambda n, q, kv, inner, most: n * (q + 2*kv) + min(n, most) * 2 * inner)
+wrong(cpu_steps.check_wide_numbers, "gate and up are wider")(lambda n, q, kv, inner, most: max(n * (q + 2*kv), min(n, most) * inner))
+
+
+@right(cpu_steps.check_mlp_in_pieces)
+def _(x, mlp, most):             # equally long pieces, written into place
+    out, parts = torch.empty_like(x), -(-len(x) // most)
+    for rows, place in zip(x.tensor_split(parts), out.tensor_split(parts)): place.copy_(mlp(rows))
+    return out
+
+
+wrong(cpu_steps.check_mlp_in_pieces, "the MLP is given 5 rows at once")(lambda x, mlp, most: mlp(x))
+wrong(cpu_steps.check_mlp_in_pieces, "1 calls are enough")(lambda x, mlp, most: torch.cat([mlp(row[None]) for row in x]))
+wrong(cpu_steps.check_mlp_in_pieces, "is given 0 rows at once")(
+    lambda x, mlp, most: torch.cat([mlp(x[i * most:(i + 1) * most]) for i in range(len(x) // most + 1)]))
+
+
+@wrong(cpu_steps.check_mlp_in_pieces, "changes what it is given")
+def _(x, mlp, most):
+    for rows in x.split(most): rows.copy_(mlp(rows))
+    return x
+
+
+@right(cpu_steps.check_stale)
+def _(records, layers):          # name by name
+    found = set()
+    for i, (record, layer) in enumerate(zip(records, layers)):
+        for name, tensor in layer.items():
+            if record[name] != (None if tensor is None else tensor.data_ptr()): found.add(i)
+    return sorted(found)
+
+
+wrong(cpu_steps.check_stale, "there is a bias now")(lambda records, layers: [
+    i for i, (record, layer) in enumerate(zip(records, layers)) if any(record[name] not in (None, address(x)) for name, x in layer.items())])
+wrong(cpu_steps.check_stale, "the norm's weight has been replaced by a copy")(lambda records, layers: [
+    i for i, (record, layer) in enumerate(zip(records, layers)) if any((record[name] is None) != (x is None) for name, x in layer.items())])
+wrong(cpu_steps.check_stale, "nothing has changed")(lambda records, layers: list(range(len(layers))))
+
+
+RUN = """
+extern "C" float run(const Op* ops, int64_t n, float x) { float y = x; for (int64_t i = 0; i < END; i++) y = CALL; return y; }
+"""
+
+
+def running(call, end="n"): return RUN.replace("CALL", call).replace("END", end)
+
+
+right(cpu_steps.check_interpreter)("""
+extern "C" float run(const Op* ops, int64_t n, float x) { return n ? run(ops + 1, n - 1, ops->function(x, ops->number)) : x; }""")
+if CAN_BUILD:
+    wrong(cpu_steps.check_interpreter, "each function gets what the one before gave")(running("ops[i].function(x, ops[i].number)"))
+    wrong(cpu_steps.check_interpreter, "makes 9 of 4, expected 13")(running("ops[n - 1 - i].function(y, ops[n - 1 - i].number)"))
+    wrong(cpu_steps.check_interpreter, "no part of the program")(running("ops[i].function(y, ops[i].number)", "n + 1"))
+    wrong(cpu_steps.check_interpreter, "g++ could not compile")(running("ops[i](y)"))
+wrong(cpu_steps.check_interpreter, "RUN is 7")(7)
+wrong(cpu_steps.check_interpreter, "not a string of C++")(None)
 
 
 # ---- 25, the overlapped loop
