@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from nano_vllm.cpu_kernels import CAN_BUILD, address
-from nano_vllm.layers import silu_and_mul
-from solutions.checks import WrongAnswer, bfloat16, cpu_attention, cpu_kernels, cpu_products, cpu_steps, moe, overlapped_loop, parallel, quantization
+from nano_vllm.layers import rms_norm, rotate, silu_and_mul
+from solutions.checks import WrongAnswer, bfloat16, cpu_attention, cpu_kernels, cpu_products, cpu_steps, fusions, moe, overlapped_loop, parallel, quantization
 from test_exercises import name_of
 
-MODULES = [cpu_kernels, cpu_products, bfloat16, quantization, cpu_attention, cpu_steps, overlapped_loop, parallel, moe]
+MODULES = [cpu_kernels, cpu_products, bfloat16, quantization, cpu_attention, cpu_steps, overlapped_loop, fusions, parallel, moe]
 CHECKS = {name: check for module in MODULES for name, check in vars(module).items() if name.startswith("check_")}
 ANSWERS = []     # (check, answer, what the message names, or None for a right answer)
 
@@ -606,6 +606,78 @@ def _(scheduler, runner, seqs, depth):
             if seq.finish_reason: continue
             if seq.output_token_ids[-1] in seq.stop_token_ids: scheduler.finish(seq, "stop")
             elif seq.num_tokens == seq.max_len: scheduler.finish(seq, "length")
+
+
+# ---- 26, fusions
+
+right(fusions.check_fused_bytes)(lambda rows, hidden, size, residual: size * (2 * rows * hidden * (1 + residual) + hidden))
+wrong(fusions.check_fused_bytes, "the weight is read once")(lambda rows, hidden, size, residual: (4 if residual else 2) * rows * hidden * size)
+wrong(fusions.check_fused_bytes, "x and the residual are read")(lambda rows, hidden, size, residual: (2 * rows + 1) * hidden * size)
+
+right(fusions.check_graphs_for)(lambda lengths: (1 in lengths) + any(n > 1 for n in lengths))
+wrong(fusions.check_graphs_for, "a length is a variable")(lambda lengths: len(set(lengths)))
+wrong(fusions.check_graphs_for, "a length of 1 has its own graph")(lambda lengths: 1 if lengths else 0)
+wrong(fusions.check_graphs_for, "([1]) gives 2, expected 1")(lambda lengths: 1 + (1 in lengths))
+
+right(fusions.check_numbers_a_thread)(
+    lambda heads, dim: (lambda tile: tile / (64 if tile <= 2048 else 128))(2**math.ceil(math.log2(heads)) * 2**math.ceil(math.log2(dim / 2))))
+wrong(fusions.check_numbers_a_thread, "two tiles of 16 x 32 numbers")(lambda heads, dim: 2 * heads * (dim // 2) / 32 / (4 if heads * dim // 2 <= 2048 else 8))
+wrong(fusions.check_numbers_a_thread, "for 8 warps")(lambda heads, dim: 2 * 2**math.ceil(math.log2(heads)) * 2**math.ceil(math.log2(dim / 2)) / 128)
+
+
+@right(fusions.check_norm_halves)
+def _(left, right, w_left, w_right, eps):    # joined again
+    return tuple(rms_norm(torch.cat([left, right], -1), torch.cat([w_left, w_right]), eps).chunk(2, -1))
+
+
+def halves(left, right, w_left, w_right, eps, rounds=True, mean=lambda a, b: torch.cat([a, b], -1).square().mean(-1, keepdim=True), out=lambda x, dtype: x.to(dtype)):
+    scale = torch.rsqrt(mean(left.float(), right.float()) + eps)
+    parts = [x.float() * scale for x in (left, right)]
+    if rounds: parts = [x.to(left.dtype) for x in parts]
+    return [out(x * w.to(x.dtype), left.dtype) for x, w in zip(parts, (w_left, w_right))]
+
+
+right(fusions.check_norm_halves)(halves)
+wrong(fusions.check_norm_halves, "it rounds after the scaling, and again after the weight")(lambda *a: halves(*a, rounds=False))
+wrong(fusions.check_norm_halves, "the mean square is that of both halves together")(
+    lambda *a: halves(*a, mean=lambda a, b: a.square().mean(-1, keepdim=True)))
+wrong(fusions.check_norm_halves, "gives torch.float32, expected torch.bfloat16")(lambda *a: halves(*a, rounds=False, out=lambda x, dtype: x))
+
+
+@right(fusions.check_place_rows)
+def _(qkv, cos, sin, slots, keys, values):   # row by row
+    kv_heads, dim = keys.shape[1:]
+    heads = qkv.shape[1] // dim - 2 * kv_heads
+    q = torch.zeros(len(qkv), heads, dim)
+    for row, slot in enumerate(slots.tolist()):
+        if slot < 0: continue
+        parts = qkv[row].view(1, -1, dim)
+        turned = rotate(parts, cos[row:row + 1], sin[row:row + 1])[0]
+        q[row], keys[slot], values[slot] = turned[:heads], turned[heads:heads + kv_heads], parts[0, heads + kv_heads:]
+    return q
+
+
+def placing(qkv, cos, sin, slots, keys, values, pick=lambda slots: slots >= 0, turn=rotate, turn_values=False):
+    kv_heads, dim = keys.shape[1:]
+    x, used = qkv.view(len(qkv), -1, dim), pick(slots)
+    turned = turn(x, cos, sin)
+    keys[slots[used]] = turned[used, -2*kv_heads:-kv_heads]
+    values[slots[used]] = (turned if turn_values else x)[used, -kv_heads:]
+    return turned[:, :-2*kv_heads]
+
+
+right(fusions.check_place_rows)(placing)
+wrong(fusions.check_place_rows, "a slot of -1 is none, and not the last one")(lambda *a: placing(*a, pick=lambda slots: slots < 99))
+wrong(fusions.check_place_rows, "keys are turned, values are not")(lambda *a: placing(*a, turn_values=True))
+wrong(fusions.check_place_rows, "each pair of numbers, half a head apart")(
+    lambda *a: placing(*a, turn=lambda x, cos, sin: x * cos + x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) * sin))
+wrong(fusions.check_place_rows, "has been written to slot 0, which belongs to none of the slots")(
+    lambda qkv, cos, sin, slots, keys, values: placing(qkv, cos, sin, slots.clamp(min=0), keys, values))
+
+
+def test_the_score_of_a_norm_counts_bytes_and_refuses_wrong_ones():
+    assert fusions.score(lambda *args: rms_norm(*args[:1], *args[2:], args[1])) == "9 operations, 42.0 bytes a number"
+    with pytest.raises(WrongAnswer, match="is not that of rms_norm"): fusions.score(lambda x, residual, weight, eps: (x, residual))
 
 
 # ---- 27, ranks
