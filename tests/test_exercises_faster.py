@@ -920,6 +920,23 @@ def test_check_accepts_right_answers_and_says_what_is_wrong_with_others(case, ca
     assert says in str(told.value)
 
 
+@pytest.mark.parametrize("module, name", [(cpu_kernels, "page_scores"), (cpu_products, "relu_writer"), (cpu_steps, "interpreter")])
+def test_a_check_that_needs_a_compiler_says_so_where_there_is_none(module, name, monkeypatch, capsys):
+    monkeypatch.setattr(module, "CAN_BUILD", False)
+    getattr(module, f"check_{name}")("not tried")
+    assert capsys.readouterr().out == f"check_{name}: right, as far as one can see without a compiler\n"
+    with pytest.raises(WrongAnswer, match="not a string of C"): getattr(module, f"check_{name}")(7)
+
+
+def test_measures_for_open_problems_run_and_give_nothing_without_a_compiler(monkeypatch):
+    measures = (cpu_attention, "step_with_few", (4, 2, 20)), (cpu_kernels, "microseconds_of_decode", ()), (cpu_products, "seconds_of_tile", (4, 2, 3, 32, 48)), (
+        cpu_steps, "microseconds_of_loop", ())
+    for module, name, args in measures:
+        if CAN_BUILD and module is not cpu_steps: assert getattr(module, name)(*args) > 0
+        monkeypatch.setattr(module, "CAN_BUILD", False)
+        assert getattr(module, name)(*args) == 0
+
+
 def test_every_check_has_been_tried_with_right_and_wrong_answers():
     for name, check in CHECKS.items():
         says = [says for tried, _, says in ANSWERS if tried is check]

@@ -109,7 +109,7 @@ def check_interpreter(source):
 
 
 LOOPS = """extern "C" void loops(int* x) {
-  for (int i = 0; i < 100; i++) {
+  for (int i = 0; i < 20; i++) {
     #pragma omp parallel for
     for (int j = 0; j < 2; j++) ((volatile int*)x)[j] = i;
     PAUSE
@@ -123,5 +123,5 @@ def microseconds_of_loop(pause: int = 0) -> float:
     def measure(pragma):
         source = LOOPS.replace("PAUSE", PAUSE if pause else "").replace("#pragma omp parallel for", pragma)
         loops, x = load_library(source, TURNS=pause).loops, torch.zeros(2, dtype=torch.int32)
-        return min(timed(lambda: call(loops, x), 20) for _ in range(3)) * 1e4
+        return min(timed(lambda: call(loops, x), 3) for _ in range(5)) * 1e6 / 20
     return measure("#pragma omp parallel for") - measure("")
