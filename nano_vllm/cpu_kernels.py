@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CAPABILITY', 'LANES', 'FLAGS', 'CAN_BUILD', 'VECTOR_TYPES', 'SUMS', 'EXP', 'REDUCE', 'CACHE', 'SIZES', 'FIND',
            'SCORES', 'RESCALE', 'ATTEND', 'QUERIES', 'DECODE', 'SOURCE', 'NORM', 'SWIGLU', 'PLAIN', 'PackedProduct',
-           'PlainProduct', 'are_float32', 'packed_linear', 'run_compiler', 'build', 'sha256', 'digest', 'cpu_flags',
+           'PlainProduct', 'are_float32', 'packed_linear', 'run_compiler', 'build', 'digest', 'cpu_flags',
            'build_environment', 'load_library', 'is_whole', 'compiler_works', 'can_build', 'address', 'call', 'kernels',
            'Queries', 'InPlaceQueries', 'max_in_place_query_len', 'InPlaceAttention', 'small_kernels', 'fits_kernels',
            'fused_norm', 'fused_swiglu', 'takes_float32', 'cpu_kernels_ops']
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from .attention import BACKENDS, Batch, TorchAttention, window_len
 from .layers import OPS, Ops, Target
-from .workbench import cache_dir
+from .workbench import cache_dir, sha256
 
 # %% ../nbs/19_cpu_kernels.ipynb #bae7c2ef
 class PackedProduct:
@@ -81,11 +81,6 @@ def build(source: str, defines: list[str], path: Path):
         run_compiler("-shared", out, "-o", library)
         digest(path).write_text(sha256(library))
         os.replace(library, path)
-
-
-def sha256(path) -> str:
-    "The digest of a file."
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def digest(path: Path) -> Path:
@@ -329,17 +324,24 @@ struct Queries {
 
 
 DECODE = r"""
+// where the queries of the i-th token begin, in the group of heads from `head` on
+static inline int64_t query_at(const Queries* s, int64_t i, int64_t head) {
+  return (s->tokens[i] * ROW + head) * GROUP;
+}
+// the i-th token attends with one group of heads
+static void attend_one(const Queries* s, int64_t i, const float* q, const T* keys,
+                       const T* values, int64_t head, float scale, float* out) {
+  int64_t query = query_at(s, i, head);
+  attend(q + query, keys + head, values + head,
+         s->block_tables + s->table_rows[i] * s->stride, s->block_size,
+         s->starts[i], s->ends[i], scale, out + query);
+}
 extern "C" void decode(const Queries* queries, const float* q, const T* keys,
                        const T* values, float* out, float scale) {
   #pragma omp parallel for schedule(dynamic)
-  for (int64_t work = 0; work < queries->num_tokens * KV_HEADS; work++) {
-    int64_t i = work / KV_HEADS, head = work % KV_HEADS * HEAD_DIM;
-    int64_t query = (queries->tokens[i] * ROW + head) * GROUP;
-    const int64_t row = queries->table_rows[i];
-    attend(q + query, keys + head, values + head,
-           queries->block_tables + row * queries->stride, queries->block_size,
-           queries->starts[i], queries->ends[i], scale, out + query);
-  }
+  for (int64_t work = 0; work < queries->num_tokens * KV_HEADS; work++)
+    attend_one(queries, work / KV_HEADS, q, keys, values,
+               work % KV_HEADS * HEAD_DIM, scale, out);
 }
 """
 

@@ -187,10 +187,11 @@ static inline void rotate(const float* x, const float* cos, const float* sin,
 // a head's numbers at mean square 1, times weight; without a weight as they are
 static inline void head_norm(const float* x, const float* weight, float eps,
                              float* y) {
+  if (!weight) return (void)std::copy(x, x + HEAD_DIM, y);
   float square = 0;
   for (int i = 0; i < HEAD_DIM; i++) square += x[i] * x[i];
   float scale = 1 / std::sqrt(square / HEAD_DIM + eps);
-  for (int i = 0; i < HEAD_DIM; i++) y[i] = weight ? x[i] * scale * weight[i] : x[i];
+  for (int i = 0; i < HEAD_DIM; i++) y[i] = x[i] * scale * weight[i];
 }
 static inline void put(const float* x, T* y) {
   for (int i = 0; i < ROW; i++) y[i] = narrow(x[i]);

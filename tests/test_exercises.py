@@ -18,6 +18,7 @@ import torch
 
 import quarto_filter
 from book import Chapter, chapters
+from exercise_answers import Answers, assert_all_tried, checks_of, name_of, try_answer
 from nano_vllm.kv_blocks import BlockPool, SchedulerOutput, blocks_needed
 from nano_vllm.prefix_cache import KVCacheManager, hash_block
 from nano_vllm.sampler import LOGIT_STAGES, SAMPLING_STAGES, run_stages
@@ -27,19 +28,9 @@ from solutions.checks import (
     WrongAnswer, attention, call, engine, exercise, kv_blocks, prefix_cache, sampler, scheduler, show, tiny, tokenizer)
 
 EXERCISED = [c for c in chapters() if c.solutions.exists()]
-CHECKS = {name: check for module in (tiny, tokenizer, sampler, kv_blocks, prefix_cache, attention, scheduler, engine)
-          for name, check in vars(module).items() if name.startswith("check_")}
-ANSWERS = []     # (check, answer, what the message names, or None for a right answer)
-
-
-def right(check):
-    def note(answer): ANSWERS.append((check, answer, None)); return answer
-    return note
-
-
-def wrong(check, says):
-    def note(answer): ANSWERS.append((check, answer, says)); return answer
-    return note
+CHECKS = checks_of((tiny, tokenizer, sampler, kv_blocks, prefix_cache, attention, scheduler, engine))
+ANSWERS = Answers()
+right, wrong = ANSWERS.right, ANSWERS.wrong
 
 
 # ---- 01, a whole engine
@@ -890,26 +881,13 @@ wrong(engine.check_with_deadline, "Is a `return` missing?")(lambda *a: by_deadli
 
 # ---- what holds for all
 
-def name_of(case):
-    check, answer, says = case
-    return f"{check.__name__}-{'right' if says is None else says[:30]}"
-
-
 @pytest.mark.parametrize("case", ANSWERS, ids=name_of)
 def test_check_accepts_right_answers_and_says_what_is_wrong_with_others(case, capsys):
-    check, answer, says = case
-    if says is None:
-        check(answer)
-        assert capsys.readouterr().out.startswith(f"{check.__name__}: right")
-        return
-    with pytest.raises(WrongAnswer) as told: check(answer)
-    assert says in str(told.value)
+    try_answer(case, capsys)
 
 
 def test_every_check_has_been_tried_with_right_and_wrong_answers():
-    for name, check in CHECKS.items():
-        says = [says for tried, _, says in ANSWERS if tried is check]
-        assert None in says and len(set(says) - {None}) >= 2, f"{name}: {len(says)} answers"
+    assert_all_tried(CHECKS, ANSWERS)
 
 
 @pytest.mark.parametrize("chapter", EXERCISED, ids=lambda c: c.name)
@@ -1033,7 +1011,7 @@ from nano_vllm.llm import progress
 from solutions.checks import benchmark, cli, cuda_graphs, latency, layers, llm, model, model_runner, triton_attention, weights
 
 FURTHER = benchmark, cli, cuda_graphs, latency, layers, llm, model, model_runner, triton_attention, weights
-CHECKS.update((name, check) for module in FURTHER for name, check in vars(module).items() if name.startswith("check_"))
+CHECKS |= checks_of(FURTHER)
 
 
 # ---- 08, layers

@@ -11,21 +11,12 @@ import torch
 from nano_vllm.cpu_kernels import CAN_BUILD, address
 from nano_vllm.layers import rms_norm, rotate, silu_and_mul
 from solutions.checks import WrongAnswer, bfloat16, cpu_attention, cpu_kernels, cpu_products, cpu_steps, fusions, moe, overlapped_loop, parallel, quantization
-from test_exercises import name_of
+from exercise_answers import Answers, assert_all_tried, checks_of, name_of, try_answer
 
 MODULES = [cpu_kernels, cpu_products, bfloat16, quantization, cpu_attention, cpu_steps, overlapped_loop, fusions, parallel, moe]
-CHECKS = {name: check for module in MODULES for name, check in vars(module).items() if name.startswith("check_")}
-ANSWERS = []     # (check, answer, what the message names, or None for a right answer)
-
-
-def right(check):
-    def note(answer): ANSWERS.append((check, answer, None)); return answer
-    return note
-
-
-def wrong(check, says):
-    def note(answer): ANSWERS.append((check, answer, says)); return answer
-    return note
+CHECKS = checks_of(MODULES)
+ANSWERS = Answers()
+right, wrong = ANSWERS.right, ANSWERS.wrong
 
 
 # ---- 19, kernels for CPUs
@@ -911,13 +902,7 @@ def _(rank, x, gate_up, down, experts, weights):     # modulo: expert 2 is taken
 
 @pytest.mark.parametrize("case", ANSWERS, ids=name_of)
 def test_check_accepts_right_answers_and_says_what_is_wrong_with_others(case, capsys):
-    check, answer, says = case
-    if says is None:
-        check(answer)
-        assert capsys.readouterr().out.startswith(f"{check.__name__}: right")
-        return
-    with pytest.raises(WrongAnswer) as told: check(answer)
-    assert says in str(told.value)
+    try_answer(case, capsys)
 
 
 @pytest.mark.parametrize("module, name", [(cpu_kernels, "page_scores"), (cpu_products, "relu_writer"), (cpu_steps, "interpreter")])
@@ -938,6 +923,4 @@ def test_measures_for_open_problems_run_and_give_nothing_without_a_compiler(monk
 
 
 def test_every_check_has_been_tried_with_right_and_wrong_answers():
-    for name, check in CHECKS.items():
-        says = [says for tried, _, says in ANSWERS if tried is check]
-        assert None in says and len(set(says) - {None}) >= 2, f"{name}: {len(says)} answers"
+    assert_all_tried(CHECKS, ANSWERS)

@@ -14,10 +14,10 @@ NAMES = {"vllm": "vLLM float32", "vllm bf16": "vLLM bfloat16", "nano_vllm": "nan
          "nano_vllm int8": "nano_vllm int8"}
 
 
-def median_rates(engines: dict) -> dict[str, dict[str, float]]:
-    "{work: {engine: median of its output tokens a second}} of a stored run."
+def medians(engines: dict, figure: str = "output_tokens_per_second") -> dict[str, dict[str, float]]:
+    "{work: {engine: median of a figure of its runs}} of what `make peers` stores."
     works = next(iter(engines.values()))["runs"]
-    return {work: {name: statistics.median(run["output_tokens_per_second"] for run in engine["runs"][work])
+    return {work: {name: statistics.median(run[figure] for run in engine["runs"][work])
                    for name, engine in engines.items()} for work in works}
 
 
@@ -25,7 +25,7 @@ def draw(record: dict, path: Path):
     "One panel for each kind of work, a bar for each engine; no background, and greys that both themes show."
     plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "throughput", "text.color": "0.5", "axes.labelcolor": "0.5", "xtick.color": "0.5",
                      "ytick.color": "0.5", "axes.edgecolor": "0.5", "font.size": 9}
-    rates = median_rates(record["data"])
+    rates = medians(record["data"])
     fig, axes = plt.subplots(1, len(rates), figsize=(9, 1.9), layout="constrained")
     for ax, (work, of) in zip(axes, rates.items()):
         bars = ax.barh([NAMES[name] for name in of], list(of.values()), color=[COLORS[name] for name in of])

@@ -5,7 +5,6 @@ While another engine runs, an engine's processes are stopped: some of vLLM's kee
 import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -105,13 +104,12 @@ def compare(engines: list[Engine], kinds: dict[str, dict]):
     for engine in engines: engine.close()
     os.environ["NANO_VLLM_RECORD"] = "1"
     for kind, works in kinds.items():
-        runs = {e.name: {work: e.results["runs"][work] for work in works} for e in engines}
-        record(kind, {e.name: e.results | dict(runs=runs[e.name]) for e in engines})
-        for work in works:
-            seconds = {name: statistics.median(r["seconds"] for r in of[work]) for name, of in runs.items()}
-            rates = {name: statistics.median(r["output_tokens_per_second"] for r in of[work]) for name, of in runs.items()}
+        data = {e.name: e.results | dict(runs={work: e.results["runs"][work] for work in works}) for e in engines}
+        record(kind, data)
+        seconds = draw_throughput.medians(data, "seconds")
+        for work, rates in draw_throughput.medians(data).items():
             best = max(rate for name, rate in rates.items() if name.startswith("vllm"))
-            print(f"{work:16s}" + "".join(f"  {n}: {r:.1f} tok/s, {seconds[n]:.2f} s ({r/best:.2f}x)" for n, r in rates.items()), flush=True)
+            print(f"{work:16s}" + "".join(f"  {n}: {r:.1f} tok/s, {seconds[work][n]:.2f} s ({r/best:.2f}x)" for n, r in rates.items()), flush=True)
 
 
 def main():
