@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['SAMPLING_OPTIONS', 'ENGINE_OPTIONS', 'CHAT_DEFAULTS', 'SERVE_OPTIONS', 'LATENCY_OPTIONS', 'BENCHES', 'COMMANDS',
-           'add_options', 'chosen', 'show', 'make_llm', 'generate', 'ask', 'chat', 'start_bench', 'report', 'make_work',
-           'bench_throughput', 'bench_latency', 'bench_serve_like', 'fetch_model', 'generate_arguments',
-           'chat_arguments', 'latency_arguments', 'throughput_arguments', 'serve_like_arguments', 'add_command',
-           'add_commands', 'make_parser', 'main']
+           'add_options', 'chosen', 'show', 'make_llm', 'generate', 'ask', 'chat', 'start_bench', 'output_file',
+           'report', 'make_work', 'bench_throughput', 'bench_latency', 'bench_serve_like', 'fetch_model',
+           'generate_arguments', 'chat_arguments', 'latency_arguments', 'throughput_arguments', 'serve_like_arguments',
+           'add_command', 'add_commands', 'make_parser', 'give_up_output', 'complain', 'main']
 
 # %% ../nbs/18_command_line.ipynb #d4f5545d
-import argparse, json, sys
+import argparse, io, json, os, sys
 from pathlib import Path
 from .benchmark import random_workload, throughput
 from .latency import check_options, latency, serve_like
@@ -108,11 +108,11 @@ def chat(args):
     params = SamplingParams(**CHAT_DEFAULTS | chosen(args, SAMPLING_OPTIONS))
     llm = make_llm(args)
     history = [{"role": "system", "content": args.system}] if args.system else []
-    for message in [args.message] if args.message else ask():
+    for message in ask() if args.message is None else [args.message]:
         asked = history + [{"role": "user", "content": message}]
         try: answer = show(llm.stream(llm.render(asked), params))
         except ValueError as e:
-            if args.message: raise
+            if args.message is not None: raise
             print(f"error: {e}", file=sys.stderr)   # too long, say; go on
             continue
         history = asked + [{"role": "assistant", "content": answer}]
@@ -137,11 +137,20 @@ def start_bench(args, **numbers) -> LLM:
     return make_llm(args)
 
 
+def output_file(name: str) -> Path:
+    "The path of a file that can be written, as a type of argparse's."
+    path = Path(name)
+    place = path if path.exists() else path.parent
+    if os.access(place, os.W_OK) and not path.is_dir(): return path
+    raise argparse.ArgumentTypeError(f"{name} cannot be written")
+
+
 def report(args, figures: dict):
     "Print the figures as JSON and, if asked to, write them to a file."
     text = json.dumps(figures, indent=1)
     print(text)
-    if args.output_json: Path(args.output_json).write_text(text + "\n")
+    if args.output_json: args.output_json.write_text(text + "\n")
+
 
 # %% ../nbs/18_command_line.ipynb #d298892c
 def make_work(args, llm: LLM):
@@ -185,12 +194,14 @@ def chat_arguments(parser):
 
 # %% ../nbs/18_command_line.ipynb #a8a4258e
 def latency_arguments(parser):
-    parser.add_argument("--output-json", metavar="FILE", help="a copy of the figures")
+    parser.add_argument("--output-json", metavar="FILE", type=output_file,
+                        help="a copy of the figures")
     add_options(parser, LATENCY_OPTIONS)
 
 # %% ../nbs/18_command_line.ipynb #006320df
 def throughput_arguments(parser):
-    parser.add_argument("--output-json", metavar="FILE", help="a copy of the figures")
+    parser.add_argument("--output-json", metavar="FILE", type=output_file,
+                        help="a copy of the figures")
     parser.add_argument("--num-prompts", type=int, default=32, metavar="INT",
                         help="requests, default 32")
 
@@ -237,12 +248,32 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 # %% ../nbs/18_command_line.ipynb #46405f29
+def give_up_output(code: int) -> int:
+    "`code`, after standard output was connected to nowhere: Python flushes it at exit."
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
+
+
+def complain(error, code: int) -> int:
+    "`code`, after a line about the error."
+    print(f"nano-vllm: error: {error}", file=sys.stderr)
+    return code
+
+
 def main(argv: list[str] | None = None) -> int:
-    "Run a command; returns 0, 2 after a message about bad input, or 130 after Ctrl-C."
+    """Run a command; returns its exit code.
+
+    0, 1 if its output could not be written, 2 after bad input, 130 after Ctrl-C, and
+    141 if nobody reads the output any more, as for programs that SIGPIPE ends."""
+    if isinstance(sys.stdout, io.TextIOWrapper):    # not so in a notebook
+        sys.stdout.reconfigure(errors="replace")    # what the encoding lacks is a "?"
     args = make_parser().parse_args(argv)
-    try: args.function(args)
-    except (ValueError, RuntimeError) as e:
-        print(f"nano-vllm: error: {e}", file=sys.stderr)
-        return 2
+    try:
+        args.function(args)
+        sys.stdout.flush()
+    except (ValueError, RuntimeError) as e: return complain(e, 2)
     except KeyboardInterrupt: return 130
+    except BrokenPipeError: return give_up_output(141)
+    except OSError as e: return give_up_output(complain(e, 1))
     return 0
+

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from numbers import Integral
 from pathlib import Path
 from random import Random
+from threading import RLock
 import torch
 from fastcore.basics import patch
 from .cuda_graphs import make_graphs
@@ -27,7 +28,7 @@ from .model import ModelConfig, read_json, shard_heads
 from .model_runner import (ModelRunner, StepHandle, device_memory,
                                     kv_block_bytes, profile_memory)
 from .prefix_cache import KVCacheManager
-from .sampling_params import Logprob, SamplingParams, check_number
+from .sampling_params import Logprob, SamplingParams, check_number, quote
 from .scheduler import Scheduler, check_fits
 from .tokenizer import Detokenizer, NoTokenizer, Tokenizer, has_tokenizer
 from .weights import load_model, resolve_model
@@ -200,7 +201,8 @@ def split_prompts(prompts) -> list:
     single = isinstance(prompts, (str, dict)) or is_token_list(prompts) and len(prompts)
     if single: return [prompts]
     if isinstance(prompts, (list, tuple)): return list(prompts)
-    raise ValueError(f"prompts must be one prompt or a list of them, got {prompts!r}")
+    raise ValueError(f"prompts must be one prompt or a list of them, got "
+                     f"{quote(prompts)}")
 
 # %% ../nbs/14_engine.ipynb #637a2a5c
 def unwrap(prompt):
@@ -209,7 +211,7 @@ def unwrap(prompt):
     for key, kind in dict(prompt=str, prompt_token_ids=(list, tuple)).items():
         if list(prompt) == [key] and isinstance(prompt[key], kind): return prompt[key]
     raise ValueError("a prompt given as a dict must have one of prompt (a string) and "
-                     f"prompt_token_ids (a list), got {prompt!r}")
+                     f"prompt_token_ids (a list), got {quote(prompt)}")
 
 # %% ../nbs/14_engine.ipynb #ab0fd3bb
 def read_prompt(prompt, tokenizer: Tokenizer, vocab_size: int) -> tuple:
@@ -218,11 +220,12 @@ def read_prompt(prompt, tokenizer: Tokenizer, vocab_size: int) -> tuple:
     text = prompt if isinstance(prompt, str) else None
     ids = prompt if text is None else tokenizer.encode(text)
     if not is_token_list(ids):
-        raise ValueError(f"prompt must be a string or token ids, got {prompt!r}")
-    if not ids: raise ValueError(f"prompt must have at least 1 token, got {prompt!r}")
+        raise ValueError(f"prompt must be a string or token ids, got {quote(prompt)}")
+    if not ids:
+        raise ValueError(f"prompt must have at least 1 token, got {quote(prompt)}")
     for t in ids:
         if isinstance(t, bool) or not 0 <= t < vocab_size:
-            raise ValueError(f"token ids must be from 0 to {vocab_size - 1}, got {t!r}")
+            raise ValueError(f"token ids must be from 0 to {vocab_size - 1}, got {quote(t)}")
     return text, [int(t) for t in ids]
 
 # %% ../nbs/14_engine.ipynb #9c0ecded
@@ -236,7 +239,7 @@ def read_params(sampling_params, num_prompts: int,
                          f"one for each prompt, got a list of {len(params)}")
     for p in params:
         if not isinstance(p, SamplingParams):
-            raise ValueError(f"sampling_params must be SamplingParams, got {p!r}")
+            raise ValueError(f"sampling_params must be SamplingParams, got {quote(p)}")
     return [replace(p) for p in params]
 
 # %% ../nbs/14_engine.ipynb #28f9fc8e
@@ -375,6 +378,7 @@ class Engine:
         self.is_consistent = True    # False while something is changing
         self.is_busy = False         # True only while something is changing
         self.must_recover = False    # a call came amid a change of something else
+        self.lock, self.pid = RLock(), os.getpid()    # who may call: see `exclusive`
 
 # %% ../nbs/14_engine.ipynb #9adc8115
 @patch
@@ -559,7 +563,8 @@ def choose_dtype(field: str, value, auto: torch.dtype) -> torch.dtype:
     "The torch dtype that `value` of `field` stands for: 'auto', a name, or a dtype."
     for name, known in dict(auto=auto, **DTYPES).items():
         if value is known or value == name: return known
-    raise ValueError(f"{field} must be one of auto, {', '.join(DTYPES)}, got {value!r}")
+    raise ValueError(f"{field} must be one of auto, {', '.join(DTYPES)}, got "
+                     f"{quote(value)}")
 
 # %% ../nbs/14_engine.ipynb #353a2352
 def choose_device(device) -> torch.device:
@@ -568,7 +573,8 @@ def choose_device(device) -> torch.device:
     if device == "auto": device = "cuda" if gpus else "cpu"
     here = ["cpu", *gpus] + ["cuda"] * bool(gpus)
     if str(device) in here: return torch.device(device)
-    raise ValueError(f"device must be one of auto, {', '.join(here)}, got {device!r}")
+    raise ValueError(f"device must be one of auto, {', '.join(here)}, got "
+                     f"{quote(device)}")
 
 # %% ../nbs/14_engine.ipynb #337090f2
 @dataclass

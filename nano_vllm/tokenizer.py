@@ -9,7 +9,7 @@ __all__ = ['BYTE_OF', 'TOKENIZER_FILES', 'byte_alphabet', 'bytes_of', 'has_token
 # %% ../nbs/02_tokenizer.ipynb #78c880f6
 import codecs, io
 from pathlib import Path
-from .sampling_params import is_unicode
+from .sampling_params import is_unicode, quote, shorten
 
 # %% ../nbs/02_tokenizer.ipynb #d186b115
 def byte_alphabet() -> dict[str, int]:
@@ -43,22 +43,23 @@ def load_hf(path):
     "The transformers tokenizer of the folder `path`; ValueError where there is none."
     if not has_tokenizer(path):
         names = ", ".join(TOKENIZER_FILES)
-        raise ValueError(f"tokenizer: {str(path)!r} has none of {names}")
+        raise ValueError(f"tokenizer: {quote(str(path))} has none of {names}")
     from transformers import AutoTokenizer
     # a folder is data: code that it may bring is not run, nor is anybody asked
     try: return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-    except Exception as e: raise ValueError(f"tokenizer: {str(path)!r}: {e}") from e
+    except Exception as e: raise ValueError(f"tokenizer: {path}: {shorten(e)}") from e
 
 # %% ../nbs/02_tokenizer.ipynb #f9af7d40
 def check_messages(messages):
     "Raise ValueError unless `messages` are dicts of strings, `role` and `content`."
     if not isinstance(messages, (list, tuple)) or not messages:
-        raise ValueError(f"messages: {messages!r} is not a list of at least 1 message")
+        raise ValueError(f"messages: {quote(messages)} is not a list of at least 1 "
+                         "message")
     for i, message in enumerate(messages):
         for key in ("role", "content"):
             value = message.get(key) if isinstance(message, dict) else None
             if is_unicode(value): continue
-            raise ValueError(f"messages[{i}].{key}: {value!r} is not Unicode text")
+            raise ValueError(f"messages[{i}].{key}: {quote(value)} is not Unicode text")
 
 # %% ../nbs/02_tokenizer.ipynb #33af5428
 class Tokenizer:
@@ -69,7 +70,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         "The ids of `text`, with the special tokens (BOS) that the model expects."
-        if not is_unicode(text): raise ValueError(f"prompt: {text!r} is not Unicode")
+        if not is_unicode(text):
+            raise ValueError(f"prompt: {quote(text)} is not Unicode")
         return self.hf.encode(text)
 
     def decode(self, ids, skip_special_tokens: bool = True) -> str:
@@ -94,7 +96,8 @@ class Tokenizer:
             raise ValueError(f"messages: {self.path!r} has no chat template")
         options = dict(tokenize=False, add_generation_prompt=add_generation_prompt)
         try: text = self.hf.apply_chat_template(messages, **options)
-        except Exception as e: raise ValueError(f"messages: {e} (chat template)") from e
+        except Exception as e:
+            raise ValueError(f"messages: {shorten(e)} (chat template)") from e
         return self.hf.encode(text, add_special_tokens=False)
 
 # %% ../nbs/02_tokenizer.ipynb #c4697bc8
@@ -104,7 +107,7 @@ class NoTokenizer(Tokenizer):
     def decode(self, ids, skip_special_tokens=True): return ""
     def token_bytes(self, token_id, skip_special_tokens=True, first=False): return b""
     def encode(self, text):
-        raise ValueError(f"prompt: {text!r} is text, and {str(self.path)!r} has no "
+        raise ValueError(f"prompt: {quote(text)} is text, and {self.path} has no "
                          "tokenizer; give token ids")
     apply_chat_template = encode
 
@@ -129,7 +132,8 @@ class StopFilter:
     neither the way the text is cut into pieces nor the order of `stops` matters."""
     def __init__(self, stops):
         if not all(isinstance(s, str) and s for s in stops):
-            raise ValueError(f"stop: {stops!r} must be strings of at least 1 character")
+            raise ValueError(f"stop: {quote(stops)} must be strings of at least 1 "
+                             "character")
         self.stops = [(s, find_borders(s)) for s in stops]
         self.states, self.held, self.found = [0]*len(stops), "", None
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FLOATS', 'PATTERNS', 'weight_files', 'is_file_name', 'some', 'read_tensors', 'is_finite', 'load_weights',
-           'is_harmless', 'empty_model', 'fill_randomly', 'load_model', 'download', 'resolve_model']
+           'is_harmless', 'empty_model', 'fill_randomly', 'load_model', 'download', 'check_folder', 'resolve_model']
 
 # %% ../nbs/10_weights.ipynb #72e79f9b
 import math
@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from .layers import Ops, TensorParallelGroup, fixed
 from .model import Decoder, ModelConfig, read_json, weight_shards
+from .sampling_params import quote, shorten
 from .workbench import MODEL_NAME, fetch, from_gguf
 
 # %% ../nbs/10_weights.ipynb #39c0de05
@@ -29,11 +30,12 @@ def weight_files(path: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict): raise ValueError(f"{index}: no weight_map")
     if odd := [f for f in weight_map.values() if not is_file_name(f)]:
-        raise ValueError(f"{index}: weight_map holds {odd[0]!r}, not the name of a "
+        raise ValueError(f"{index}: weight_map holds {quote(odd[0])}, not the name of a "
                          "file in the folder")
     files = [path/name for name in sorted(set(weight_map.values()))]
-    if gone := [f.name for f in files if not f.exists()]:
-        raise ValueError(f"model folder {path}: no {some(gone)}, named in {index.name}")
+    if gone := [f.name for f in files if not os.path.isfile(f)]:
+        raise ValueError(f"model folder {path}: no {shorten(some(gone))}, named in "
+                         f"{index.name}")
     return files
 
 
@@ -53,7 +55,8 @@ def read_tensors(file: Path):
     try:
         with safe_open(file, "pt") as f:
             for name in f.keys(): yield name, f.get_slice(name)
-    except (SafetensorError, OSError) as e: raise ValueError(f"{file}: {e}") from e
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{file}: {shorten(e)}") from e
 
 # %% ../nbs/10_weights.ipynb #58f869e5
 def is_finite(x: torch.Tensor) -> bool:
@@ -100,7 +103,9 @@ def empty_model(config: ModelConfig, dtype: torch.dtype, device,
     with torch.device("meta"): model = Decoder(config, group, ops)
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):
-            memory = torch.empty_like(p, dtype=dtype, device=device)
+            try: memory = torch.empty_like(p, dtype=dtype, device=device)
+            except RuntimeError as e: raise ValueError(
+                f"{name} of shape {list(p.shape)}: {device} has no memory") from e
             setattr(module, name, fixed(memory))
     return model.to(device)
 
@@ -140,14 +145,21 @@ def download(name: str) -> Path:
                          f"Hugging Face hub for it failed: {e}") from e
 
 
+def check_folder(folder: Path) -> Path:
+    "The folder, if it has a config and holds only files and folders."
+    if not (folder/"config.json").exists():
+        raise ValueError(f"model is {str(folder)!r}: this folder has no config.json")
+    if odd := [f for f in folder.iterdir() if not (f.is_file() or f.is_dir())]:
+        raise ValueError(f"model is {str(folder)!r}: {odd[0].name} is not a file")
+    return folder
+
+
 def resolve_model(name) -> Path:
     "The folder of a model: the demo's alias, a folder or GGUF file, or a hub id."
     name = str(name)
     if name == MODEL_NAME: return fetch()
-    if os.path.isdir(name):
-        if (Path(name)/"config.json").exists(): return Path(name)
-        raise ValueError(f"model is {name!r}: this folder has no config.json")
+    if os.path.isdir(name): return check_folder(Path(name))
     if name.endswith(".gguf") and os.path.isfile(name): return from_gguf(Path(name))
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name): return download(name)
-    raise ValueError(f"model is {name!r}, supported: {MODEL_NAME!r}, the path of a "
+    raise ValueError(f"model is {quote(name)}, supported: {MODEL_NAME!r}, the path of a "
                      "model folder or GGUF file, or a hub name such as 'org/name'")

