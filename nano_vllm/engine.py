@@ -225,7 +225,8 @@ def read_prompt(prompt, tokenizer: Tokenizer, vocab_size: int) -> tuple:
         raise ValueError(f"prompt must have at least 1 token, got {quote(prompt)}")
     for t in ids:
         if isinstance(t, bool) or not 0 <= t < vocab_size:
-            raise ValueError(f"token ids must be from 0 to {vocab_size - 1}, got {quote(t)}")
+            raise ValueError(f"token ids must be from 0 to {vocab_size - 1}, got "
+                             f"{quote(t)}")
     return text, [int(t) for t in ids]
 
 # %% ../nbs/14_engine.ipynb #9c0ecded

@@ -30,8 +30,8 @@ def weight_files(path: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict): raise ValueError(f"{index}: no weight_map")
     if odd := [f for f in weight_map.values() if not is_file_name(f)]:
-        raise ValueError(f"{index}: weight_map holds {quote(odd[0])}, not the name of a "
-                         "file in the folder")
+        raise ValueError(f"{index}: weight_map holds {quote(odd[0])}, not the name of "
+                         "a file in the folder")
     files = [path/name for name in sorted(set(weight_map.values()))]
     if gone := [f.name for f in files if not os.path.isfile(f)]:
         raise ValueError(f"model folder {path}: no {shorten(some(gone))}, named in "
@@ -161,5 +161,5 @@ def resolve_model(name) -> Path:
     if os.path.isdir(name): return check_folder(Path(name))
     if name.endswith(".gguf") and os.path.isfile(name): return from_gguf(Path(name))
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name): return download(name)
-    raise ValueError(f"model is {quote(name)}, supported: {MODEL_NAME!r}, the path of a "
-                     "model folder or GGUF file, or a hub name such as 'org/name'")
+    raise ValueError(f"model is {quote(name)}, supported: {MODEL_NAME!r}, the path of "
+                     "a model folder or GGUF file, or a hub name such as 'org/name'")

@@ -102,6 +102,31 @@ def test_a_killed_rank_ends_the_engine_with_its_name(tmp_path):
     assert_idle(llm)
 
 
+def test_a_rank_that_does_nothing_is_not_waited_for(tmp_path, monkeypatch):
+    "It is alive, its sockets are open, and it does not move: a debugger may have stopped it."
+    monkeypatch.setenv("NANO_VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "3")
+    llm = LLM(tiny_folder(tmp_path), tensor_parallel_size=2, device="cpu", num_kv_blocks=100)
+    llm.generate("Hello", SamplingParams(max_tokens=2), use_tqdm=False)
+    worker = llm.engine.runner.group.processes[0]
+    worker.send_signal(signal.SIGSTOP)
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="the other ranks did not answer in 3.0 s"): llm.generate("Hello", use_tqdm=False)
+    assert 2 < time.monotonic() - start < 20 and worker.poll() is not None
+    with pytest.raises(RuntimeError, match="this engine has ended: rank 0 failed"): llm.generate("Hello", use_tqdm=False)
+    assert_idle(llm)
+
+
+def test_an_engine_that_nobody_holds_ends_its_workers_at_once(tmp_path):
+    llm = LLM(tiny_folder(tmp_path), tensor_parallel_size=2, device="cpu", num_kv_blocks=100)
+    llm.generate("Hello", SamplingParams(max_tokens=2), use_tqdm=False)
+    worker = llm.engine.runner.group.processes[0]
+    gc.disable()
+    try:
+        del llm
+        assert worker.poll() is not None
+    finally: gc.enable()
+
+
 def test_a_rank_that_fails_tells_its_traceback(tmp_path):
     llm = LLM(tiny_folder(tmp_path), tensor_parallel_size=2, device="cpu", num_kv_blocks=100)
     group = llm.engine.runner.group
@@ -217,6 +242,34 @@ def test_no_process_outlives_the_program(end, tmp_path):
     assert program.returncode != 0
     assert {"raise": "KeyError: 'on purpose'", "SIGINT": "KeyboardInterrupt", "SIGKILL": ""}[end] in errors
     assert wait_until(lambda: not any(p.is_running() and p.status() != "zombie" for p in family))
+
+
+STOPPED = '''
+import os, signal, sys, threading, time
+from nano_vllm import LLM, SamplingParams
+llm = LLM(sys.argv[1], tensor_parallel_size=2, device="cpu", num_kv_blocks=100)
+llm.generate("Hello", SamplingParams(max_tokens=2), use_tqdm=False)
+os.kill(llm.engine.runner.group.processes[0].pid, signal.SIGSTOP)
+print("ready", flush=True)
+llm.generate("Hello", SamplingParams(max_tokens=50), use_tqdm=False)
+'''
+
+
+def test_the_second_interrupt_gets_through_a_stopped_rank(tmp_path):
+    "The first is put off to the end of the step, which never comes."
+    (tmp_path/"script.py").write_text(STOPPED)
+    with subprocess.Popen([sys.executable, tmp_path/"script.py", tiny_folder(tmp_path/"model")], cwd=ROOT, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True) as program:
+        assert program.stdout.readline() == "ready\n"
+        worker, = psutil.Process(program.pid).children()
+        time.sleep(1)
+        program.send_signal(signal.SIGINT)
+        time.sleep(2)
+        assert program.poll() is None and worker.is_running()
+        program.send_signal(signal.SIGINT)
+        _, errors = program.communicate(timeout=20)
+    assert program.returncode != 0 and "KeyboardInterrupt" in errors
+    assert wait_until(lambda: not worker.is_running())
 
 
 def free_port() -> int:
