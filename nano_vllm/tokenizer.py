@@ -77,10 +77,10 @@ class Tokenizer:
         self.hf, self.path, self._bytes = load_hf(path), str(path), {}
         self.vocab_size, self.eos_token_id = len(self.hf), self.hf.eos_token_id
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, **options) -> list[int]:
         "The ids of `text`, with the special tokens (BOS) that the model expects."
         if not is_unicode(text): raise ValueError(f"prompt: {text!r} is not Unicode")
-        return self.hf.encode(text)
+        return self.hf.encode(text, **options)
 
     def decode(self, ids, skip_special_tokens: bool = True) -> str:
         "The text of the token ids `ids`; bytes that are not UTF-8 become U+FFFD."
@@ -126,10 +126,10 @@ class NoTokenizer(Tokenizer):
     def __init__(self, path): self.hf, self.path, self.eos_token_id = None, path, None
     def decode(self, ids, skip_special_tokens=True): return ""
     def token_bytes(self, token_id, skip_special_tokens=True, first=False): return b""
-    def encode(self, text):
+    def encode(self, text, **options):
         raise ValueError(f"prompt: {text!r} is text, and {str(self.path)!r} has no "
                          "tokenizer; give token ids")
-    apply_chat_template = chat_text = lambda self, messages, **options: self.encode(messages)
+    apply_chat_template = chat_text = encode
 
 # %% ../nbs/02_tokenizer.ipynb #bb755424
 def advance(stop: str, borders: list[int], k: int, char: str) -> int:

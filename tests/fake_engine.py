@@ -32,6 +32,7 @@ class LetterTokenizer:
         return b"" if token_id == EOS else bytes([65 + token_id % 50])
 
     def decode(self, ids, skip_special_tokens=True): return "".join(chr(65 + i % 50) for i in ids)
+    def token_text(self, token_id, before=()): return self.decode([token_id])
 
 
 def answer(text, seed):
