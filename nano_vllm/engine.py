@@ -15,7 +15,7 @@ __all__ = ['TOKEN_MASKS', 'ENGINE_LIMITS', 'ACCEPTED_ARGS', 'REFUSED_ARGS', 'OTH
 import os, time
 from collections import deque
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from functools import wraps
 from numbers import Integral
@@ -391,6 +391,14 @@ def make_requests(self: InputProcessor, prompts, sampling_params=None,
         except ValueError as e: raise ValueError(f"prompts[{i}]: {e}") from None
     return [self.make_request(*c) for c in checked]
 
+# %% ../nbs/14_engine.ipynb #18ce6090
+@patch
+def tokenize(self: InputProcessor, prompts, options: dict) -> list:
+    "The prompts, with texts encoded under these `options` of the tokenizer."
+    pairs = [unwrap(prompt) for prompt in split_prompts(prompts)]
+    return [{"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, **options)
+             if ids is None else ids} for text, ids in pairs]
+
 # %% ../nbs/14_engine.ipynb #feb9a08a
 def with_text(entries: list[dict[int, Logprob]], tokenizer: Tokenizer,
               before=()) -> list[dict]:
@@ -677,10 +685,11 @@ class EngineArgs:
     logits_processors: list | None = None        # classes or "module:Class"
 
     def __post_init__(self):
+        for f in fields(self)[1:]:      # None stands for the default, as in vLLM
+            if getattr(self, f.name) is None: setattr(self, f.name, f.default)
         for name, limits in ENGINE_LIMITS.items():
-            value, default = getattr(self, name), getattr(EngineArgs, name)
-            if value is None: setattr(self, name, default)    # as in vLLM
-            else: setattr(self, name, check_number(name, value, *limits))
+            value = getattr(self, name)
+            if value is not None: setattr(self, name, check_number(name, value, *limits))
         if self.scheduling_policy not in POLICIES:
             raise ValueError(f"scheduling_policy must be one of {', '.join(POLICIES)}, "
                              f"got {self.scheduling_policy!r}")

@@ -6,7 +6,7 @@
 __all__ = ['MAX_N', 'MAX_BIAS', 'LIMITS', 'KINDS', 'OPTIONAL', 'ACCEPTED', 'REFUSED', 'LOWEST_TEMPERATURE', 'GREEDY_BELOW',
            'CLASSES', 'check_number', 'is_unicode', 'is_token_id', 'is_stop_string', 'check_list', 'check_bias',
            'RepetitionDetectionParams', 'repeats', 'say_once', 'settle', 'check_together', 'read_aliases',
-           'check_lists', 'check_params', 'RequestOutputKind', 'SamplingParams', 'Logprob']
+           'check_lists', 'check_params', 'RequestOutputKind', 'SamplingParams', 'BeamSearchParams', 'Logprob']
 
 # %% ../nbs/00_sampling_params.ipynb #be71af18
 import logging, math
@@ -132,6 +132,9 @@ def check_together(p):
         raise ValueError(f"n must be 1 in greedy sampling (temperature 0), got {p.n}")
     if p.stop and not p.detokenize:
         raise ValueError(f"stop must be empty if detokenize is False, got {p.stop!r}")
+    if p.prompt_logprobs is not None and not p.skip_reading_prefix_cache:
+        raise ValueError("skip_reading_prefix_cache must be True with prompt_logprobs, "
+                         "got False: what is in the cache would not be rated")
     if p.allowed_token_ids == []:
         raise ValueError("allowed_token_ids must be None or have at least 1 id, got []")
 
@@ -268,6 +271,22 @@ class SamplingParams:
 CLASSES = dict(output_kind=RequestOutputKind, extra_args=dict,
                repetition_detection=RepetitionDetectionParams,
                skip_reading_prefix_cache=bool)
+
+# %% ../nbs/00_sampling_params.ipynb #9e328251
+@dataclass
+class BeamSearchParams:
+    "How wide and how long to search for likely answers; ValueError on a bad value."
+    beam_width: int
+    max_tokens: int
+    ignore_eos: bool = False
+    temperature: float = 0.0      # of no effect: beams go by log-probabilities
+    length_penalty: float = 1.0   # a score is divided by length to this power
+    skip_special_tokens: bool = True
+
+    def __post_init__(self):
+        check_number("beam_width", self.beam_width, int, 1, MAX_N)
+        check_number("max_tokens", self.max_tokens, int, 1, math.inf)
+        check_number("length_penalty", self.length_penalty, float, -100, 100)
 
 # %% ../nbs/00_sampling_params.ipynb #2c7604ba
 @dataclass
