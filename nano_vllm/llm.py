@@ -180,7 +180,7 @@ def chat(self: LLM, messages, sampling_params=None, use_tqdm=True, lora_request=
                          lora_request=lora_request, priority=priority,
                          mm_processor_kwargs=mm_processor_kwargs)
 
-
+# %% ../nbs/15_llm.ipynb #17afe344
 @patch
 def render(self: LLM, messages, chat_template=None, tokenization_kwargs=None,
            **options) -> list[dict]:
@@ -190,8 +190,8 @@ def render(self: LLM, messages, chat_template=None, tokenization_kwargs=None,
     texts = [self.tokenizer.chat_text(m, chat_template=template, **options)
              for m in (messages if several else [messages])]
     encoding = dict(add_special_tokens=False) | (tokenization_kwargs or {})
-    return [{"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, **encoding)}
-            for text in texts]
+    ids = [self.tokenizer.encode(text, **encoding) for text in texts]
+    return [{"prompt": text, "prompt_token_ids": i} for text, i in zip(texts, ids)]
 
 # %% ../nbs/15_llm.ipynb #814331fa
 @patch
@@ -281,7 +281,8 @@ class LLMEngine:
         self.engine, self.news = engine, {}     # requests with something to tell
 
     @classmethod
-    def from_engine_args(cls, args: EngineArgs): return LLM.from_engine_args(args).llm_engine
+    def from_engine_args(cls, args: EngineArgs):
+        return cls(LLM.from_engine_args(args).engine)
 
     def add_request(self, request_id: str, prompt, params: SamplingParams, priority=0):
         "Take a request; ValueError if it cannot be answered or its name is taken."
@@ -350,9 +351,11 @@ class Beams:
 
     def extend(self, entries: list[dict[int, Logprob]]):
         "Continue each live beam by the tokens of its entry, and keep the best."
-        longer = [BeamSearchSequence([*beam.tokens, token], beam.cum_logprob + e.logprob,
+        longer = [BeamSearchSequence([*beam.tokens, token],
+                                     beam.cum_logprob + logprob.logprob,
                                      [*beam.logprobs, entry])
-                  for beam, entry in zip(self.live, entries) for token, e in entry.items()]
+                  for beam, entry in zip(self.live, entries)
+                  for token, logprob in entry.items()]
         ended = [beam for beam in longer if beam.tokens[-1] == self.eos_token_id
                  and not self.params.ignore_eos]
         for beam in ended: beam.finish_reason = "stop"
@@ -386,82 +389,64 @@ def beam_search(self: LLM, prompts, params: BeamSearchParams, lora_request=None,
 # %% ../nbs/15_llm.ipynb #7d5605d4
 ACCEPTED_GROUPS = {
     "nothing is logged, traced or counted by the engine":
-        "disable_log_stats aggregate_engine_logging enable_logging_iteration_details "
-        "logging_config log_level log_config_file otlp_traces_endpoint use_tqdm_on_load "
-        "collect_detailed_traces show_hidden_metrics_for_version kv_cache_metrics "
-        "kv_cache_metrics_sample cudagraph_metrics enable_mfu_metrics jit_monitor_mode "
-        "jit_monitor_verbose enable_layerwise_nvtx_tracing",
+        "disable_log_stats logging_config log_level otlp_traces_endpoint "
+        "collect_detailed_traces kv_cache_metrics use_tqdm_on_load",
     "prompts are always cut to the step's budget, max_num_batched_tokens":
         "enable_chunked_prefill scheduler_reserve_full_isl prefill_schedule_interval",
     "enforce_eager and compile say what is recorded and joined":
         "compilation_config optimization_level performance_mode kernel_config "
-        "cudagraph_capture_sizes max_cudagraph_capture_size enable_flashinfer_autotune",
+        "cudagraph_capture_sizes max_cudagraph_capture_size",
     "there is one way here, chosen by the device":
         "disable_custom_all_reduce disable_cascade_attn distributed_executor_backend "
-        "moe_backend linear_backend all2all_backend use_fp64_gumbel model_impl swap_space "
-        "tokenizer_mode config_format pt_load_map_location prefix_caching_hash_algo "
-        "safetensors_load_strategy max_parallel_loading_workers seed_everything "
-        "enable_batch_sharded_sampling disable_hybrid_kv_cache_manager",
-    "an engine in one's own process needs no name": "served_model_name shutdown_timeout",
-    "every new token is handed out when it comes": "stream_interval"}
+        "moe_backend linear_backend all2all_backend model_impl swap_space "
+        "config_format tokenizer_mode prefix_caching_hash_algo max_parallel_loading_workers",
+    "every new token is handed out when it comes": "stream_interval",
+    "an engine in one's own process needs no name": "served_model_name"}
 for why, names in ACCEPTED_GROUPS.items():
     ACCEPTED_ARGS.update(dict.fromkeys(names.split(), why))
 
-# %% ../nbs/15_llm.ipynb #4c0e62b2
+# %% ../nbs/15_llm.ipynb #8135ab04
 REFUSED_GROUPS = {
-    "prompts are text here":
-        "allowed_local_media_path allowed_media_domains limit_mm_per_prompt mm_encoder_only "
-        "mm_processor_kwargs mm_processor_cache_gb media_io_kwargs interleave_mm_strings "
-        "enable_mm_embeds enable_prompt_embeds language_model_only skip_mm_profiling",
-    "this engine generates text": "runner convert pooler_config io_processor_plugin "
-        "enable_return_routed_experts return_sampling_mask diffusion_config",
+    "prompts are text here": "allowed_local_media_path allowed_media_domains "
+        "limit_mm_per_prompt mm_processor_kwargs enable_prompt_embeds",
+    "this engine generates text": "runner convert pooler_config "
+        "enable_return_routed_experts return_sampling_mask",
     "download that revision and give its folder":
-        "revision tokenizer_revision code_revision model_weights",
+        "revision tokenizer_revision code_revision",
     "the environment says it: HF_TOKEN, HF_HOME": "hf_token download_dir",
-    "change config.json in a copy of the folder":
-        "hf_overrides hf_config_path model_class_overrides disable_sliding_window",
+    "change config.json in a copy of the folder": "hf_overrides disable_sliding_window",
     "tensor_parallel_size cuts a model over devices":
-        "pipeline_parallel_size prefill_context_parallel_size node_rank nnodes "
-        "decode_context_parallel_size enable_expert_parallel enable_eplb master_addr "
-        "master_port device_ids ubatch_size enable_dbo worker_cls worker_extension_cls",
-    "start one engine for each copy of the model":
-        "data_parallel_size data_parallel_rank data_parallel_size_local "
-        "data_parallel_address data_parallel_backend data_parallel_rpc_port",
+        "pipeline_parallel_size decode_context_parallel_size enable_expert_parallel "
+        "nnodes worker_cls worker_extension_cls",
+    "start one engine for each copy of the model": "data_parallel_size",
     "quantization='int8' makes the weights smaller":
-        "cpu_offload_gb cpu_offload_params offload_backend offload_params "
-        "offload_group_size offload_num_in_group offload_prefetch_step "
-        "quantization_config allow_deprecated_quantization",
+        "cpu_offload_gb offload_group_size offload_num_in_group offload_params "
+        "offload_prefetch_step quantization_config",
     "merge the adapter into the weights and load that model":
-        "enable_lora max_loras max_lora_rank max_cpu_loras lora_dtype "
-        "lora_target_modules fully_sharded_loras default_mm_loras",
+        "enable_lora max_loras max_lora_rank",
     "every token is the model's own here":
         "speculative_config spec_method spec_model spec_tokens",
     "constrain the output by allowed_token_ids or logits_processors":
-        "structured_outputs_config reasoning_parser reasoning_config",
+        "structured_outputs_config reasoning_parser",
     "logprobs are those of the raw logits": "logprobs_mode",
     "use torch.profiler around a call": "profiler_config",
     "attention_backend names one": "attention_config",
-    "max_num_seqs and max_num_batched_tokens are the limits":
-        "max_num_scheduled_tokens max_num_active_seqs max_num_queued_reqs "
-        "max_num_queued_tokens scheduler_cls watermark",
     "the KV cache stays on the device, num_kv_blocks says how large":
-        "kv_transfer_config kv_events_config ec_transfer_config kv_offloading_size "
-        "kv_offloading_backend kv_sharing_fast_prefill kv_cache_dtype_skip_layers",
-    "`del llm` gives all memory back":
-        "enable_sleep_mode enable_cumem_allocator weight_transfer_config"}
+        "kv_transfer_config kv_offloading_size",
+    "`del llm` gives all memory back": "enable_sleep_mode"}
 for why, names in REFUSED_GROUPS.items():
     REFUSED_ARGS.update(dict.fromkeys(names.split(), why))
-NEUTRAL_VALUES.update(
-    runner=("auto", "generate"), convert=("auto", "none"), revision=("main",),
-    tokenizer_revision=("main",), logprobs_mode=("raw_logprobs",),
-    max_lora_rank=(16,), kv_offloading_backend=("native",), lora_dtype=("auto",),
-    offload_backend=("auto",), data_parallel_backend=("mp",), worker_cls=("auto",),
-    mm_processor_cache_gb=(4,), **dict.fromkeys(
-        "pipeline_parallel_size prefill_context_parallel_size nnodes max_loras "
-        "decode_context_parallel_size data_parallel_size offload_num_in_group "
-        "offload_prefetch_step".split(), (1,)))
 
 # %% ../nbs/15_llm.ipynb #405f0b95
+NEUTRAL_VALUES.update(
+    dict.fromkeys("pipeline_parallel_size nnodes decode_context_parallel_size "
+                  "max_loras data_parallel_size offload_num_in_group "
+                  "offload_prefetch_step".split(), (1,)),
+    runner=("auto", "generate"), convert=("auto", "none"), revision=("main",),
+    tokenizer_revision=("main",), logprobs_mode=("raw_logprobs",), max_lora_rank=(16,),
+    worker_cls=("auto",))
+
+# %% ../nbs/15_llm.ipynb #0ddf4182
 REFUSED_METHODS = {name: why for why, names in {
     "this engine generates text, and its hidden states stay inside":
         "encode embed classify score",
@@ -473,7 +458,8 @@ REFUSED_METHODS = {name: why for why, names in {
     "load the new weights by another LLM(...)":
         "init_weight_transfer_engine shutdown_weight_transfer_engine update_weights "
         "start_weight_update start_draft_weight_update finish_weight_update "
-        "update_weight_version get_weight_version"}.items() for name in names.split()}
+        "update_weight_version get_weight_version",
+    "enqueue(llm.render(messages))": "enqueue_chat"}.items() for name in names.split()}
 
 # %% ../nbs/15_llm.ipynb #89b12c88
 class TextPrompt(TypedDict):
@@ -508,16 +494,20 @@ def add_paths(package: str, paths: dict[str, list[type]]):
         vars(module).update({cls.__name__: cls for cls in classes})
 
 # %% ../nbs/15_llm.ipynb #e2dc0bee
-def parameters(function): return set(signature(function).parameters) - {"self"}
+def parameters(function) -> set[str]:
+    "The names of a method's parameters."
+    return set(signature(function).parameters) - {"self"}
+
+
 def status(name: str, known, accepted: dict, refused: dict) -> tuple[str, str]:
     "(works, accepted or refused, why) of `name`."
     for word, table in dict(refused=refused, accepted=accepted).items():
         if name in table: return word, table[name]
     return ("works", "") if name in known else ("refused", "no name of this engine")
 
-
+# %% ../nbs/15_llm.ipynb #c86eaec2
 def status_of(where: str, name: str) -> tuple[str, str]:
-    "(works, accepted or refused, why) of vLLM's `name`: of a class, call, or `methods`."
+    "(works, accepted or refused, why) of a `name` of vLLM's class, call, or methods."
     if where == "SamplingParams":
         return status(name, {f.name for f in fields(SamplingParams)},
                       sampling_params.ACCEPTED, sampling_params.REFUSED)

@@ -103,9 +103,9 @@ ACCEPTED = dict(
 REFUSED = dict(
     structured_outputs="constrain the output by allowed_token_ids or logits_processors",
     flat_logprobs="logprobs come as a list of dicts",
-    logprob_token_ids="logprobs=-1 (with LLM(max_logprobs=-1)) gives those of all tokens",
+    logprob_token_ids="logprobs=-1 gives those of all, if LLM(max_logprobs=-1)",
     prompt_logprob_token_ids="prompt_logprobs=-1 gives those of all tokens",
-    prompt_logprob_start="prompt_logprobs rates the whole prompt; drop what comes first",
+    prompt_logprob_start="prompt_logprobs rates the whole prompt; drop the rest",
     thinking_token_budget="max_tokens limits all tokens",
     trace_decode_token_ids="prompt_logprobs rates given tokens")
 
@@ -132,9 +132,6 @@ def check_together(p):
         raise ValueError(f"n must be 1 in greedy sampling (temperature 0), got {p.n}")
     if p.stop and not p.detokenize:
         raise ValueError(f"stop must be empty if detokenize is False, got {p.stop!r}")
-    if p.prompt_logprobs is not None and not p.skip_reading_prefix_cache:
-        raise ValueError("skip_reading_prefix_cache must be True with prompt_logprobs, "
-                         "got False: what is in the cache would not be rated")
     if p.allowed_token_ids == []:
         raise ValueError("allowed_token_ids must be None or have at least 1 id, got []")
 
@@ -144,8 +141,7 @@ def read_aliases(p):
     if p.seed == -1: p.seed = None
     if p.logprobs is True: p.logprobs = 1
     if p.prompt_logprobs is True: p.prompt_logprobs = 1
-    if p.skip_reading_prefix_cache is None:
-        p.skip_reading_prefix_cache = p.prompt_logprobs is not None
+    if p.prompt_logprobs is not None: p.skip_reading_prefix_cache = True
 
 # %% ../nbs/00_sampling_params.ipynb #8a16b445
 LOWEST_TEMPERATURE = 0.01    # of those above 0, as in vLLM

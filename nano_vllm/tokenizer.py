@@ -66,7 +66,8 @@ def read_messages(messages) -> list[dict]:
     for i, message in enumerate(read):
         for key in ("role", "content"):
             value = message.get(key)
-            if is_unicode(value) or value is None and message.get("tool_calls"): continue
+            if value is None and message.get("tool_calls"): value = ""
+            if is_unicode(value): continue
             raise ValueError(f"messages[{i}].{key}: {value!r} is not Unicode text")
     return read
 
@@ -98,7 +99,7 @@ class Tokenizer:
         return self._bytes[key]
 
     def token_text(self, token_id: int, before=()) -> str:
-        "What `token_id` adds after the ids `before`; nothing, if it ends in a character."
+        "What `token_id` adds after the ids `before`: whole characters only."
         text = self.decode([token_id], False)
         if not text.endswith("\ufffd"): return text
         utf8 = codecs.getincrementaldecoder("utf-8")("ignore")
