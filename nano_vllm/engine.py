@@ -690,7 +690,8 @@ class EngineArgs:
 
     def __post_init__(self):
         for name in DEFAULT_IS_NONE:
-            if getattr(self, name) is None: setattr(self, name, getattr(EngineArgs, name))
+            value = getattr(self, name)
+            if value is None: setattr(self, name, getattr(EngineArgs, name))
         for name, limits in ENGINE_LIMITS.items():
             value = getattr(self, name)
             if value is None and getattr(EngineArgs, name) is None: continue

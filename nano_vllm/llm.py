@@ -16,14 +16,16 @@ from inspect import signature
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
-from typing import TypedDict
+from typing import Callable, TypedDict
 from fastcore.basics import patch
 from tqdm import tqdm
 from . import sampling_params
 from .engine import (ACCEPTED_ARGS, NEUTRAL_VALUES, OTHER_NAMES, REFUSED_ARGS,
-                              CompletionOutput, Engine, EngineArgs, Request,
-                              RequestOutput, make_engine)
-from .model_runner import BatchUpdate, LogitsProcessor, ModelRunner
+                              CompletionOutput, Engine, EngineArgs, EngineConfig,
+                              Request, RequestOutput, make_engine)
+from .model_runner import (AdapterLogitsProcessor, BatchUpdate,
+                                    LogitsProcessor, ModelRunner,
+                                    process_dict_updates)
 from .sampling_params import (BeamSearchParams, Logprob, RequestOutputKind,
                                        SamplingParams, say_once, settle)
 from .weights import resolve_model
@@ -399,7 +401,7 @@ ACCEPTED_GROUPS = {
     "there is one way here, chosen by the device":
         "disable_custom_all_reduce disable_cascade_attn distributed_executor_backend "
         "moe_backend linear_backend all2all_backend model_impl swap_space "
-        "config_format tokenizer_mode prefix_caching_hash_algo max_parallel_loading_workers",
+        "config_format tokenizer_mode prefix_caching_hash_algo",
     "every new token is handed out when it comes": "stream_interval",
     "an engine in one's own process needs no name": "served_model_name"}
 for why, names in ACCEPTED_GROUPS.items():
@@ -475,23 +477,29 @@ class TokensPrompt(TypedDict, total=False):
 
 PromptType = str | list[int] | TextPrompt | TokensPrompt
 PATHS = {    # module -> what is found there; `sampling_params` has a file
-    "inputs": [TextPrompt, TokensPrompt], "outputs": [RequestOutput, CompletionOutput],
-    "logprobs": [Logprob], "engine.arg_utils": [EngineArgs],
-    "engine.llm_engine": [LLMEngine], "entrypoints.llm": [LLM],
-    "beam_search": [BeamSearchOutput, BeamSearchSequence],
-    "v1.metrics.reader": [Metric, Counter, Gauge],
-    "v1.sample.logits_processor": [BatchUpdate, LogitsProcessor]}
+    "inputs": dict(TextPrompt=TextPrompt, TokensPrompt=TokensPrompt,
+                   PromptType=PromptType),
+    "outputs": dict(RequestOutput=RequestOutput, CompletionOutput=CompletionOutput),
+    "logprobs": dict(Logprob=Logprob), "config": dict(VllmConfig=EngineConfig),
+    "engine.arg_utils": dict(EngineArgs=EngineArgs),
+    "engine.llm_engine": dict(LLMEngine=LLMEngine), "entrypoints.llm": dict(LLM=LLM),
+    "v1.metrics.reader": dict(Metric=Metric, Counter=Counter, Gauge=Gauge),
+    "v1.sample.logits_processor": dict(
+        BatchUpdate=BatchUpdate, LogitsProcessor=LogitsProcessor,
+        AdapterLogitsProcessor=AdapterLogitsProcessor, RequestLogitsProcessor=Callable),
+    "v1.sample.logits_processor.builtin": dict(
+        process_dict_updates=process_dict_updates)}
 
-
-def add_paths(package: str, paths: dict[str, list[type]]):
-    "Make modules in `package` that have the classes which `paths` lists."
-    for path, classes in paths.items():
+# %% ../nbs/15_llm.ipynb #e93b2b4c
+def add_paths(package: str, paths: dict[str, dict]):
+    "Make modules in `package` that have the names which `paths` lists."
+    for path, names in paths.items():
         parent = package
         for name in path.split("."):
             module = sys.modules.setdefault(f"{parent}.{name}", ModuleType(name))
             setattr(sys.modules[parent], name, module)
             parent = f"{parent}.{name}"
-        vars(module).update({cls.__name__: cls for cls in classes})
+        vars(module).update(names)
 
 # %% ../nbs/15_llm.ipynb #e2dc0bee
 def parameters(function) -> set[str]:

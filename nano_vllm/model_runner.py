@@ -6,11 +6,14 @@
 __all__ = ['SAMPLING_COPIES', 'RATING_COPIES', 'PROMPT_PIECE', 'PROMPT_LOGITS', 'kv_block_bytes', 'read_meminfo', 'device_memory',
            'PeakMemory', 'NoAttention', 'prompt_piece', 'profile_memory', 'allocate_kv_cache', 'InputBatch',
            'RowInputs', 'prompt_indices', 'fetch_later', 'StepResult', 'StepHandle', 'ModelRunner', 'rate_prompts',
-           'BatchUpdate', 'LogitsProcessor', 'load_processors', 'compare_rows']
+           'BatchUpdate', 'LogitsProcessor', 'process_dict_updates', 'AdapterLogitsProcessor', 'load_processors',
+           'compare_rows']
 
 # %% ../nbs/11_model_runner.ipynb #1aa1b95b
 import mmap, os, pydoc, re
 from dataclasses import dataclass, replace
+from functools import partial
+from inspect import signature
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
@@ -459,6 +462,36 @@ class LogitsProcessor:
     def is_argmax_invariant(self) -> bool: return False
     def update_state(self, update: BatchUpdate | None): "None: the rows are the same."
     def apply(self, logits: Tensor) -> Tensor: raise NotImplementedError
+
+
+def process_dict_updates(rows: dict, update: BatchUpdate | None, make) -> bool:
+    "Keep in `rows` what `make(params, prompt, output)` gives for a row; None: nothing."
+    if update is None: return False
+    for row in update.removed: rows.pop(row, None)
+    for row, *request in update.added:
+        rows.pop(row, None)
+        if (made := make(*request)) is not None: rows[row] = made
+    return True
+
+
+class AdapterLogitsProcessor(LogitsProcessor):
+    "One function for each request that has one: of the output's ids and its logits."
+    def __init__(self, config, device, is_pin_memory: bool): self.rows = {}
+
+    def new_req_logits_processor(self, params):
+        "`f(output_ids, logits)` or `f(prompt_ids, output_ids, logits)`; None: nothing."
+        raise NotImplementedError
+
+    def make(self, params, prompt, output):
+        if (f := self.new_req_logits_processor(params)) is None: return None
+        takes_prompt = len(signature(f).parameters) == 3
+        return partial(f, prompt, output) if takes_prompt else partial(f, output)
+
+    def update_state(self, update): process_dict_updates(self.rows, update, self.make)
+
+    def apply(self, logits):
+        for row, f in self.rows.items(): logits[row] = f(logits[row])
+        return logits
 
 
 def load_processors(given) -> list[type]:
