@@ -9,11 +9,12 @@ __all__ = ['REFUSED_IN_CALLS', 'ACCEPTED_GROUPS', 'REFUSED_GROUPS', 'REFUSED_MET
            'Beams', 'TextPrompt', 'TokensPrompt', 'add_paths', 'parameters', 'status', 'status_of']
 
 # %% ../nbs/15_llm.ipynb #bd75e092
-import sys
+import gc, sys
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from inspect import signature
 from itertools import islice
+from logging import getLogger
 from pathlib import Path
 from types import ModuleType
 from typing import Callable, TypedDict
@@ -481,6 +482,8 @@ PATHS = {    # module -> what is found there; `sampling_params` has a file
                    PromptType=PromptType),
     "outputs": dict(RequestOutput=RequestOutput, CompletionOutput=CompletionOutput),
     "logprobs": dict(Logprob=Logprob), "config": dict(VllmConfig=EngineConfig),
+    "logger": dict(init_logger=getLogger),
+    "distributed": dict(cleanup_dist_env_and_memory=gc.collect),
     "engine.arg_utils": dict(EngineArgs=EngineArgs),
     "engine.llm_engine": dict(LLMEngine=LLMEngine), "entrypoints.llm": dict(LLM=LLM),
     "v1.metrics.reader": dict(Metric=Metric, Counter=Counter, Gauge=Gauge),
