@@ -9,8 +9,10 @@ except ModuleNotFoundError as e:  # where Triton is not to be had, attention is 
 from . import (layers, model, weights, model_runner, cuda_graphs, scheduler, engine, llm, benchmark,  # noqa: F401
                latency, cli, cpu_kernels, cpu_products, bfloat16, quantization, cpu_attention, cpu_steps,
                fusions, parallel, moe)
-from .engine import CompletionOutput, RequestMetrics, RequestOutput
-from .llm import LLM
+from .engine import CompletionOutput, EngineArgs, RequestMetrics, RequestOutput
+from .llm import LLM, LLMEngine, PromptType, TextPrompt, TokensPrompt
 from .sampling_params import Logprob, SamplingParams
 
-__all__ = ["LLM", "SamplingParams", "RequestOutput", "CompletionOutput", "RequestMetrics", "Logprob"]
+llm.add_paths(__name__, llm.PATHS)   # nano_vllm.inputs and others, as in vLLM
+__all__ = ["LLM", "SamplingParams", "RequestOutput", "CompletionOutput", "RequestMetrics", "Logprob", "EngineArgs",
+           "LLMEngine", "PromptType", "TextPrompt", "TokensPrompt"]

@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['SAMPLING_OPTIONS', 'ENGINE_OPTIONS', 'CHAT_DEFAULTS', 'SERVE_OPTIONS', 'LATENCY_OPTIONS', 'BENCHES', 'COMMANDS',
-           'add_options', 'chosen', 'show', 'make_llm', 'generate', 'ask', 'chat', 'start_bench', 'output_file',
-           'report', 'make_work', 'bench_throughput', 'bench_latency', 'bench_serve_like', 'fetch_model',
-           'generate_arguments', 'chat_arguments', 'latency_arguments', 'throughput_arguments', 'serve_like_arguments',
-           'add_command', 'add_commands', 'make_parser', 'give_up_output', 'complain', 'main']
+           'add_options', 'chosen', 'FlexibleArgumentParser', 'show', 'make_llm', 'generate', 'ask', 'chat',
+           'start_bench', 'output_file', 'report', 'make_work', 'bench_throughput', 'bench_latency', 'bench_serve_like',
+           'fetch_model', 'generate_arguments', 'chat_arguments', 'latency_arguments', 'throughput_arguments',
+           'serve_like_arguments', 'add_command', 'add_commands', 'make_parser', 'give_up_output', 'complain', 'main']
 
 # %% ../nbs/18_command_line.ipynb #d4f5545d
 import argparse, io, json, os, sys
 from pathlib import Path
+from fastcore.basics import patch
 from .benchmark import random_workload, throughput
+from .engine import EngineArgs
 from .latency import check_options, latency, serve_like
-from .llm import LLM
+from .llm import LLM, PATHS
 from .sampling_params import SamplingParams
 from .workbench import MODEL_NAME, fetch
 
@@ -61,6 +63,35 @@ def add_options(parser, options: dict):
 def chosen(args, options: dict) -> dict:
     "Those of `options` that were given."
     return {name: value for name, value in vars(args).items() if name in options}
+
+# %% ../nbs/18_command_line.ipynb #a9020fb1
+class FlexibleArgumentParser(argparse.ArgumentParser):
+    "argparse's parser, which also takes `--field_name` for `--field-name`."
+    def parse_args(self, args=None, namespace=None):
+        words = []
+        for word in sys.argv[1:] if args is None else args:
+            name, sign, value = word.partition("=")
+            if name.startswith("--"): word = name.replace("_", "-") + sign + value
+            words.append(word)
+        return super().parse_args(words, namespace)
+
+
+PATHS["utils.argparse_utils"] = dict(FlexibleArgumentParser=FlexibleArgumentParser)
+
+
+@patch(cls_method=True)
+def add_cli_args(cls: EngineArgs, parser):
+    "Add the options of engines to the `parser`; one not given leaves no trace."
+    add_options(parser, dict(model=(str, "a folder, a hub id, or the demo model")))
+    parser.set_defaults(model=MODEL_NAME)
+    add_options(parser, ENGINE_OPTIONS)
+    return parser
+
+
+@patch(cls_method=True)
+def from_cli_args(cls: EngineArgs, args):
+    "The EngineArgs that the options in `args` describe."
+    return cls(args.model, **chosen(args, ENGINE_OPTIONS))
 
 # %% ../nbs/18_command_line.ipynb #e206bae8
 def show(pieces) -> str:

@@ -27,6 +27,9 @@ class Sequence:
     seed: int = 0                     # sampling noise depends on seed and position
     stop_token_ids: frozenset[int] = frozenset()  # tokens that end it, EOS included
     cache_salt: int = 0               # only sequences of equal salt share cached blocks
+    priority: int = 0                 # lower is more important, if the scheduler asks
+    bad_words_token_ids: list[list[int]] = field(default_factory=list)
+    token_mask: object | None = None  # tells the sampler which tokens may come
     max_len: int = 2**62              # its number of tokens when it must end
     output_token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None  # "stop", "length" or "abort" once it has ended

@@ -5,11 +5,15 @@
 # %% auto #0
 __all__ = ['SAMPLING_COPIES', 'RATING_COPIES', 'PROMPT_PIECE', 'PROMPT_LOGITS', 'kv_block_bytes', 'read_meminfo', 'device_memory',
            'PeakMemory', 'NoAttention', 'prompt_piece', 'profile_memory', 'allocate_kv_cache', 'InputBatch',
-           'RowInputs', 'prompt_indices', 'fetch_later', 'StepResult', 'StepHandle', 'ModelRunner', 'rate_prompts']
+           'RowInputs', 'prompt_indices', 'fetch_later', 'StepResult', 'StepHandle', 'ModelRunner', 'rate_prompts',
+           'BatchUpdate', 'LogitsProcessor', 'process_dict_updates', 'AdapterLogitsProcessor', 'load_processors',
+           'compare_rows']
 
 # %% ../nbs/11_model_runner.ipynb #1aa1b95b
-import mmap, os, re
+import mmap, os, pydoc, re
 from dataclasses import dataclass, replace
+from functools import partial
+from inspect import signature
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
@@ -369,6 +373,8 @@ class StepHandle:
 class ModelRunner:
     "Owns the model, its KV cache and the rows of its sequences; computes steps."
     graphs = None     # recorded decode steps, if there are any
+    logits_processors = ()                # of the user's
+    processed: list[Sequence] = []        # whose logits they saw last
     def __init__(self, model: Decoder, num_blocks: int, block_size: int,
                  max_num_seqs: int = 256, max_model_len: int | None = None,
                  kv_dtype: torch.dtype | None = None,
@@ -438,6 +444,86 @@ def worker_loop(self: ModelRunner):
     while isinstance(message := self.group.receive(), Batch): self.compute(message)
     return message
 
+# %% ../nbs/11_model_runner.ipynb #3ac09971
+@dataclass(frozen=True)
+class BatchUpdate:
+    "How the rows of the logits differ from those of the step before, in vLLM's terms."
+    batch_size: int
+    removed: list[int]
+    added: list[tuple]     # (row, SamplingParams, prompt ids, output ids)
+    moved: list[tuple]     # always empty here
+
+
+class LogitsProcessor:
+    "Edits the logits of all steps; vLLM's interface, to be inherited from."
+    def __init__(self, config, device, is_pin_memory: bool): "What it needs to know."
+    @classmethod
+    def validate_params(cls, params): "ValueError if a request's `params` are bad."
+    def is_argmax_invariant(self) -> bool: return False
+    def update_state(self, update: BatchUpdate | None): "None: the rows are the same."
+    def apply(self, logits: Tensor) -> Tensor: raise NotImplementedError
+
+
+def process_dict_updates(rows: dict, update: BatchUpdate | None, make) -> bool:
+    "Keep in `rows` what `make(params, prompt, output)` gives for a row; None: nothing."
+    if update is None: return False
+    for row in update.removed: rows.pop(row, None)
+    for row, *request in update.added:
+        rows.pop(row, None)
+        if (made := make(*request)) is not None: rows[row] = made
+    return True
+
+
+class AdapterLogitsProcessor(LogitsProcessor):
+    "One function for each request that has one: of the output's ids and its logits."
+    def __init__(self, config, device, is_pin_memory: bool): self.rows = {}
+
+    def new_req_logits_processor(self, params):
+        "`f(output_ids, logits)` or `f(prompt_ids, output_ids, logits)`; None: nothing."
+        raise NotImplementedError
+
+    def make(self, params, prompt, output):
+        if (f := self.new_req_logits_processor(params)) is None: return None
+        takes_prompt = len(signature(f).parameters) == 3
+        return partial(f, prompt, output) if takes_prompt else partial(f, output)
+
+    def update_state(self, update): process_dict_updates(self.rows, update, self.make)
+
+    def apply(self, logits):
+        for row, f in self.rows.items(): logits[row] = f(logits[row])
+        return logits
+
+
+def load_processors(given) -> list[type]:
+    "The classes among `given`, and those that strings 'module:Class' name."
+    classes = [pydoc.locate(g.replace(":", ".")) if isinstance(g, str) else g
+               for g in given or ()]
+    for g, cls in zip(given or (), classes):
+        if isinstance(cls, type) and hasattr(cls, "apply"): continue
+        raise ValueError(f"logits_processors: {g!r} is no class with the methods of "
+                         "LogitsProcessor, nor 'module:Class' of one")
+    return classes
+
+# %% ../nbs/11_model_runner.ipynb #6df682cc
+def compare_rows(old: list[Sequence], new: list[Sequence]) -> BatchUpdate | None:
+    "What a processor is told when the rows of `old` become those of `new`."
+    removed = list(range(len(new), len(old)))
+    added = [(row, seq.params, seq.prompt_token_ids, seq.output_token_ids)
+             for row, seq in enumerate(new) if row >= len(old) or old[row] is not seq]
+    return BatchUpdate(len(new), removed, added, []) if added or removed else None
+
+
+@patch
+def process_logits(self: ModelRunner, logits: Tensor, seqs: list[Sequence]) -> Tensor:
+    "The logits (R, vocab_size) of `seqs` as the engine's processors leave them."
+    if not self.logits_processors: return logits
+    update, self.processed = compare_rows(self.processed, seqs), list(seqs)
+    logits = logits.clone()
+    for processor in self.logits_processors:
+        processor.update_state(update)
+        logits = processor.apply(logits)
+    return logits
+
 # %% ../nbs/11_model_runner.ipynb #1b3450e9
 @patch
 @torch.inference_mode()
@@ -450,7 +536,8 @@ def execute(self: ModelRunner, output: SchedulerOutput) -> StepHandle:
     else:
         batch, inputs = self.input_batch.prepare(output)
         logits = self.compute_on_all(batch, inputs, prompt_logprobs)
-        ids, sampled = self.ops.sample(logits, inputs.metadata), inputs.sampled
+        edited, sampled = self.process_logits(logits, inputs.sampled), inputs.sampled
+        ids = self.ops.sample(edited, inputs.metadata)
         self.input_batch.device.last_token[inputs.sampled_rows] = ids
     logprobs = {
         seq: gather_logprobs(logits[i:i+1], ids[i:i+1], seq.params.logprobs)
@@ -462,4 +549,5 @@ def execute(self: ModelRunner, output: SchedulerOutput) -> StepHandle:
 def clear(self: ModelRunner):
     "Forget all sequences: none of the rows is of use any more."
     self.input_batch.clear()
+    self.processed = []
     if self.graphs: self.graphs.forget()

@@ -32,6 +32,7 @@ class LetterTokenizer:
         return b"" if token_id == EOS else bytes([65 + token_id % 50])
 
     def decode(self, ids, skip_special_tokens=True): return "".join(chr(65 + i % 50) for i in ids)
+    def token_text(self, token_id, before=()): return self.decode([token_id])
 
 
 def answer(text, seed):
@@ -174,8 +175,8 @@ def expected_answer(seq):
         ids.append(answer(text, seq.seed))
         if entries is not None: entries += with_text(compute_logprobs(logits_after(text), ids[-1:], p.logprobs), tokenizer)
         if ids[-1] in seq.stop_token_ids: return ended(said(ids[:-1]), "stop", None if ids[-1] == EOS else ids[-1])
-        watched = said(ids[p.min_tokens:])              # a token is a letter at most, so only its end is new
-        hits = [s for s in p.stop if watched.endswith(s)] if len(ids) > p.min_tokens and said(ids[-1:]) else []
+        # a token is a letter at most, so only the end is new; a stop string may begin among the first `min_tokens`
+        hits = [s for s in p.stop if said(ids).endswith(s)] if len(ids) > p.min_tokens and said(ids[-1:]) else []
         if hits: return ended(said(ids)[:-len(max(hits, key=len))], "stop", max(hits, key=len))
         if len(text) + 1 == seq.max_len: return ended(said(ids), "length")
 

@@ -331,7 +331,8 @@ def check_logprobs(theirs, llm, out, k, prompt_k):
             assert type(t) is int and type(logprob.rank) is int and type(logprob.logprob) is float
             assert abs(logprob.logprob - row[t].item()) < allowed
             assert (row > row[t] + allowed).sum() < logprob.rank <= (row > row[t] - allowed).sum() + 1
-            assert logprob.decoded_token == llm.tokenizer.decode([t], skip_special_tokens=False)
+            alone = llm.tokenizer.decode([t], skip_special_tokens=False)     # of torn characters test_contract.py tells
+            assert logprob.decoded_token == alone or alone.endswith("\ufffd") and "\ufffd" not in logprob.decoded_token
     assert abs(completion.cumulative_logprob - sum(e[t].logprob for e, t in zip(completion.logprobs, completion.token_ids))) < 1e-4
 
 

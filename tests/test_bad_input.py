@@ -65,7 +65,7 @@ class Odd:
     ([2**63], "token ids", str(2**63), "49151"), ([-2**63], "token ids", str(-2**63), "0 to"), ([True, False], "token ids", "True"),
     ("\ud800", r"prompts\[0\]", r"\\ud800"), ("fine until \udfff here", r"prompts\[0\]", r"\\udfff"),
     ({}, "prompt_token_ids"), ({"text": "hi"}, "prompt_token_ids", "text"), ({"prompt": None}, "prompt", "None"),
-    ({"prompt": "a", "prompt_token_ids": [1]}, "one of", "prompt_token_ids"), ({"prompt_token_ids": "abc"}, r"prompts\[0\]"),
+    ({"prompt": "a", "prompt_token_ids": [-1]}, "token ids", "-1"), ({"prompt": "a", "multi_modal_data": {}}, "multi_modal_data"), ({"prompt_token_ids": "abc"}, r"prompts\[0\]"),
     ({"prompt_token_ids": None}, "None"), ({"prompt_token_ids": []}, "1 token"), ({"prompt_token_ids": [1.5]}, "1.5"),
     ({"prompt": ""}, "1 token"), ({"prompt": 5}, "5"), ({"prompt": {"prompt": "a"}}, "prompt"), ({"prompt": "\ud83d"}, r"\\ud83d"),
     ({"a": 1, 3: 2}, "prompt_token_ids"), ({"prompt": "hi", "multi_modal_data": {"image": 1}}, "multi_modal_data"),
@@ -121,7 +121,7 @@ def test_the_limits_themselves_are_fine(llm):
     (dict(stop_token_ids=["1"]), "stop_token_ids", "'1'"), (dict(stop_token_ids=[1.0]), "stop_token_ids", "1.0"), (dict(stop_token_ids=[True]), "stop_token_ids", "True"),
     (dict(stop_token_ids=[None]), "stop_token_ids", "None"), (dict(stop_token_ids=[[1]]), "stop_token_ids", r"\[\[1\]\]"),
     (dict(ignore_eos=1), "ignore_eos", "1"), (dict(ignore_eos=None), "ignore_eos", "None"), (dict(ignore_eos="no"), "ignore_eos", "'no'"),
-    (dict(logprobs=21), "logprobs", "21", "20"), (dict(logprobs=-1), "logprobs", "-1"), (dict(logprobs=True), "logprobs", "True"), (dict(logprobs=1.0), "logprobs", "1.0"),
+    (dict(logprobs=21), "logprobs", "21", "20"), (dict(logprobs=-1), "logprobs", "-1"), (dict(logprobs=False), "logprobs", "False"), (dict(logprobs=1.0), "logprobs", "1.0"),
     (dict(prompt_logprobs=21), "prompt_logprobs", "21", "20"), (dict(prompt_logprobs="1"), "prompt_logprobs", "'1'"), (dict(skip_special_tokens=0), "skip_special_tokens", "0"),
 ])
 def test_sampling_params(llm, answer, value, parts):
@@ -219,12 +219,12 @@ def test_a_refusal_beside_a_stream(llm, answer, bad):
 
 @cases([
     (dict(block_size=0), "block_size", "0", "1 to"), (dict(block_size=-16), "block_size", "-16"), (dict(block_size=16.0), "block_size", "16.0"),
-    (dict(block_size="16"), "block_size", "'16'"), (dict(block_size=None), "block_size", "None"), (dict(block_size=True), "block_size", "True"),
+    (dict(block_size="16"), "block_size", "'16'"), (dict(block_size=True), "block_size", "True"),
     (dict(block_size=10**30), "block_size", "10{30}"), (dict(max_model_len=0), "max_model_len", "0"), (dict(max_model_len=1), "max_model_len", "1"),
     (dict(max_model_len=513), "max_model_len", "513", "512"), (dict(max_model_len=10**9), "max_model_len", "10{9}", "512"), (dict(max_model_len=NAN), "max_model_len", "nan"),
     (dict(max_model_len="4k"), "max_model_len", "'4k'"), (dict(max_num_seqs=0), "max_num_seqs", "0"), (dict(max_num_seqs=2.5), "max_num_seqs", "2.5"),
     (dict(max_num_batched_tokens=0), "max_num_batched_tokens", "0"), (dict(max_num_batched_tokens=-1), "max_num_batched_tokens", "-1"),
-    (dict(max_num_batched_tokens=None), "max_num_batched_tokens", "None"), (dict(num_kv_blocks=0), "num_kv_blocks", "0"), (dict(num_kv_blocks=-1), "num_kv_blocks", "-1"),
+    (dict(num_kv_blocks=0), "num_kv_blocks", "0"), (dict(num_kv_blocks=-1), "num_kv_blocks", "-1"),
     (dict(num_kv_blocks=1.5), "num_kv_blocks", "1.5"), (dict(num_kv_blocks=10**10), "num_kv_blocks", "10{10}"), (dict(num_kv_blocks=2**40), "num_kv_blocks", str(2**40)),
     (dict(num_kv_blocks=10**30), "num_kv_blocks", "10{30}"), (dict(num_kv_blocks=None, block_size=2**20, gpu_memory_utilization=.01), "gpu_memory_utilization", "0.01", "bytes"),
     (dict(gpu_memory_utilization=0), "gpu_memory_utilization", "0"), (dict(gpu_memory_utilization=1.1), "gpu_memory_utilization", "1.1"),
@@ -233,7 +233,7 @@ def test_a_refusal_beside_a_stream(llm, answer, bad):
     (dict(dtype="float8"), "dtype", "'float8'", "float32"), (dict(dtype=None), "dtype", "None"), (dict(dtype=torch.int8), "dtype", "int8"), (dict(dtype=[]), "dtype", r"\[\]"),
     (dict(dtype=float), "dtype", "float"), (dict(device="tpu"), "device", "'tpu'", "cpu"), (dict(device="cuda:99"), "device", "cuda:99"), (dict(device=None), "device", "None"),
     (dict(device="meta"), "device", "'meta'"), (dict(device=""), "device", "''"), (dict(attention_backend="flash"), "attention_backend", "'flash'", "torch"),
-    (dict(attention_backend=None), "attention_backend", "None"), (dict(attention_backend=[]), "attention_backend", r"\[\]"), (dict(attention_backend={}), "attention_backend", r"\{\}"),
+    (dict(attention_backend=[]), "attention_backend", r"\[\]"), (dict(attention_backend={}), "attention_backend", r"\{\}"),
     (dict(ops="fast"), "ops", "'fast'", "auto", "torch"), (dict(ops="Torch"), "ops", "'Torch'", "torch"), (dict(ops=None), "ops", "None"), (dict(ops=[]), "ops", r"\[\]"),
     (dict(ops={}), "ops", r"\{\}"), (dict(ops="fusions"), "ops", "'fusions'", "compile"), (dict(ops="int8"), "ops", "'int8'", "quantization"),
     (dict(ops="torch", quantization="int8"), "ops", "'torch'", "quantization"), (dict(ops="torch", compile=True), "ops", "'torch'", "compile"),

@@ -122,7 +122,7 @@ def make_rows(n, seed, **params):
             for i in range(n)]
 
 
-ASKED = [dict(temperature=1.0), dict(temperature=0.3), dict(temperature=2.5), dict(temperature=0.6, top_k=5), dict(top_p=0.7), dict(min_p=0.1)]
+ASKED = [dict(temperature=1.0), dict(temperature=0.3), dict(temperature=2.0), dict(temperature=0.6, top_k=5), dict(top_p=0.7), dict(min_p=0.1)]
 
 
 @compiled

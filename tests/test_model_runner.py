@@ -419,7 +419,7 @@ def test_rows_are_the_oracles_over_random_schedules(own_tables):
 
 
 def test_rows_have_no_gaps_and_the_last_one_moves():
-    rows, seqs = make_rows(), with_blocks([Sequence(str(i), [1] * 9, SamplingParams(temperature=i), seed=i) for i in range(5)], 9)
+    rows, seqs = make_rows(), with_blocks([Sequence(str(i), [1] * 9, SamplingParams(temperature=i / 4), seed=i) for i in range(5)], 9)
     rows.update(output_of(rows, [(s, 9) for s in seqs[:4]]))
     assert [s.request_id for s in rows.seqs] == list("0123")
     rows.device.last_token[:4] = torch.tensor([10, 11, 12, 13])
@@ -428,7 +428,7 @@ def test_rows_have_no_gaps_and_the_last_one_moves():
     rows.update(output)
     assert [s.request_id for s in rows.seqs] == list("234") and rows.row_of == {seqs[2]: 0, seqs[3]: 1, seqs[4]: 2}
     assert rows.device.last_token[:2].tolist() == [12, 13]
-    assert rows.params["temperature"][:3].tolist() == rows.seeds[:3].tolist() == [2, 3, 4]
+    assert (rows.params["temperature"][:3] * 4).tolist() == rows.seeds[:3].tolist() == [2, 3, 4]
     assert [rows.block_tables[i, :3].tolist() for i in range(3)] == [s.block_table for s in rows.seqs]
     rows.clear()
     assert rows.seqs == [] and rows.row_of == {} and rows.num_blocks == []

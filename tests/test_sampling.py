@@ -57,11 +57,11 @@ def uniform(values, n):
 # ---------------------------------------------------------------- parameters
 
 def test_fields_and_defaults():
+    "The first ones, by hand; tests/test_contract.py compares all with vLLM's."
     expected = dict(n=1, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, presence_penalty=0.0, frequency_penalty=0.0,
                     repetition_penalty=1.0, seed=None, max_tokens=16, min_tokens=0, stop=None, stop_token_ids=None,
                     ignore_eos=False, logprobs=None, prompt_logprobs=None, skip_special_tokens=True)
-    assert {f.name: f.default for f in fields(SamplingParams)} == expected
-    assert [f.name for f in fields(SamplingParams)] == list(expected)
+    assert [(f.name, f.default) for f in fields(SamplingParams)][:len(expected)] == list(expected.items())
 
 
 @pytest.mark.parametrize("good", [
@@ -76,14 +76,14 @@ def test_good_values(good): SamplingParams(**good)
 
 NAN, INF = float("nan"), float("inf")
 BAD = dict(
-    n=[0, -1, 1.0, True, None, "1", 16385, NAN], temperature=[-0.1, NAN, INF, "0", None, True, [1], 1e300, 1j],
+    n=[0, -1, 1.0, True, None, "1", 16385, NAN], temperature=[-0.1, NAN, INF, "0", None, True, [1], 2.01, 1e300, 1j],
     top_p=[0, 0.0, -0.5, 1.01, NAN, INF, None, "1", True], top_k=[-2, 1.5, True, None, "5", NAN],
     min_p=[-0.1, 1.1, NAN, None, False, "0"], presence_penalty=[-2.1, 2.1, NAN, None, True, "1"],
-    frequency_penalty=[-2.1, 2.1, INF, None, True], repetition_penalty=[0, -1, NAN, INF, None, True, 1e9],
+    frequency_penalty=[-2.1, 2.1, INF, None, True], repetition_penalty=[0, -1, NAN, INF, None, True, 1e31],
     seed=[2**63, -2**63 - 1, 1.0, True, "7"], max_tokens=[0, -1, 1.5, True, "16", NAN],
     min_tokens=[-1, 17, 1.0, True, None], stop=["", ["a", ""], [1], 5, {"a": 1}, b"x", [None]],
     stop_token_ids=[5, [1.0], ["a"], [-1], [True], "12", [None]], ignore_eos=[1, 0, None, "yes"],
-    logprobs=[-1, 21, 1.0, True, "1"], prompt_logprobs=[-1, 21, 2.0, False], skip_special_tokens=[1, None, "no"])
+    logprobs=[-2, 1.0, False, "1"], prompt_logprobs=[-2, 2.0, False], skip_special_tokens=[1, None, "no"])
 
 
 @pytest.mark.parametrize("name, value", [(n, v) for n, vs in BAD.items() for v in vs], ids=repr)
@@ -97,8 +97,8 @@ def test_bad_values_are_named(name, value):
 def test_bad_combinations():
     with pytest.raises(ValueError, match="min_tokens must be at most max_tokens=3, got 4"):
         SamplingParams(max_tokens=3, min_tokens=4)
-    for temperature in (0, 1e-6):
-        with pytest.raises(ValueError, match="n must be 1 .* got 2"): SamplingParams(n=2, temperature=temperature)
+    with pytest.raises(ValueError, match="n must be 1 .* got 2"): SamplingParams(n=2, temperature=0)
+    assert SamplingParams(n=2, temperature=1e-6).temperature == 0.01     # as in vLLM
 
 
 def test_normal_form():
@@ -336,7 +336,7 @@ def test_masked_tokens_are_never_drawn():
     x[:, 7], x[:, 33] = 0.0, -80.0
     assert (tokens_of(x, same(5000)) == 7).all()
     x[:, 33] = 0.0
-    for params in (dict(), dict(temperature=1e5), dict(temperature=1e-4), dict(top_p=0.9, top_k=10, min_p=0.5)):
+    for params in (dict(), dict(temperature=2), dict(temperature=1e-4), dict(top_p=0.9, top_k=10, min_p=0.5)):
         tokens = tokens_of(x, same(5000, **params))
         assert set(tokens.tolist()) == {7, 33}
         assert abs((tokens == 7).float().mean() - 0.5) < 0.05  # a tie, also at extreme temperatures
@@ -426,7 +426,7 @@ def test_min_tokens_are_plain_once_there_are_so_many():
 
 def test_plain_rows_by_tensors_alone_are_the_same():
     "What a recorded step calls gives what `sample` gives."
-    rows = [row(seed=s, output=[1] * (s % 5), temperature=t) for s, t in enumerate((0, 1, .3, 1.7, 1, 0, 1e-6, 5) * 8)]
+    rows = [row(seed=s, output=[1] * (s % 5), temperature=t) for s, t in enumerate((0, 1, .3, 1.7, 1, 0, 1e-6, 2) * 8)]
     m, x = metadata(rows), rand(64, 500, scale=3)
     assert m.is_plain
     assert torch.equal(gumbel_sample(x, m.temperature, make_keys(m.seeds, m.num_output_tokens)), sample(x, m))
