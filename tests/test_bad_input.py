@@ -103,7 +103,7 @@ def test_the_limits_themselves_are_fine(llm):
     (dict(n=True), "n must", "True"), (dict(n=None), "n must", "None"), (dict(n=2, temperature=0), "n must be 1", "2"),
     (dict(temperature=-.1), "temperature", "-0.1", "0"), (dict(temperature=NAN), "temperature", "nan"),
     (dict(temperature=INF), "temperature", "inf"), (dict(temperature="1"), "temperature", "'1'"), (dict(temperature=None), "temperature", "None"),
-    (dict(temperature=True), "temperature", "True"), (dict(temperature=10**400), "temperature", "10{400}"), (dict(temperature=1j), "temperature", "1j"),
+    (dict(temperature=True), "temperature", "True"), (dict(temperature=10**400), "temperature", r"10{99} \.\.\. 0+ \(401 characters\)"), (dict(temperature=1j), "temperature", "1j"),
     (dict(top_p=0), "top_p", "0"), (dict(top_p=1.01), "top_p", "1.01", "to 1"), (dict(top_p=-1), "top_p", "-1"), (dict(top_p=NAN), "top_p", "nan"),
     (dict(top_p="all"), "top_p", "'all'"), (dict(top_k=-2), "top_k", "-2", "-1"), (dict(top_k=2.0), "top_k", "2.0"), (dict(top_k=None), "top_k", "None"),
     (dict(min_p=-.1), "min_p", "-0.1"), (dict(min_p=1.5), "min_p", "1.5", "to 1"), (dict(min_p=[]), "min_p", r"\[\]"),
