@@ -28,6 +28,7 @@ class Sequence:
     stop_token_ids: frozenset[int] = frozenset()  # tokens that end it, EOS included
     cache_salt: int = 0               # only sequences of equal salt share cached blocks
     max_len: int = 2**62              # its number of tokens when it must end
+    adapter: object = None            # what computes it beside the model, if anything
     output_token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None  # "stop", "length" or "abort" once it has ended
     stop_reason: int | str | None = None  # the stop token or string that ended it

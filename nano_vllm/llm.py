@@ -85,10 +85,11 @@ class LLM:
 
 # %% ../nbs/15_llm.ipynb #7d0b5548
 @patch
-def generate(self: LLM, prompts, sampling_params=None, *,
-             use_tqdm=True) -> list[RequestOutput]:
+def generate(self: LLM, prompts, sampling_params=None, *, use_tqdm=True,
+             lora_request=None) -> list[RequestOutput]:
     "A RequestOutput for each prompt (string, token ids, or dict), in order."
-    requests = self.engine.input_processor.make_requests(prompts, sampling_params)
+    requests = self.engine.input_processor.make_requests(prompts, sampling_params,
+                                                         lora_request)
     runner = self.engine.runner
     if runner.group.rank: return runner.worker_loop()
     bar = tqdm(total=len(requests), desc="requests", disable=not use_tqdm)
@@ -98,9 +99,11 @@ def generate(self: LLM, prompts, sampling_params=None, *,
 
 # %% ../nbs/15_llm.ipynb #8d779f70
 @patch
-def chat(self: LLM, messages, sampling_params=None, *, use_tqdm=True):
+def chat(self: LLM, messages, sampling_params=None, *, use_tqdm=True,
+         lora_request=None):
     "The same for a conversation (dicts of 'role', 'content') or a list of them."
-    return self.generate(self.render(messages), sampling_params, use_tqdm=use_tqdm)
+    return self.generate(self.render(messages), sampling_params, use_tqdm=use_tqdm,
+                         lora_request=lora_request)
 
 
 @patch
@@ -113,9 +116,10 @@ def render(self: LLM, messages) -> list[dict]:
 
 # %% ../nbs/15_llm.ipynb #859c7b77
 @patch
-def stream(self: LLM, prompts, sampling_params=None):
+def stream(self: LLM, prompts, sampling_params=None, *, lora_request=None):
     "Iterate over RequestOutputs that hold only what is new, as the text comes."
-    requests = self.engine.input_processor.make_requests(prompts, sampling_params)
+    requests = self.engine.input_processor.make_requests(prompts, sampling_params,
+                                                         lora_request)
     runner = self.engine.runner
     if runner.group.rank: return followed_outputs(runner)
     return outputs_for_all(self.engine, requests)

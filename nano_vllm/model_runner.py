@@ -369,6 +369,7 @@ class StepHandle:
 class ModelRunner:
     "Owns the model, its KV cache and the rows of its sequences; computes steps."
     graphs = None     # recorded decode steps, if there are any
+    adapters = None   # what adds to the model for some sequences, if anything does
     def __init__(self, model: Decoder, num_blocks: int, block_size: int,
                  max_num_seqs: int = 256, max_model_len: int | None = None,
                  kv_dtype: torch.dtype | None = None,
@@ -387,6 +388,7 @@ class ModelRunner:
 @patch
 def forward(self: ModelRunner, batch: Batch) -> Tensor:
     "Hidden states (N, hidden_size) of a batch on the device."
+    if self.adapters: self.adapters.begin(batch.adapters)
     with torch.cuda.device_of(self.kv_cache):
         attention = self.ops.attention(batch, self.kv_cache, self.scale,
                                        self.model.config.sliding_window)
@@ -449,6 +451,7 @@ def execute(self: ModelRunner, output: SchedulerOutput) -> StepHandle:
         sampled, logits, ids = self.graphs.run(output)
     else:
         batch, inputs = self.input_batch.prepare(output)
+        if self.adapters: batch.adapters = self.adapters.plan(inputs.scheduled)
         logits = self.compute_on_all(batch, inputs, prompt_logprobs)
         ids, sampled = self.ops.sample(logits, inputs.metadata), inputs.sampled
         self.input_batch.device.last_token[inputs.sampled_rows] = ids
@@ -463,3 +466,4 @@ def clear(self: ModelRunner):
     "Forget all sequences: none of the rows is of use any more."
     self.input_batch.clear()
     if self.graphs: self.graphs.forget()
+    if self.adapters: self.adapters.forget()
