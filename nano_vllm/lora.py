@@ -8,7 +8,7 @@ __all__ = ['UNSUPPORTED', 'TILE', 'ADD_ADAPTER', 'LORA_PRODUCT', 'NO_SLOTS', 'Lo
            'LoRAProduct', 'lora_product_kernel', 'LoRARecord', 'TiledLoRAProduct', 'shrink_kernel', 'expand_kernel',
            'add_with_triton', 'lora_product', 'Place', 'parts_of', 'Adapter', 'Plan', 'Adapters', 'make_adapters']
 
-# %% ../nbs/32_lora.ipynb #2c49adf0
+# %% ../nbs/32_lora.ipynb #3fd39aa1
 import ctypes, functools, math, re
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ except ModuleNotFoundError as e:
     # where Triton is not to be had, its kernels are plain functions that nobody calls
     triton, tl = SimpleNamespace(jit=lambda f: f), SimpleNamespace(constexpr=int)
 
-# %% ../nbs/32_lora.ipynb #bbc565bb
+# %% ../nbs/32_lora.ipynb #237d1a06
 @dataclass(frozen=True)
 class LoRARequest:
     "The adapter that a request wants: a name, a number from 1 on, and peft's folder."
@@ -57,7 +57,7 @@ class LoRARequest:
         if not isinstance(self.lora_path, (str, Path)):
             raise ValueError(f"lora_path must be a folder, got {self.lora_path!r}")
 
-# %% ../nbs/32_lora.ipynb #82374629
+# %% ../nbs/32_lora.ipynb #31d6b32a
 UNSUPPORTED = ("use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens",
                "alpha_pattern", "layer_replication", "modules_to_save", "lora_bias",
                "target_parameters", "trainable_token_indices", "fan_in_fan_out")
@@ -76,7 +76,7 @@ def read_config(folder: Path) -> dict:
         raise ValueError(f"lora_alpha is {alpha!r}, must be a number")
     return config
 
-# %% ../nbs/32_lora.ipynb #ef776a14
+# %% ../nbs/32_lora.ipynb #129b951a
 def read_matrices(file: Path) -> dict[str, dict[str, Tensor]]:
     "Name of a layer -> its A (rank, in) and B (out, rank), float32."
     if not file.exists(): raise ValueError(f"there is no {file.name}")
@@ -87,7 +87,7 @@ def read_matrices(file: Path) -> dict[str, dict[str, Tensor]]:
         found.setdefault(match[1], {})[match[2]] = tensor[:].float()
     return found
 
-# %% ../nbs/32_lora.ipynb #c04e74c6
+# %% ../nbs/32_lora.ipynb #dcb828f5
 class LoRAWeights:
     """Room beside a matrix for adapters: a (slots, rank, in) and b (slots, rank, out).
 
@@ -112,7 +112,7 @@ class LoRAWeights:
         self.spans[slot, at:at + r] = first, first + len(b)
         self.ranks[slot] = at + r
 
-# %% ../nbs/32_lora.ipynb #8f06beaf
+# %% ../nbs/32_lora.ipynb #39993985
 TILE = 16   # rows of one adapter that a program of the GPU's kernels takes
 
 
@@ -140,13 +140,13 @@ def make_piece(rows: np.ndarray, slots: np.ndarray, num_slots: int, device) -> P
     return Piece(to_device(rows, device), slots, to_device(ends, device),
                  to_device(tiles, device))
 
-# %% ../nbs/32_lora.ipynb #212ae57f
+# %% ../nbs/32_lora.ipynb #fe3ec6d4
 def add_grouped(y: Tensor, x: Tensor, piece: Piece, a: Tensor, b: Tensor) -> Tensor:
-    "y (N, out) plus what a (slots, rank, in) and b (slots, rank, out) add; writes to y."
+    "y (N, out) plus what a (slots, rank, in), b (slots, rank, out) add; writes to y."
     h = grouped_linear(x[piece.rows], a, piece.ends)
     return y.index_add_(0, piece.rows, grouped_linear(h, b.mT, piece.ends))
 
-# %% ../nbs/32_lora.ipynb #4fb1cfa3
+# %% ../nbs/32_lora.ipynb #9e099812
 class TokenRecord(ctypes.Structure):
     "The record `Tokens` in C."
     _fields_ = [("rows", ctypes.c_void_p), ("slots", ctypes.c_void_p),
@@ -179,13 +179,17 @@ class AdapterTokens:
         self.seen[matrix] += num_rows
         if not len(self.rows): return None
         if (first, num_rows) not in self.pieces:
-            inside = (self.rows >= first) & (self.rows < first + num_rows)
-            self.pieces[first, num_rows] = inside.any() and make_piece(
-                self.rows[inside] - first, self.slots[inside], self.num_slots,
-                self.device) or None
+            self.pieces[first, num_rows] = self.cut(first, num_rows)
         return self.pieces[first, num_rows]
 
-# %% ../nbs/32_lora.ipynb #05f09b44
+    def cut(self, first: int, num_rows: int) -> Piece | None:
+        "The piece of the step's rows from `first` on; rows count from there."
+        inside = (self.rows >= first) & (self.rows < first + num_rows)
+        if not inside.any(): return None
+        return make_piece(self.rows[inside] - first, self.slots[inside], self.num_slots,
+                          self.device)
+
+# %% ../nbs/32_lora.ipynb #051f917d
 class LoRAProduct:
     "A layer's product, plus that of its adapters: `x @ W.T + (x @ A.T) @ B.T`."
     def __init__(self, base, weights: LoRAWeights, tokens: AdapterTokens, matrix: int,
@@ -201,7 +205,7 @@ class LoRAProduct:
         if rank == 0: return y
         return self.add(y, x, piece, w.a[:, :rank], w.b[:, :rank])
 
-# %% ../nbs/32_lora.ipynb #db1181c8
+# %% ../nbs/32_lora.ipynb #49192f99
 ADD_ADAPTER = r"""
 // y += b^T (a x), four rows of a (rank, inputs) and b (rank, outputs) at a time; what
 // row r of b writes to lies from spans[2 r] to spans[2 r + 1], the rest of it is zero
@@ -268,7 +272,7 @@ def lora_product_kernel():
     "The compiled product with adapters."
     return load_product(VECTOR_TYPES + REDUCE + PRODUCT + ADD_ADAPTER + LORA_PRODUCT)
 
-# %% ../nbs/32_lora.ipynb #d03ed044
+# %% ../nbs/32_lora.ipynb #bb2711fa
 class LoRARecord(ctypes.Structure):
     "The record `LoRA` in C."
     _fields_ = [("base", ctypes.c_void_p), ("a", ctypes.c_void_p),
@@ -291,7 +295,7 @@ class TiledLoRAProduct(TiledProduct):
         self.matrix = Matrix(function, ctypes.addressof(self.record),
                              base.matrix.inputs, base.matrix.outputs)
 
-# %% ../nbs/32_lora.ipynb #d04edb25
+# %% ../nbs/32_lora.ipynb #c0d2d9d2
 @triton.jit
 def shrink_kernel(x, a, h, rows, tiles, inputs, rank, x_row, a_slot, a_row,
                   ROWS: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr):
@@ -346,7 +350,7 @@ def add_with_triton(y: Tensor, x: Tensor, piece: Piece, a: Tensor, b: Tensor) ->
         TILE, wide, 64)
     return y
 
-# %% ../nbs/32_lora.ipynb #2bd40186
+# %% ../nbs/32_lora.ipynb #728bd694
 def lora_product(layer: Linear, weights: LoRAWeights, tokens: AdapterTokens,
                  matrix: int):
     "The fastest product of `layer` with adapters beside it."
@@ -358,7 +362,7 @@ def lora_product(layer: Linear, weights: LoRAWeights, tokens: AdapterTokens,
     add = add_with_triton if fits else add_grouped
     return LoRAProduct(base, weights, tokens, matrix, add)
 
-# %% ../nbs/32_lora.ipynb #4592c787
+# %% ../nbs/32_lora.ipynb #32dcf55a
 class Place(NamedTuple):
     "Where a layer of the checkpoint lies in the matrices of this rank."
     weights: LoRAWeights
@@ -379,7 +383,7 @@ def parts_of(name: str, layer: Linear) -> dict[str, tuple]:
         first += outputs.length
     return parts
 
-# %% ../nbs/32_lora.ipynb #bcc4145f
+# %% ../nbs/32_lora.ipynb #efd0fd1d
 @dataclass(eq=False)
 class Adapter:
     "An adapter in the host's memory: of each layer, A (r, in) and B (out, r), scaled."
@@ -394,7 +398,7 @@ class Plan:
     loads: list[tuple[int, Adapter]]   # slots that get another adapter before it
     slots: np.ndarray                  # (N,) of each token, -1 for none
 
-# %% ../nbs/32_lora.ipynb #ed9d9652
+# %% ../nbs/32_lora.ipynb #1a6faf71
 class Adapters:
     """A model's adapters: some in `max_loras` slots, where its products see them.
 
@@ -421,7 +425,7 @@ class Adapters:
         self.slot_of: OrderedDict[Adapter, int] = OrderedDict()   # last used comes last
         self.free_slots = list(range(self.num_slots))
 
-# %% ../nbs/32_lora.ipynb #9e3dd94f
+# %% ../nbs/32_lora.ipynb #2f43bf90
 @patch
 def check(self: Adapters, name: str, pair: dict, config: dict) -> tuple[Tensor, Tensor]:
     "A and B of layer `name`, B scaled; ValueError unless they fit this model."
@@ -442,7 +446,7 @@ def check(self: Adapters, name: str, pair: dict, config: dict) -> tuple[Tensor, 
     root = math.sqrt(rank) if config.get("use_rslora") else rank
     return a, b * (config["lora_alpha"] / root)
 
-# %% ../nbs/32_lora.ipynb #ae48755d
+# %% ../nbs/32_lora.ipynb #d7abc6ee
 @patch
 def get(self: Adapters, request: LoRARequest) -> Adapter:
     "The adapter that is asked for, read if need be; ValueError says what is wrong."
@@ -467,7 +471,7 @@ def read(self: Adapters, request: LoRARequest) -> Adapter:
         raise ValueError(f"adapter {request.lora_name!r} in {folder}: {e}") from None
     return Adapter(request, next(self.salts), layers)
 
-# %% ../nbs/32_lora.ipynb #3c3bbd52
+# %% ../nbs/32_lora.ipynb #2ddc6b26
 @patch
 def plan(self: Adapters, scheduled: list) -> Plan | None:
     "Slots for a step's tokens, in the batch's order; None if no adapter is wanted."
@@ -488,7 +492,7 @@ def take_slot(self: Adapters, adapter: Adapter, wanted) -> int:
     self.slot_of[adapter] = slot
     return slot
 
-# %% ../nbs/32_lora.ipynb #d7d875fe
+# %% ../nbs/32_lora.ipynb #b6076554
 NO_SLOTS = np.zeros(0, np.int64)
 
 
@@ -507,7 +511,7 @@ def load(self: Adapters, slot: int, adapter: Adapter):
         weights, inputs, outputs, first = self.places[name]
         weights.add(slot, a[:, inputs.slice], b[outputs.slice], first)
 
-# %% ../nbs/32_lora.ipynb #21d478de
+# %% ../nbs/32_lora.ipynb #1de48187
 def make_adapters(model: Decoder, args: EngineArgs) -> Adapters:
     "What the engine's table `ADAPTERS` asks for."
     return Adapters(model, args.max_loras, args.max_lora_rank)
