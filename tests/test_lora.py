@@ -4,18 +4,20 @@ import json
 import os
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from fuzz import Workload, expected_output, plant, run_workload
+from fuzz import Workload, plant, run_workload
 from helpers import assert_idle, logits_tolerance, rounding_tolerance, tiny_folder
 from nano_vllm import LLM, LoRARequest, SamplingParams, cpu_kernels, lora
 from nano_vllm.attention import make_batch
-from nano_vllm.cpu_products import TiledProduct, best_linear
 from nano_vllm.cpu_kernels import PlainProduct
-from nano_vllm.kv_blocks import ScheduledSequence, Sequence
+from nano_vllm.cpu_products import best_linear
+from nano_vllm.cuda_graphs import DecodeGraphs
+from nano_vllm.kv_blocks import ScheduledSequence, SchedulerOutput, Sequence
 from nano_vllm.layers import Linear
 from nano_vllm.scheduler import Scheduler
 from safetensors.torch import load_file, save_file
@@ -235,6 +237,15 @@ def test_the_step_stays_one_call(base, requests, monkeypatch):
     llm = LLM(base, **LIMITS, enable_lora=True, max_loras=4)
     llm.generate(PROMPTS, GREEDY, use_tqdm=False, lora_request=[None, *requests])
     assert len(calls) >= 10
+
+
+def test_recorded_steps_are_those_without_adapters():
+    seq = Sequence("a", [1], SamplingParams())
+    graphs = SimpleNamespace(input_batch=SimpleNamespace(row_of={seq: 0}), has_room=lambda lens: True)
+    step = SchedulerOutput((ScheduledSequence(seq, 0, 1, True),))
+    assert DecodeGraphs.fits(graphs, step)
+    seq.adapter = "pirate"
+    assert not DecodeGraphs.fits(graphs, step)
 
 
 def test_without_lora_nothing_is_different(base):
