@@ -388,7 +388,6 @@ class ModelRunner:
 @patch
 def forward(self: ModelRunner, batch: Batch) -> Tensor:
     "Hidden states (N, hidden_size) of a batch on the device."
-    if self.adapters: self.adapters.begin(batch.adapters)
     with torch.cuda.device_of(self.kv_cache):
         attention = self.ops.attention(batch, self.kv_cache, self.scale,
                                        self.model.config.sliding_window)
@@ -412,6 +411,7 @@ def rate_prompts(logits: Tensor, places: list[tuple[Sequence, int]]) -> list[tup
 @torch.inference_mode()
 def compute(self: ModelRunner, batch: Batch, places=(), rated=None) -> Tensor:
     "This rank's part of a step: store its KV, give the logits if it is rank 0."
+    if self.adapters: self.adapters.begin(batch.adapters)
     batch = batch.to(self.device)
     hidden = self.forward(batch)
     logits = self.model.compute_logits(hidden[batch.logits_indices]).float()
