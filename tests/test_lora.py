@@ -281,6 +281,7 @@ def test_the_adapter_used_least_recently_gives_way(base, requests):
         return [found.index(adapter) for _, adapter in plan.loads]
     assert step(0, 1) == [0, 1] and step(0) == [] and step(2) == [2] and step(0) == [] and step(1) == [1]
     assert step(2, 1) == [2] and adapters.plan([]) is None
+    assert step(2, 0) == [0] and step(2, 0) == []      # 2 was used longest ago, but is wanted
 
 
 def test_an_adapter_without_slot_and_request_is_let_go(base, requests):
