@@ -8,11 +8,12 @@ except ModuleNotFoundError as e:  # where Triton is not to be had, attention is 
     if e.name != "triton": raise
 from . import (layers, model, weights, model_runner, cuda_graphs, scheduler, engine, llm, benchmark,  # noqa: F401
                latency, cli, cpu_kernels, cpu_products, bfloat16, quantization, cpu_attention, cpu_steps,
-               fusions, parallel, moe)
+               fusions, parallel, moe, lora)
 from .engine import CompletionOutput, EngineArgs, RequestMetrics, RequestOutput
 from .llm import LLM, LLMEngine, PromptType, TextPrompt, TokensPrompt
+from .lora import LoRARequest
 from .sampling_params import Logprob, SamplingParams
 
 llm.add_paths(__name__, llm.PATHS)   # nano_vllm.inputs and others, as in vLLM
 __all__ = ["LLM", "SamplingParams", "RequestOutput", "CompletionOutput", "RequestMetrics", "Logprob", "EngineArgs",
-           "LLMEngine", "PromptType", "TextPrompt", "TokensPrompt"]
+           "LLMEngine", "PromptType", "TextPrompt", "TokensPrompt", "LoRARequest"]

@@ -30,6 +30,7 @@ class Batch:
     context_lens: np.ndarray  # (S,) int64, on the host: query tokens included
     logits_indices: Tensor    # (R,) int64: the tokens whose logits are sampled from
     prompt_indices: Tensor    # (P,) int64: the tokens whose logits rate the prompt
+    adapters = None           # set if, besides the model, something else computes some
 
     def to(self, device) -> "Batch":
         "The same batch with its tensors on `device`."

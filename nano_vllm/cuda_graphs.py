@@ -149,10 +149,12 @@ def step(self: DecodeGraphs, n: int):
 # %% ../nbs/12_cuda_graphs.ipynb #034df1c8
 @patch
 def fits(self: DecodeGraphs, output: SchedulerOutput) -> bool:
-    "Is it one token for each of rows 0, 1, ..., each to be followed by another?"
+    """Is it one token for each of rows 0, 1, ..., each to be followed by another?
+
+    And are they computed by the model alone, which is what was recorded?"""
     n, row_of = len(output.scheduled), self.input_batch.row_of
     return (all(s.num_tokens == 1 and s.samples and row_of[s.seq] < n
-                for s in output.scheduled)
+                and s.seq.adapter is None for s in output.scheduled)
             and self.has_room([s.end for s in output.scheduled]))
 
 # %% ../nbs/12_cuda_graphs.ipynb #fe83b16e

@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['TOKEN_MASKS', 'ENGINE_LIMITS', 'DEFAULT_IS_NONE', 'ACCEPTED_ARGS', 'REFUSED_ARGS', 'OTHER_NAMES', 'NEUTRAL_VALUES',
-           'DTYPES', 'UTILIZATION', 'OF_FREE_MEMORY', 'CompletionOutput', 'since', 'RequestMetrics', 'RequestOutput',
-           'Completion', 'Request', 'is_token_list', 'split_prompts', 'unwrap', 'read_prompt', 'read_params',
-           'read_priorities', 'read_default_params', 'InputProcessor', 'spell', 'with_text', 'OutputProcessor',
-           'Engine', 'read_options', 'takes_all_names', 'EngineArgs', 'choose_dtype', 'choose_device', 'EngineConfig',
-           'choose_kv_dtype', 'resolve_args', 'memory_budget', 'kv_memory', 'count_blocks', 'make_group', 'rank_device',
-           'make_runner', 'serve_rank', 'load_tokenizer', 'make_scheduler', 'count_in_flight', 'make_engine']
+           'DTYPES', 'UTILIZATION', 'OF_FREE_MEMORY', 'ADAPTERS', 'CompletionOutput', 'since', 'RequestMetrics',
+           'RequestOutput', 'Completion', 'Request', 'is_token_list', 'split_prompts', 'unwrap', 'read_prompt',
+           'read_params', 'read_priorities', 'read_default_params', 'InputProcessor', 'spell', 'with_text',
+           'OutputProcessor', 'Engine', 'read_options', 'takes_all_names', 'EngineArgs', 'choose_dtype',
+           'choose_device', 'EngineConfig', 'choose_kv_dtype', 'resolve_args', 'memory_budget', 'kv_memory',
+           'count_blocks', 'make_group', 'rank_device', 'make_runner', 'serve_rank', 'load_tokenizer', 'make_scheduler',
+           'count_in_flight', 'make_engine']
 
 # %% ../nbs/14_engine.ipynb #342515a2
 import os, time
 from collections import deque
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -303,6 +305,7 @@ class InputProcessor:
     max_logprobs: int = 20                           # of a token; -1: all
     logits_processors: list = ()                     # classes that check parameters
     num_made: int = 0
+    adapters: object = None    # reads the adapters that requests name, if they may
 
 # %% ../nbs/14_engine.ipynb #005873cd
 @patch
@@ -367,7 +370,8 @@ def tokenize(self: InputProcessor, prompts, options: dict) -> list:
 # %% ../nbs/14_engine.ipynb #3df150c0
 @patch
 def make_request(self: InputProcessor, text, ids: list[int],
-                 params: SamplingParams, priority: int = 0) -> Request:
+                 params: SamplingParams, priority: int = 0,
+                 adapter=None) -> Request:
     "A request with its `n` sequences, from a prompt's text (or None) and tokens."
     number, self.num_made = self.num_made, self.num_made + 1
     everything = {name: self.vocab_size for name in ("logprobs", "prompt_logprobs")
@@ -377,8 +381,8 @@ def make_request(self: InputProcessor, text, ids: list[int],
     eos = set() if params.ignore_eos else self.eos_token_ids
     longest = len(ids) + (params.max_tokens or self.max_model_len)
     shared = dict(stop_token_ids=eos | set(params.stop_token_ids),
-                  max_len=min(longest, self.max_model_len),
-                  cache_salt=0 if self.enable_prefix_caching else number + 1)
+                  max_len=min(longest, self.max_model_len), adapter=adapter,
+                  cache_salt=self.cache_salt(number, adapter))
     shared |= dict(priority=priority,
                    bad_words_token_ids=spell(params.bad_words, self.tokenizer))
     others = replace(params, prompt_logprobs=None, skip_reading_prefix_cache=None)
@@ -392,10 +396,17 @@ def make_request(self: InputProcessor, text, ids: list[int],
     return Request(str(number), text, ids, completions,
                    RequestMetrics(time.perf_counter()), prompt_logprobs=rated)
 
+
+@patch
+def cache_salt(self: InputProcessor, number: int, adapter) -> int:
+    "Whose blocks request `number` may share: of the same adapter, or of itself alone."
+    if not self.enable_prefix_caching: return number + 1
+    return 0 if adapter is None else adapter.salt
+
 # %% ../nbs/14_engine.ipynb #93cf47ee
 @patch
 def make_requests(self: InputProcessor, prompts, sampling_params=None,
-                  priority=None) -> list[Request]:
+                  priority=None, lora_request=None) -> list[Request]:
     "A request for each prompt; if one is bad, none: ValueError says which and why."
     prompts, checked = split_prompts(prompts), []
     params = read_params(sampling_params, len(prompts), self.default_params)
@@ -403,7 +414,22 @@ def make_requests(self: InputProcessor, prompts, sampling_params=None,
     for i, (prompt, p) in enumerate(zip(prompts, params)):
         try: checked.append((*self.check(prompt, p), p, priorities[i]))
         except ValueError as e: raise ValueError(f"prompts[{i}]: {e}") from None
-    return [self.make_request(*c) for c in checked]
+    adapters = self.read_adapters(lora_request, len(prompts))
+    return [self.make_request(*c, adapter) for c, adapter in zip(checked, adapters)]
+
+
+@patch
+def read_adapters(self: InputProcessor, lora_request, num_prompts: int) -> list:
+    "The adapter of each prompt, or None; ValueError if one cannot be had."
+    several = isinstance(lora_request, (list, tuple))
+    wanted = list(lora_request) if several else [lora_request] * num_prompts
+    if len(wanted) != num_prompts:
+        raise ValueError(f"lora_request must be one or a list of {num_prompts}, one "
+                         f"for each prompt, got a list of {len(wanted)}")
+    for w in wanted:
+        if w is not None and self.adapters is None:
+            raise ValueError(f"lora_request must be None without enable_lora, got {w}")
+    return [None if w is None else self.adapters.get(w) for w in wanted]
 
 # %% ../nbs/14_engine.ipynb #feb9a08a
 def with_text(entries: list[dict[int, Logprob]], tokenizer: Tokenizer,
@@ -622,7 +648,8 @@ ENGINE_LIMITS = dict(
     enforce_eager=(bool, False, True), async_scheduling=(bool, False, True),
     compile=(bool, False, True), long_prefill_token_threshold=(int, 0, 2**30),
     max_logprobs=(int, -1, 2**30), skip_tokenizer_init=(bool, False, True),
-    kv_cache_memory_bytes=(int, 1, 2**60))
+    kv_cache_memory_bytes=(int, 1, 2**60), enable_lora=(bool, False, True),
+    max_loras=(int, 1, 2**10), max_lora_rank=(int, 1, 512))
 DEFAULT_IS_NONE = ("block_size", "max_num_seqs", "max_num_batched_tokens",   # in vLLM
                    "enable_prefix_caching", "attention_backend")
 
@@ -692,6 +719,9 @@ class EngineArgs:
     generation_config: str | Path = "auto"       # the model's; "vllm": none; a folder's
     override_generation_config: dict | None = None   # on top of it
     logits_processors: list | None = None        # classes or "module:Class"
+    enable_lora: bool = False             # requests may bring an adapter
+    max_loras: int = 1                    # adapters that may be in use at a time
+    max_lora_rank: int = 16               # the highest rank that there is room for
 
     def __post_init__(self):
         for name in DEFAULT_IS_NONE:
@@ -819,15 +849,23 @@ def rank_device(device: torch.device, group: TensorParallelGroup) -> torch.devic
     return choose_device(f"cuda:{os.environ.get('LOCAL_RANK', group.rank)}")
 
 # %% ../nbs/14_engine.ipynb #b9855b78
+# "lora": a function of (model, args) that lets adapters change the model for some
+# sequences; a later chapter adds it
+ADAPTERS: dict[str, Callable] = {}
+
+
 def make_runner(config: EngineConfig, group: TensorParallelGroup) -> ModelRunner:
     "The model, or this rank's part, with as many KV blocks as all have room for."
     args = config.args
     model = load_model(config.model_path, config.model, config.dtype,
                        rank_device(config.device, group), args.load_format, group,
                        config.ops)
+    adapters = ADAPTERS["lora"](model, args) if args.enable_lora else None
     num_blocks = group.minimum(count_blocks(config, model.kv_config, group))
-    return ModelRunner(model, num_blocks, args.block_size, args.max_num_seqs,
-                       config.max_model_len, config.kv_dtype, group)
+    runner = ModelRunner(model, num_blocks, args.block_size, args.max_num_seqs,
+                         config.max_model_len, config.kv_dtype, group)
+    runner.adapters = adapters
+    return runner
 
 # %% ../nbs/14_engine.ipynb #20a91313
 def serve_rank(group: TensorParallelGroup, args: EngineArgs):
@@ -850,7 +888,8 @@ def make_scheduler(config: EngineConfig, num_blocks: int) -> Scheduler:
     manager = KVCacheManager(num_blocks, args.block_size, config.model.sliding_window)
     make = POLICIES[args.scheduling_policy]
     return make(manager, args.max_num_seqs, args.max_num_batched_tokens,
-                args.long_prefill_token_threshold)
+                args.long_prefill_token_threshold,
+                args.max_loras if args.enable_lora else 0)
 
 
 def count_in_flight(config: EngineConfig, group: TensorParallelGroup) -> int:
@@ -880,6 +919,6 @@ def make_engine(args: EngineArgs) -> Engine:
     inputs = InputProcessor(tokenizer, config.model.vocab_size, config.max_model_len,
                             num_blocks, args.block_size, eos, default_params,
                             args.enable_prefix_caching, Random(args.seed),
-                            args.max_logprobs, processors)
+                            args.max_logprobs, processors, runner.adapters)
     return Engine(inputs, make_scheduler(config, num_blocks), runner,
                   OutputProcessor(tokenizer, eos), count_in_flight(config, group))

@@ -31,6 +31,7 @@ class Sequence:
     bad_words_token_ids: list[list[int]] = field(default_factory=list)
     token_mask: object | None = None  # tells the sampler which tokens may come
     max_len: int = 2**62              # its number of tokens when it must end
+    adapter: object = None            # what computes it beside the model, if anything
     output_token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None  # "stop", "length" or "abort" once it has ended
     stop_reason: int | str | None = None  # the stop token or string that ended it

@@ -225,6 +225,7 @@ class Linear(nn.Module):
     def __init__(self, in_features: int, out_features: int, bias: bool = False,
                  ops: Ops = Ops()):
         super().__init__()
+        self.in_features, self.out_features = in_features, out_features
         self.weight, self.ops = empty(out_features, in_features), ops
         self.bias = empty(out_features) if bias else None
         self.product = None   # what multiplies instead of `weight`, once packed

@@ -135,7 +135,6 @@ class LLM:
 
 # %% ../nbs/15_llm.ipynb #7d0b5548
 REFUSED_IN_CALLS = dict(
-    lora_request="merge the adapter into the weights and load that model",
     mm_processor_kwargs="prompts are text here",
     chat_template_content_format="parts of text are joined, 'string' says so")
 
@@ -150,13 +149,13 @@ def check_call(**options):
 def make_requests(self: LLM, prompts, sampling_params=None, lora_request=None,
                   priority=None, tokenization_kwargs=None, mm_processor_kwargs=None):
     "The `Request`s of a call, checked, all or none."
-    check_call(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
+    check_call(mm_processor_kwargs=mm_processor_kwargs)
     if priority and self.args.scheduling_policy == "fcfs":
         say_once("priority has no effect here: scheduling_policy is 'fcfs'")
     inputs = self.engine.input_processor
     with exclusive(self.engine):
         if tokenization_kwargs: prompts = inputs.tokenize(prompts, tokenization_kwargs)
-        return inputs.make_requests(prompts, sampling_params, priority)
+        return inputs.make_requests(prompts, sampling_params, priority, lora_request)
 
 # %% ../nbs/15_llm.ipynb #e650a305
 @patch
@@ -233,9 +232,9 @@ def wait_for_completion(self: LLM, output_type=None, *, use_tqdm=True):
 
 # %% ../nbs/15_llm.ipynb #859c7b77
 @patch
-def stream(self: LLM, prompts, sampling_params=None):
+def stream(self: LLM, prompts, sampling_params=None, *, lora_request=None):
     "Iterate over RequestOutputs that hold only what is new, as the text comes."
-    requests = self.make_requests(prompts, sampling_params)
+    requests = self.make_requests(prompts, sampling_params, lora_request)
     runner = self.engine.runner
     if runner.group.rank: return followed_outputs(runner)
     return outputs_for_all(self.engine, requests)
@@ -390,17 +389,18 @@ class Beams:
 def beam_search(self: LLM, prompts, params: BeamSearchParams, lora_request=None,
                 use_tqdm=False, concurrency_limit=None) -> list[BeamSearchOutput]:
     "The `beam_width` likeliest answers to each prompt that the search finds."
-    check_call(lora_request=lora_request)
     inputs, eos = self.engine.input_processor, self.tokenizer.eos_token_id
     asked = SamplingParams(temperature=0, max_tokens=1)     # of a beam, in a round
     ids = [inputs.check(prompt, asked)[1] for prompt in prompts]
+    adapters = inputs.read_adapters(lora_request, len(prompts))
     searches = [Beams([BeamSearchSequence(tokens)], params, eos) for tokens in ids]
     num_rounds = min(params.max_tokens, inputs.max_model_len - max(map(len, ids)))
     asked = replace(asked, logprobs=2 * params.beam_width, detokenize=False)
     for _ in tqdm(range(num_rounds), desc="tokens", disable=not use_tqdm):
-        live = [beam for search in searches for beam in search.live]
-        outputs = self.run([inputs.make_request(None, beam.tokens, asked)
-                            for beam in live], use_tqdm=False)
+        requests = [inputs.make_request(None, beam.tokens, asked, adapter=adapter)
+                    for search, adapter in zip(searches, adapters)
+                    for beam in search.live]
+        outputs = self.run(requests, use_tqdm=False)
         entries = iter([output["logprobs"][0] for output in outputs])
         for search in searches: search.extend([*islice(entries, len(search.live))])
     for search in searches:
@@ -445,8 +445,6 @@ REFUSED_GROUPS = {
     "quantization='int8' makes the weights smaller":
         "cpu_offload_gb offload_group_size offload_num_in_group offload_params "
         "offload_prefetch_step quantization_config",
-    "merge the adapter into the weights and load that model":
-        "enable_lora max_loras max_lora_rank",
     "every token is the model's own here":
         "speculative_config spec_method spec_model spec_tokens",
     "constrain the output by allowed_token_ids or logits_processors":
@@ -463,10 +461,10 @@ for why, names in REFUSED_GROUPS.items():
 # %% ../nbs/15_llm.ipynb #405f0b95
 NEUTRAL_VALUES.update(
     dict.fromkeys("pipeline_parallel_size nnodes decode_context_parallel_size "
-                  "max_loras data_parallel_size offload_num_in_group "
+                  "data_parallel_size offload_num_in_group "
                   "offload_prefetch_step".split(), (1,)),
     runner=("auto", "generate"), convert=("auto", "none"), revision=("main",),
-    tokenizer_revision=("main",), logprobs_mode=("raw_logprobs",), max_lora_rank=(16,),
+    tokenizer_revision=("main",), logprobs_mode=("raw_logprobs",),
     worker_cls=("auto",))
 
 # %% ../nbs/15_llm.ipynb #0ddf4182

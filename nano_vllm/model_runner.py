@@ -375,6 +375,7 @@ class ModelRunner:
     graphs = None     # recorded decode steps, if there are any
     logits_processors = ()                # of the user's
     processed: list[Sequence] = []        # whose logits they saw last
+    adapters = None   # what adds to the model for some sequences, if anything does
     def __init__(self, model: Decoder, num_blocks: int, block_size: int,
                  max_num_seqs: int = 256, max_model_len: int | None = None,
                  kv_dtype: torch.dtype | None = None,
@@ -416,6 +417,7 @@ def rate_prompts(logits: Tensor, places: list[tuple[Sequence, int]]) -> list[tup
 @torch.inference_mode()
 def compute(self: ModelRunner, batch: Batch, places=(), rated=None) -> Tensor:
     "This rank's part of a step: store its KV, give the logits if it is rank 0."
+    if self.adapters: self.adapters.begin(batch.adapters)
     batch = batch.to(self.device)
     hidden = self.forward(batch)
     logits = self.model.compute_logits(hidden[batch.logits_indices]).float()
@@ -535,6 +537,7 @@ def execute(self: ModelRunner, output: SchedulerOutput) -> StepHandle:
         sampled, logits, ids = self.graphs.run(output)
     else:
         batch, inputs = self.input_batch.prepare(output)
+        if self.adapters: batch.adapters = self.adapters.plan(inputs.scheduled)
         logits = self.compute_on_all(batch, inputs, prompt_logprobs)
         edited, sampled = self.process_logits(logits, inputs.sampled), inputs.sampled
         ids = self.ops.sample(edited, inputs.metadata)
@@ -551,3 +554,4 @@ def clear(self: ModelRunner):
     self.input_batch.clear()
     self.processed = []
     if self.graphs: self.graphs.forget()
+    if self.adapters: self.adapters.forget()

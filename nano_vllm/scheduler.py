@@ -8,7 +8,7 @@ __all__ = ['POLICIES', 'num_missing', 'next_tokens', 'check_fits', 'waits_for_to
 
 # %% ../nbs/13_scheduler.ipynb #e02fa780
 from bisect import bisect_left, insort
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from itertools import count, islice
 from .kv_blocks import (ScheduledSequence, SchedulerOutput, Sequence,
                                  blocks_needed)
@@ -48,11 +48,13 @@ def waits_for_token(seq: Sequence) -> bool:
 class Scheduler:
     "Decides who computes how many tokens in each step: one budget, oldest first."
     def __init__(self, manager: KVCacheManager, max_num_seqs: int,
-                 max_num_batched_tokens: int, long_prefill_token_threshold: int = 0):
+                 max_num_batched_tokens: int, long_prefill_token_threshold: int = 0,
+                 max_adapters: int = 0):
         self.manager, self.budget = manager, max_num_batched_tokens
         self.max_tokens_per_sequence = (long_prefill_token_threshold
                                         or max_num_batched_tokens)
         self.max_running = min(max_num_seqs, max_num_batched_tokens)
+        self.max_adapters = max_adapters
         self.num_preemptions = 0
         self.reset([])
 
@@ -62,6 +64,7 @@ class Scheduler:
         for seq in sequences: seq.reset()
         self.waiting = OrderedDict.fromkeys(sequences)
         self.running: dict[Sequence, None] = {}   # in order of admission
+        self.adapters = Counter()                 # how many of these have each adapter
         self.removed: list[Sequence] = []         # since the last step
 
     def add(self, seq: Sequence):
@@ -115,6 +118,7 @@ class Scheduler:
         scheduled, room = [], self.max_running - len(self.running)
         for seq in list(islice(self.waiting, room)):
             if budget == 0: break
+            if not self.has_adapter_slot(seq): continue
             computed = []
             if not seq.params.skip_reading_prefix_cache:
                 computed = self.manager.get_computed_blocks(seq)
@@ -123,11 +127,17 @@ class Scheduler:
                                                watermark=len(self.running)): break
             del self.waiting[seq]
             self.running[seq] = None
+            if seq.adapter: self.adapters[seq.adapter] += 1
             missing = num_missing(seq)
             num_tokens = min(missing, self.max_tokens_per_sequence, budget)
             scheduled.append(next_tokens(seq, num_tokens, missing))
             budget -= num_tokens
         return scheduled
+
+    def has_adapter_slot(self, seq: Sequence) -> bool:
+        "Does `seq` need no adapter, or one that runs, or is there room for another?"
+        if seq.adapter is None or seq.adapter in self.adapters: return True
+        return len(self.adapters) < self.max_adapters
 
     def update(self, output: SchedulerOutput, token_ids: list[int]):
         "Book a computed step: `token_ids` are one for each of `output.sampled`."
@@ -153,6 +163,7 @@ class Scheduler:
         "Give back the blocks of a sequence that is not running any more."
         self.manager.free(seq)
         self.removed.append(seq)
+        if seq.adapter: self.adapters -= Counter([seq.adapter])   # none is kept at 0
 
 # %% ../nbs/13_scheduler.ipynb #1014cf23
 class PriorityQueue:
