@@ -919,6 +919,7 @@ def make_engine(args: EngineArgs) -> Engine:
     inputs = InputProcessor(tokenizer, config.model.vocab_size, config.max_model_len,
                             num_blocks, args.block_size, eos, default_params,
                             args.enable_prefix_caching, Random(args.seed),
-                            args.max_logprobs, processors, runner.adapters)
+                            args.max_logprobs, processors,
+                            adapters=runner.adapters)
     return Engine(inputs, make_scheduler(config, num_blocks), runner,
                   OutputProcessor(tokenizer, eos), count_in_flight(config, group))

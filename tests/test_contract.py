@@ -118,7 +118,7 @@ def test_a_misspelt_argument_is_told_its_name():
 
 
 CALL = dict(sampling_params=greedy(max_tokens=1), use_tqdm=False, priority=3, tokenization_kwargs=dict(truncation=True, max_length=1),
-            lora_request="adapter", mm_processor_kwargs={"x": 1}, chat_template="{{ messages[0].content }}", add_generation_prompt=False,
+            lora_request=[None], mm_processor_kwargs={"x": 1}, chat_template="{{ messages[0].content }}", add_generation_prompt=False,
             continue_final_message=False, tools=[{"type": "function", "function": {"name": "f"}}], chat_template_kwargs={"x": 1},
             chat_template_content_format="openai")
 

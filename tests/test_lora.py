@@ -322,7 +322,7 @@ def test_an_interrupted_step_is_made_good(base, requests, solo, where, monkeypat
         if len(calls) == 2: raise KeyboardInterrupt
         return result if where == "plan" else function(self, *args)
     monkeypatch.setattr(lora.Adapters, where, fails_once)
-    made = llm.engine.input_processor.make_requests(PROMPTS, GREEDY, [None, *requests])
+    made = llm.engine.input_processor.make_requests(PROMPTS, GREEDY, lora_request=[None, *requests])
     for request in made: llm.engine.add(request)
     with pytest.raises(KeyboardInterrupt):
         while True: llm.engine.step()
@@ -490,6 +490,6 @@ def test_the_fuzz_catches_a_shared_cache(monkeypatch):
 
 def test_the_engine_salts_by_adapter(base, requests):
     llm = LLM(base, **LIMITS, enable_lora=True, max_loras=4)
-    made = llm.engine.input_processor.make_requests([[1, 2]] * 6, GREEDY, [None, *requests, requests[0]])
+    made = llm.engine.input_processor.make_requests([[1, 2]] * 6, GREEDY, lora_request=[None, *requests, requests[0]])
     salts = [r.completions[0].seq.cache_salt for r in made]
     assert salts[0] == 0 and len(set(salts[:5])) == 5 and salts[5] == salts[1]
