@@ -87,12 +87,14 @@ class Tokenizer:
             self._bytes[key] = bytes_of(self.hf.convert_ids_to_tokens(token_id), text)
         return self._bytes[key]
 
-    def apply_chat_template(self, messages, add_generation_prompt=True) -> list[int]:
-        "The ids of a conversation: a list of dicts with `role` and `content`."
+    def apply_chat_template(self, messages, **options) -> list[int]:
+        """The ids of a conversation: a list of dicts with `role` and `content`.
+
+        `options` are Hugging Face's (`tools`, `add_generation_prompt`, ...)."""
         check_messages(messages)
         if not self.hf.chat_template:
             raise ValueError(f"messages: {self.path!r} has no chat template")
-        options = dict(tokenize=False, add_generation_prompt=add_generation_prompt)
+        options = dict(add_generation_prompt=True) | options | dict(tokenize=False)
         try: text = self.hf.apply_chat_template(messages, **options)
         except Exception as e: raise ValueError(f"messages: {e} (chat template)") from e
         return self.hf.encode(text, add_special_tokens=False)
@@ -103,7 +105,7 @@ class NoTokenizer(Tokenizer):
     def __init__(self, path): self.hf, self.path, self.eos_token_id = None, path, None
     def decode(self, ids, skip_special_tokens=True): return ""
     def token_bytes(self, token_id, skip_special_tokens=True, first=False): return b""
-    def encode(self, text):
+    def encode(self, text, **options):
         raise ValueError(f"prompt: {text!r} is text, and {str(self.path)!r} has no "
                          "tokenizer; give token ids")
     apply_chat_template = encode
