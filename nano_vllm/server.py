@@ -265,7 +265,7 @@ class APIError(Exception):
 def to_api_error(error: Exception, names=()) -> APIError:
     "Which answer an exception becomes; `names` are fields that it may be about."
     if isinstance(error, APIError): return error
-    message = str(error)
+    message = str(error).replace("prompts[", "prompt[")      # as the field is called
     if isinstance(error, QueueFullError):
         return APIError(429, message, **{"Retry-After": "1"})
     if isinstance(error, EngineDeadError): return APIError(503, message)
@@ -843,7 +843,7 @@ def endpoint(api: API, handler, max_body: int, body_seconds: float):
             work = handler(api, body, request.scope["log"])
             return to_response(await unless_gone(request, work))
         except Exception as error:
-            found = to_api_error(error, body)
+            found = to_api_error(error, {"prompt", "messages", *body})
             if found.status == 500:
                 logging.getLogger("nano_vllm").exception("a request failed")
             return to_response(found)
