@@ -50,30 +50,36 @@ class Reader:
         self.new: dict[str, RequestOutput] = {}
         self.error, self.something_new = None, asyncio.Event()
 
-    def put(self, piece: RequestOutput):
-        "There is more: what has not been read yet grows."
-        old = self.new.get(piece.request_id)
-        self.new[piece.request_id] = joined(old, piece) if old else piece
-        self.something_new.set()
+# %% ../nbs/29_server.ipynb #46c4156f
+@patch
+def put(self: Reader, piece: RequestOutput):
+    "There is more: what has not been read yet grows."
+    old = self.new.get(piece.request_id)
+    self.new[piece.request_id] = joined(old, piece) if old else piece
+    self.something_new.set()
 
-    def fail(self, error: Exception):
-        "There will be no more, because of `error`."
-        self.error = error
-        self.something_new.set()
+# %% ../nbs/29_server.ipynb #67bbada8
+@patch
+def fail(self: Reader, error: Exception):
+    "There will be no more, because of `error`."
+    self.error = error
+    self.something_new.set()
 
-    async def take(self) -> RequestOutput:
-        "The next piece, once there is one."
-        while not self.new and not self.error:
-            self.something_new.clear()
-            await self.something_new.wait()
-        if self.error: raise self.error
-        return self.new.pop(next(iter(self.new)))
+# %% ../nbs/29_server.ipynb #99a43278
+@patch
+async def take(self: Reader) -> RequestOutput:
+    "The next piece, once there is one."
+    while not self.new and not self.error:
+        self.something_new.clear()
+        await self.something_new.wait()
+    if self.error: raise self.error
+    return self.new.pop(next(iter(self.new)))
 
 # %% ../nbs/29_server.ipynb #3f9181f6
 class EngineDeadError(RuntimeError): "The engine cannot go on (vLLM's name for it)."
 class QueueFullError(RuntimeError): "More sequences are open than the server admits."
 
-
+# %% ../nbs/29_server.ipynb #18939a82
 class AsyncLLM:
     """An engine that steps in a thread of its own, for readers in one event loop.
 
@@ -117,7 +123,7 @@ def tell(self: AsyncLLM, function, *args):
     try: self.loop and self.loop.call_soon_threadsafe(function, *args)
     except RuntimeError: pass      # it has been closed, and its readers with it
 
-
+# %% ../nbs/29_server.ipynb #c10a042f
 @patch
 def hand_out(self: AsyncLLM):
     "Send what is new to the event loop: one message for a step, whoever reads."
@@ -127,7 +133,7 @@ def hand_out(self: AsyncLLM):
               if r.finished or r.has_new_text]
     if pieces: self.tell(self.receive, pieces)
 
-
+# %% ../nbs/29_server.ipynb #765ec94b
 @patch
 def receive(self: AsyncLLM, pieces: list[RequestOutput]):
     "Put each piece, in the event loop, where its reader finds it."
@@ -140,7 +146,7 @@ def receive(self: AsyncLLM, pieces: list[RequestOutput]):
 def abort_all(self: AsyncLLM):
     for request_id in list(self.engine.requests): self.engine.abort(request_id)
 
-
+# %% ../nbs/29_server.ipynb #1a66bfeb
 @patch
 def fail(self: AsyncLLM, error: Exception):
     "A step has failed: so do the requests in it. What comes later has a new start."
@@ -151,7 +157,7 @@ def fail(self: AsyncLLM, error: Exception):
         if request.request_id in failed: del self.news[request]
     self.tell(self.fail_readers, error, failed)
 
-
+# %% ../nbs/29_server.ipynb #9ae1d5f5
 @patch
 def fail_readers(self: AsyncLLM, error: Exception, request_ids=None):
     "Tell the readers of these requests, or of all."
@@ -179,7 +185,7 @@ def rename(request: Request, request_id: str):
     request.request_id = request_id
     for completion in request.completions: completion.seq.request_id = request_id
 
-
+# %% ../nbs/29_server.ipynb #a0a6593d
 @patch
 async def make_requests(self: AsyncLLM, prompts, params, request_id=None) -> list:
     "Requests for checked prompts, made beside the event loop; ValueError as ever."
@@ -200,7 +206,7 @@ def admit(self: AsyncLLM, requests: list[Request]) -> int:
             raise ValueError(f"request_id must be new, got {r.request_id!r}")
     num = sum(len(r.completions) for r in requests)
     if num > self.max_open:
-        raise ValueError(f"n must be at most {self.max_open} for all prompts, got {num}")
+        raise ValueError(f"n must be at most {self.max_open} in all, got {num}")
     if self.num_open + num <= self.max_open: return num
     raise QueueFullError(f"{self.num_open} of {self.max_open} places are taken")
 
@@ -235,13 +241,13 @@ async def generate(self: AsyncLLM, prompt, sampling_params=None, request_id=None
             total = joined(total, piece) if total else piece
             yield total
 
-
+# %% ../nbs/29_server.ipynb #d72cdd7a
 @patch
 async def abort(self: AsyncLLM, request_id: str):
     "End a request before the next step; its reader gets what there is."
     self.asks.put(partial(self.engine.abort, request_id))
 
-
+# %% ../nbs/29_server.ipynb #310130da
 @patch
 def shutdown(self: AsyncLLM):
     "Abort what is open and end the thread."
@@ -277,7 +283,7 @@ def to_api_error(error: Exception, names=()) -> APIError:
 # %% ../nbs/29_server.ipynb #b2a8544b
 def refuse_constant(name): raise ValueError(f"{name} is no JSON number")
 
-
+# %% ../nbs/29_server.ipynb #80afc89e
 def read_json(body: bytes) -> dict:
     "The object that `body` holds; ValueError if it is anything else."
     try: found = json.loads(body, parse_constant=refuse_constant)
@@ -289,6 +295,8 @@ def read_json(body: bytes) -> dict:
 # %% ../nbs/29_server.ipynb #eafd450b
 INTERNAL = {"output_kind", "detokenize", "logits_processors", "extra_args"}
 SAMPLING = {f.name for f in fields(SamplingParams)} - INTERNAL
+
+# %% ../nbs/29_server.ipynb #a3637af3
 FIELDS = dict(model=str, stream=bool, echo=bool, stream_options=dict, messages=list,
               tools=list, response_format=dict, chat_template_kwargs=dict, tokens=list,
               add_generation_prompt=bool, continue_final_message=bool)
@@ -297,7 +305,7 @@ IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier",
            "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
            "parallel_tool_calls"}
 
-
+# %% ../nbs/29_server.ipynb #ddd24b01
 def read_fields(body: dict, known: set) -> dict:
     "The fields that are given; null means not. ValueError names a field and its limit."
     given = {k: v for k, v in body.items() if v is not None and k not in IGNORED}
@@ -322,7 +330,7 @@ class Ask:
     tools: bool = False            # an answer may be a call of a tool
     top_logprobs: int = 0
 
-
+# %% ../nbs/29_server.ipynb #f521185c
 def read_common(given: dict, default: SamplingParams, **changes) -> dict:
     "The fields of an Ask that all requests share."
     options = given.get("stream_options", {})
@@ -354,13 +362,14 @@ def read_content(content, where: str) -> str:
         raise ValueError(f"{where}.content: a part must be text, got {part!r}")
     return "\n".join(part["text"] for part in content)
 
-
+# %% ../nbs/29_server.ipynb #536deea7
 def read_call(call: dict) -> dict:
     "A call of a tool, whose arguments become an object."
     function = call["function"]
-    return call | dict(function=function | dict(arguments=json.loads(function["arguments"])))
+    arguments = json.loads(function["arguments"])
+    return call | dict(function=function | dict(arguments=arguments))
 
-
+# %% ../nbs/29_server.ipynb #6f9bd02c
 def read_message(message, where: str) -> dict:
     "A message as chat templates expect it."
     if not isinstance(message, dict): raise ValueError(f"{where} must be an object")
@@ -375,13 +384,13 @@ RESPONSE_FORMATS = {"text": lambda response_format: {}}
 TOOL_CHOICES = {"auto": lambda tool_choice, tools: {},
                 "none": lambda tool_choice, tools: {}}
 
-
+# %% ../nbs/29_server.ipynb #e1b53491
 def choose(name: str, kind, table: dict):
     "The entry of `kind` in the table; ValueError lists what there is."
     if isinstance(kind, str) and kind in table: return table[kind]
     raise ValueError(f"{name} must be one of {', '.join(table)}, got {kind!r}")
 
-
+# %% ../nbs/29_server.ipynb #6e78ff27
 def read_form(given: dict) -> dict:
     "SamplingParams' arguments for `response_format` and `tool_choice`."
     form = given.get("response_format", {"type": "text"})
@@ -417,7 +426,7 @@ CHAT_FIELDS = SAMPLING | CHAT_OPTIONS | {
     "model", "messages", "stream", "stream_options", "top_logprobs",
     "max_completion_tokens", "tool_choice", "response_format"}
 
-
+# %% ../nbs/29_server.ipynb #2f4892f7
 def read_chat(body: dict, engine: Engine) -> Ask:
     "What /v1/chat/completions is asked for."
     given = read_fields(body, CHAT_FIELDS)
@@ -441,10 +450,11 @@ CALL = "<tool_call>"
 def read_calls(text: str) -> list[dict]:
     "The calls of tools in `text`, in the form of Hermes and Qwen; none if one is odd."
     calls = []
-    for i, found in enumerate(re.findall(rf"{CALL}(.*?)(?:</tool_call>|$)", text, re.S)):
-        try: call = json.loads(found)
+    parts = re.findall(rf"{CALL}(.*?)(?:</tool_call>|$)", text, re.S)
+    for i, part in enumerate(parts):
+        try: call = json.loads(part)
         except ValueError: return []
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str): return []
+        if not isinstance(call, dict) or type(call.get("name")) is not str: return []
         arguments = json.dumps(call.get("arguments", {}), ensure_ascii=False)
         calls.append(dict(index=i, id=f"call_{uuid.uuid4().hex[:24]}", type="function",
                           function=dict(name=call["name"], arguments=arguments)))
@@ -458,26 +468,28 @@ class Choice:
         self.filter, self.text, self.num_shown = StopFilter([CALL]), "", 0
         self.offset = 0                  # of the next token in the text
 
-    def read_tools(self, text: str, last: bool) -> tuple[str, list]:
-        "What to show of an answer that may hold calls of tools, and at its end they."
-        self.text += text
-        shown = "" if self.filter.found else self.filter.add(text)
-        self.num_shown += len(shown)
-        if not last: return shown, []
-        rest = self.text[self.num_shown:]
-        calls = read_calls(rest)
-        return shown + ("" if calls else rest), calls
+# %% ../nbs/29_server.ipynb #f7608720
+@patch
+def read_tools(self: Choice, text: str, last: bool) -> tuple[str, list]:
+    "What to show of an answer that may hold calls of tools, and at its end they."
+    self.text += text
+    shown = "" if self.filter.found else self.filter.add(text)
+    self.num_shown += len(shown)
+    if not last: return shown, []
+    rest = self.text[self.num_shown:]
+    calls = read_calls(rest)
+    return shown + ("" if calls else rest), calls
 
 # %% ../nbs/29_server.ipynb #859927e5
 def number(logprob: float) -> float: return max(logprob, -9999.0)
 
-
+# %% ../nbs/29_server.ipynb #e002d0a2
 def chat_logprob(entry, **more) -> dict:
     text = entry.decoded_token or ""
     return dict(token=text, logprob=number(entry.logprob), bytes=list(text.encode()),
                 **more)
 
-
+# %% ../nbs/29_server.ipynb #be7a52e9
 def chat_logprobs(token_ids, entries, top: int) -> dict:
     "Log-probabilities in the form of /v1/chat/completions."
     def best(entry): return [chat_logprob(e) for e in entry.values() if e.rank <= top]
@@ -498,7 +510,7 @@ def completion_logprobs(token_ids, entries, offset: int) -> dict:
         offset += len(text)
     return made
 
-
+# %% ../nbs/29_server.ipynb #8bdc7956
 def prompt_logprobs(entries) -> list:
     "vLLM's addition: for each token of the prompt a table by token ids."
     return [e and {t: asdict(p) | dict(logprob=number(p.logprob)) for t, p in e.items()}
@@ -535,7 +547,7 @@ def completion_fields(self: Choice, piece: RequestOutput, out, decode) -> dict:
         self.offset += sum(map(len, made["logprobs"]["tokens"]))
     return made
 
-
+# %% ../nbs/29_server.ipynb #051937ad
 @patch
 def fields_of(self: Choice, piece: RequestOutput, out, decode) -> dict | None:
     "An entry of `choices`; None if it says nothing new."
@@ -592,22 +604,29 @@ def snapshot(engine: Engine) -> dict:
 
 # %% ../nbs/29_server.ipynb #5007865a
 SECONDS = (.001, .005, .01, .02, .04, .06, .08, .1, .25, .5, .75, 1, 2.5, 5, 10, 20, 40)
+
+# %% ../nbs/29_server.ipynb #c15b06d9
 GAUGES = dict(
     num_requests_running=("Sequences in the batch", lambda s: s["running"]),
     num_requests_waiting=("Sequences that wait", lambda s: s["waiting"]),
-    kv_cache_usage_perc=("KV blocks in use, 1 is all", lambda s: s["used"] / s["blocks"]))
+    kv_cache_usage_perc=("Of KV blocks, 1 is all", lambda s: s["used"] / s["blocks"]))
+
+# %% ../nbs/29_server.ipynb #55ef1966
 HISTOGRAMS = dict(
     time_to_first_token_seconds=("To the first token", lambda m: m.time_to_first_token),
     request_queue_time_seconds=("Before the first step", lambda m: m.queue_time),
-    e2e_request_latency_seconds=("To the end", lambda m: m.finished_time - m.arrival_time),
+    e2e_request_latency_seconds=(
+        "To the end", lambda m: m.finished_time - m.arrival_time),
     request_time_per_output_token_seconds=(
         "Mean gap between tokens", lambda m: (m.finished_time - m.first_token_time)
         / max(1, m.num_generated_tokens - 1)))
+
+# %% ../nbs/29_server.ipynb #b55969ff
 COUNTERS = dict(
     prompt_tokens=("Prompt tokens", lambda p: len(p.prompt_token_ids)),
     generation_tokens=("Generated tokens", lambda p: p.metrics.num_generated_tokens),
-    prefix_cache_queries=("Prompt tokens looked for", lambda p: len(p.prompt_token_ids)),
-    prefix_cache_hits=("Prompt tokens found", lambda p: p.num_cached_tokens))
+    prefix_cache_queries=("Tokens looked for", lambda p: len(p.prompt_token_ids)),
+    prefix_cache_hits=("Tokens found", lambda p: p.num_cached_tokens))
 
 # %% ../nbs/29_server.ipynb #7faff811
 class Metrics:
@@ -629,18 +648,23 @@ class Metrics:
         ends = make(Counter, "request_success", "Answers, by end", "finished_reason")
         self.ended = lambda why: ends.labels(**name, finished_reason=why).inc()
 
-    def observe(self, piece: RequestOutput):
-        "Book a finished request, whose last piece this is."
-        for t, (_, value) in COUNTERS.items(): self.counters[t].inc(value(piece))
-        for t, (_, value) in HISTOGRAMS.items():
-            self.histograms[t].observe(value(piece.metrics))
-        for out in piece.outputs: self.ended(out.finish_reason)
-        self.prompt_tokens += len(piece.prompt_token_ids)
-        self.cached_tokens += piece.num_cached_tokens
+# %% ../nbs/29_server.ipynb #70ca7826
+@patch
+def observe(self: Metrics, piece: RequestOutput):
+    "Book a finished request, whose last piece this is."
+    for t, (_, value) in COUNTERS.items(): self.counters[t].inc(value(piece))
+    for t, (_, value) in HISTOGRAMS.items():
+        self.histograms[t].observe(value(piece.metrics))
+    for out in piece.outputs: self.ended(out.finish_reason)
+    self.prompt_tokens += len(piece.prompt_token_ids)
+    self.cached_tokens += piece.num_cached_tokens
 
-    def text(self) -> bytes:
-        from prometheus_client import generate_latest
-        return generate_latest(self.registry)
+# %% ../nbs/29_server.ipynb #c44946ac
+@patch
+def text(self: Metrics) -> bytes:
+    "All figures, as Prometheus reads them."
+    from prometheus_client import generate_latest
+    return generate_latest(self.registry)
 
 # %% ../nbs/29_server.ipynb #bd0af4c3
 class Answer:
@@ -655,16 +679,18 @@ class Answer:
         self.head = dict(id=prefix + log["id"], object=kind, created=int(time.time()),
                          model=api.model_name)
 
-    def read(self, piece: RequestOutput) -> list[dict]:
-        "The entries of `choices` that a piece makes."
-        self.usage.add(piece)
-        if any(out.finish_reason == "abort" for out in piece.outputs):
-            raise APIError(503, "the request was aborted by the server")
-        if piece.finished: self.api.metrics.observe(piece)
-        first, decode = self.first[piece.request_id], self.api.tokenizer.decode
-        made = [self.choices[first + out.index].fields_of(piece, out, decode)
-                for out in piece.outputs]
-        return [fields for fields in made if fields]
+# %% ../nbs/29_server.ipynb #09bfc7a2
+@patch
+def read(self: Answer, piece: RequestOutput) -> list[dict]:
+    "The entries of `choices` that a piece makes."
+    self.usage.add(piece)
+    if any(out.finish_reason == "abort" for out in piece.outputs):
+        raise APIError(503, "the request was aborted by the server")
+    if piece.finished: self.api.metrics.observe(piece)
+    first, decode = self.first[piece.request_id], self.api.tokenizer.decode
+    made = [self.choices[first + out.index].fields_of(piece, out, decode)
+            for out in piece.outputs]
+    return [fields for fields in made if fields]
 
 # %% ../nbs/29_server.ipynb #6b828096
 @patch
@@ -673,7 +699,7 @@ def note(self: Answer):
     usage = self.usage.fields()
     self.log |= {k: usage[k] for k in ("prompt_tokens", "completion_tokens")}
 
-
+# %% ../nbs/29_server.ipynb #53627b5a
 @patch
 async def whole(self: Answer, first: RequestOutput, pieces) -> dict:
     "The answer as one object."
@@ -683,7 +709,7 @@ async def whole(self: Answer, first: RequestOutput, pieces) -> dict:
     choices.sort(key=lambda choice: choice["index"])
     return self.head | dict(choices=choices, usage=self.usage.fields())
 
-
+# %% ../nbs/29_server.ipynb #1dc680bf
 @patch
 async def chunks(self: Answer, first: RequestOutput, pieces):
     "The answer piece by piece; an error in the middle is the last of them."
@@ -707,16 +733,18 @@ async def answer(self: API, read, body: dict, log: dict):
                             f"{self.model_name!r} is", "model")
     ask = await self.in_thread(read, body, self.engine)
     requests = await self.llm.make_requests(ask.prompts, ask.params, log["id"])
-    answer, pieces = Answer(self, ask, log, requests), self.llm.follow(requests, ask.stream)
+    answer = Answer(self, ask, log, requests)
+    pieces = self.llm.follow(requests, ask.stream)
     first = await anext(pieces)
-    return answer.chunks(first, pieces) if ask.stream else await answer.whole(first, pieces)
+    if ask.stream: return answer.chunks(first, pieces)
+    return await answer.whole(first, pieces)
 
-
+# %% ../nbs/29_server.ipynb #f9fe6387
 @patch
 async def completions(self: API, body: dict, log: dict):
     return await self.answer(read_completion, body, log)
 
-
+# %% ../nbs/29_server.ipynb #336df5e6
 @patch
 async def chat_completions(self: API, body: dict, log: dict):
     return await self.answer(read_chat, body, log)
@@ -729,7 +757,7 @@ async def models(self: API, body: dict, log: dict) -> dict:
         id=self.model_name, object="model", created=self.created,
         owned_by="nano_vllm", max_model_len=limit)])
 
-
+# %% ../nbs/29_server.ipynb #eebafad7
 @patch
 async def tokenize(self: API, body: dict, log: dict) -> dict:
     "The tokens of a prompt or of messages."
@@ -741,7 +769,7 @@ async def tokenize(self: API, body: dict, log: dict) -> dict:
     return dict(count=len(ids), tokens=ids,
                 max_model_len=self.engine.input_processor.max_model_len)
 
-
+# %% ../nbs/29_server.ipynb #e39f8c11
 @patch
 async def detokenize(self: API, body: dict, log: dict) -> dict:
     "The text of tokens."
@@ -753,16 +781,16 @@ async def detokenize(self: API, body: dict, log: dict) -> dict:
 # %% ../nbs/29_server.ipynb #704259c7
 @patch
 async def version(self: API, body: dict, log: dict) -> dict:
-    from nano_vllm import __version__
-    return dict(version=__version__)
+    from importlib.metadata import version
+    return dict(version=version("nano_vllm"))
 
-
+# %% ../nbs/29_server.ipynb #4cd680e5
 @patch
 async def health(self: API, body: dict, log: dict) -> dict:
     if self.llm.errored: raise self.llm.dead_error
     return {}
 
-
+# %% ../nbs/29_server.ipynb #1646ff31
 @patch
 async def events(self: API, body: dict, log: dict):
     "The engine's `snapshot`s, four times a second."
@@ -782,7 +810,7 @@ async def to_events(objects):
             yield f"data: {json.dumps(made, ensure_ascii=False)}\n\n"
     yield "data: [DONE]\n\n"
 
-
+# %% ../nbs/29_server.ipynb #1dae816b
 def to_response(result):
     "What HTTP makes of an object, an error, or an iterator of objects."
     from starlette.responses import JSONResponse, StreamingResponse
@@ -798,7 +826,7 @@ async def read_body(request, limit: int, seconds: float) -> dict:
     if request.method == "GET": return {}
     kind = request.headers.get("content-type", "").split(";")[0]
     if kind != "application/json":
-        raise APIError(415, f"content-type must be application/json, got {kind[:100]!r}")
+        raise APIError(415, f"content-type must be application/json, not {kind[:99]!r}")
     async def parts():
         body = bytearray()
         async for part in request.stream():
@@ -833,7 +861,7 @@ ROUTES = {"/v1/models": ("GET", API.models),
           "/health": ("GET", API.health), "/version": ("GET", API.version),
           "/events": ("GET", API.events)}
 
-
+# %% ../nbs/29_server.ipynb #716869d0
 def endpoint(api: API, handler, max_body: int, body_seconds: float):
     "The HTTP side of one of the API's methods."
     async def respond(request):
@@ -852,7 +880,7 @@ def endpoint(api: API, handler, max_body: int, body_seconds: float):
 # %% ../nbs/29_server.ipynb #b22c8ccc
 access_log = logging.getLogger("nano_vllm.access")
 
-
+# %% ../nbs/29_server.ipynb #c12b3b5b
 class Front:
     "Stands before the app: who may pass, under which id, and a line in the log."
     open_paths = {"/", "/health", "/version", "/metrics"}
@@ -860,16 +888,20 @@ class Front:
     def __init__(self, app, api_key: str | None = None):
         self.app, self.api_key = app, api_key
 
-    def may_pass(self, path: str, headers: dict) -> bool:
-        "Does the request need no key, or bring the right one?"
-        if self.api_key is None or path in self.open_paths: return True
-        given = headers.get(b"authorization", b"")
-        return hmac.compare_digest(given, b"Bearer " + self.api_key.encode())
+# %% ../nbs/29_server.ipynb #7a11e5cd
+@patch
+def may_pass(self: Front, path: str, headers: dict) -> bool:
+    "Does the request need no key, or bring the right one?"
+    if self.api_key is None or path in self.open_paths: return True
+    given = headers.get(b"authorization", b"")
+    return hmac.compare_digest(given, b"Bearer " + self.api_key.encode())
 
-    def request_id(self, headers: dict) -> str:
-        "The client's, if it has one of harmless letters; else a new one."
-        given = headers.get(b"x-request-id", b"").decode("latin-1")
-        return given if re.fullmatch(r"[\w-]{1,64}", given, re.A) else uuid.uuid4().hex
+# %% ../nbs/29_server.ipynb #855b02e0
+@patch
+def request_id(self: Front, headers: dict) -> str:
+    "The client's, if it has one of harmless letters; else a new one."
+    given = headers.get(b"x-request-id", b"").decode("latin-1")
+    return given if re.fullmatch(r"[\w-]{1,64}", given, re.A) else uuid.uuid4().hex
 
 # %% ../nbs/29_server.ipynb #3081c505
 @patch
@@ -928,7 +960,7 @@ def make_server(api: API, host="127.0.0.1", port=8000, shutdown_timeout=30, **op
     api.stopping = lambda: server.should_exit or api.llm.errored
     return server
 
-
+# %% ../nbs/29_server.ipynb #0c56d0b5
 @contextmanager
 def serving(llm: AsyncLLM, model_name: str, **options):
     "A server in a thread, at a free port; yields its address."
@@ -950,7 +982,7 @@ SERVER_OPTIONS = dict(
     max_body=(int, "bytes of a request, default 4 MiB"),
     shutdown_timeout=(int, "seconds that open answers have to end, default 30"))
 
-
+# %% ../nbs/29_server.ipynb #7cad8035
 def serve(args):
     "Answer over HTTP, as OpenAI's and vLLM's servers do, until a signal comes."
     check_number("max_queue", args.max_queue, int, 0, 10**6)
@@ -993,7 +1025,7 @@ def post(base_url: str, path: str, body: dict, api_key: str | None = None):
     if response.status == 200: return response
     raise RuntimeError(f"{path}: status {response.status}, {response.read(1000)!r}")
 
-
+# %% ../nbs/29_server.ipynb #065773c7
 def timed_request(send, body: dict, arrival: float, start: float) -> Timeline:
     "Send a request at its time; when its tokens came, in seconds since `start`."
     time.sleep(max(0, start + arrival - time.perf_counter()))
@@ -1025,7 +1057,7 @@ def bench_http(base_url: str, model: str, work: Workload, request_rate=math.inf,
     return dict(request_rate=rate, total_input_tokens=work.num_prompt_tokens,
                 **summarize(lines))
 
-
+# %% ../nbs/29_server.ipynb #4cbe5e4f
 def bench_serve(args):
     "Waits of requests that arrive at random at a server."
     given = chosen(args, SERVE_OPTIONS)
@@ -1038,7 +1070,7 @@ def bench_serve(args):
 def bench_serve_arguments(parser):
     throughput_arguments(parser)
     add_options(parser, SERVE_OPTIONS)
-    parser.add_argument("--base-url", default="http://127.0.0.1:8000", help="the server")
+    parser.add_argument("--base-url", default="http://127.0.0.1:8000", help="server")
     parser.add_argument("--model", required=True, help="as the server calls it")
     parser.add_argument("--api-key", help="what the server wants to see")
     parser.add_argument("--vocab-size", type=int, default=30000, metavar="INT",

@@ -34,7 +34,7 @@ wrong(server.check_same_key, "the time tells where the first difference is")(
     lambda given, key: len(given) == len(key) and all(given[i] == key[i] for i in range(len(key))))
 wrong(server.check_same_key, "same_key('s3cret', 's3cret-key') gives True, expected False")(
     lambda given, key: not sum(given[i] != key[i] for i in range(min(len(given), len(key)))))
-wrong(server.check_same_key, "raises IndexError")(lambda given, key: not sum(given[i] != key[i] for i in range(len(given))))
+wrong(server.check_same_key, "raises IndexError")(lambda given, key: not sum(given[i] != key[i] for i in range(len(key))))
 wrong(server.check_same_key, "takes slices")(lambda given, key: given[:] == key[:])
 wrong(server.check_same_key, "Is a `return` missing?")(lambda given, key: [given[i] == key[i] for i in range(min(len(given), len(key)))] and None)
 
