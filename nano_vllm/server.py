@@ -189,6 +189,7 @@ def rename(request: Request, request_id: str):
 @patch
 async def make_requests(self: AsyncLLM, prompts, params, request_id=None) -> list:
     "Requests for checked prompts, made beside the event loop; ValueError as ever."
+    if self.errored: raise self.dead_error
     self.loop = asyncio.get_running_loop()
     make = self.engine.input_processor.make_requests
     requests = await self.loop.run_in_executor(self.input_thread, make, prompts, params)
