@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from types import SimpleNamespace
 from urllib.parse import urlsplit
@@ -25,7 +26,7 @@ from helpers import assert_idle
 from nano_vllm import LLM, SamplingParams
 from nano_vllm.cli import main
 from nano_vllm.server import (
-    CALL, API, APIError, Ask, AsyncLLM, Choice, EngineDeadError, QueueFullError, Reader, bench_http, joined, make_server, read_chat, read_json, serving)
+    CALL, API, Ask, AsyncLLM, Choice, EngineDeadError, QueueFullError, joined, read_chat, read_json, serving)
 from nano_vllm.workbench import fetch
 
 NAME = "tiny"
@@ -153,6 +154,25 @@ def test_one_message_a_step_whoever_reads():
             await read(llm, requests)
         asyncio.run(go())
         assert 0 < len(messages) <= 10 and set(messages) == {"receive"}
+
+
+def test_the_event_loop_neither_encodes_nor_steps(monkeypatch):
+    with fake_llm() as llm:
+        seen, inputs = {}, type(llm.engine.input_processor)
+        def noted(name, function):
+            def call(*args):
+                seen.setdefault(name, set()).add(threading.current_thread().name.split("_")[0])
+                return function(*args)
+            return call
+        monkeypatch.setattr(inputs, "make_requests", noted("make_requests", inputs.make_requests))
+        for name in ("add", "abort", "step"): setattr(llm.engine, name, noted(name, getattr(llm.engine, name)))
+
+        async def go():
+            params = SamplingParams(max_tokens=20, ignore_eos=True)
+            async for _ in llm.generate([1, 2], params): break
+            async for _ in llm.generate([1, 2], params): pass
+        asyncio.run(go())
+        assert seen == dict(make_requests={"input"}, add={"engine"}, step={"engine"}, abort={"engine"})
 
 
 def test_generate_is_vllms():
@@ -677,7 +697,7 @@ def test_what_the_server_needs_is_imported_when_it_is_needed():
 @pytest.mark.slow
 def test_a_soak_with_random_clients(server, llm):
     "Minutes of clients who stay, leave or send nonsense: every request is accounted for, and no block is lost."
-    rng, counts, end = random.Random(1), {}, time.time() + float(os.environ.get("NANO_VLLM_SOAK", 60))
+    counts, end = {}, time.time() + float(os.environ.get("NANO_VLLM_SOAK", 60))
 
     def client(seed):
         rng = random.Random(seed)
@@ -697,9 +717,9 @@ def test_a_soak_with_random_clients(server, llm):
                 assert status == (400 if "temperature" in body else 200) or status == 429, answer.text
                 if status == 200 and body["stream"]: assert answer.text.endswith("data: [DONE]\n\n") and '"error"' not in answer.text
             counts[status] = counts.get(status, 0) + 1
-    with __import__("concurrent.futures").futures.ThreadPoolExecutor(24) as threads: list(threads.map(client, range(24)))
+    with ThreadPoolExecutor(24) as threads: list(threads.map(client, range(24)))
     print(counts)
-    assert counts[200] > 20 and counts["left"] > 20 and rng
+    assert counts[200] > 20 and counts["left"] > 20
 
 
 @pytest.mark.slow
