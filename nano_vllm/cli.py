@@ -210,7 +210,7 @@ COMMANDS = {"generate": (generate, generate_arguments), "chat": (chat, chat_argu
 
 # %% ../nbs/18_command_line.ipynb #d5ae3b51
 def add_command(choices, name: str, function, add_arguments, has_engine=True):
-    "One of the `choices`; if it has arguments and an engine, with the engine's options."
+    "One of the `choices`, with an engine's options if it has arguments and an engine."
     text = function.__doc__
     p = choices.add_parser(name, help=text, description=text)
     p.set_defaults(function=function)

@@ -153,8 +153,6 @@ def fail(self: AsyncLLM, error: Exception):
     failed = list(self.engine.requests)
     try: self.abort_all()
     except Exception as e: self.dead_error = EngineDeadError(f"{error!r}, then {e!r}")
-    for request in list(self.news):
-        if request.request_id in failed: del self.news[request]
     self.tell(self.fail_readers, error, failed)
 
 # %% ../nbs/29_server.ipynb #9ae1d5f5

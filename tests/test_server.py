@@ -224,7 +224,7 @@ def test_a_failed_step_is_told_to_those_who_were_in_it_and_to_nobody_else():
 
         async def go():
             requests = await llm.make_requests([[1, 2, 3], [1, 1], [2]], SamplingParams(max_tokens=20, ignore_eos=True))
-            failed = await asyncio.gather(*[read(llm, [r]) for r in requests], return_exceptions=True)
+            failed = await asyncio.wait_for(asyncio.gather(*[read(llm, [r]) for r in requests], return_exceptions=True), 10)
             assert [str(e) for e in failed] == ["once"] * 3
             requests = await llm.make_requests([[1, 2, 3], [1, 1]], SamplingParams(max_tokens=20))
             check_answers(requests, await read(llm, requests))
