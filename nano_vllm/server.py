@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['INTERNAL', 'SAMPLING', 'FIELDS', 'NOUNS', 'IGNORED', 'COMPLETION_FIELDS', 'RESPONSE_FORMATS', 'TOOL_CHOICES',
            'CHAT_OPTIONS', 'CHAT_FIELDS', 'CALL', 'SECONDS', 'GAUGES', 'HISTOGRAMS', 'COUNTERS', 'ROUTES', 'access_log',
-           'HERE', 'SERVER_OPTIONS', 'joined', 'Reader', 'EngineDeadError', 'QueueFullError', 'AsyncLLM', 'rename',
-           'APIError', 'to_api_error', 'refuse_constant', 'read_json', 'read_fields', 'Ask', 'read_common',
-           'read_completion', 'read_content', 'read_call', 'read_message', 'choose', 'read_form', 'render', 'read_chat',
-           'read_calls', 'Choice', 'number', 'chat_logprob', 'chat_logprobs', 'completion_logprobs', 'prompt_logprobs',
-           'Usage', 'API', 'snapshot', 'Metrics', 'Answer', 'to_events', 'to_response', 'read_body', 'unless_gone',
-           'endpoint', 'Front', 'make_app', 'make_server', 'serving', 'serve', 'serve_arguments', 'post',
-           'timed_request', 'bench_http', 'bench_serve', 'bench_serve_arguments']
+           'HERE', 'SERVER_OPTIONS', 'SERVER_LIMITS', 'joined', 'Reader', 'EngineDeadError', 'QueueFullError',
+           'AsyncLLM', 'rename', 'APIError', 'to_api_error', 'refuse_constant', 'read_json', 'read_fields', 'Ask',
+           'read_common', 'read_completion', 'read_content', 'read_call', 'read_message', 'choose', 'read_form',
+           'render', 'read_chat', 'read_calls', 'Choice', 'number', 'chat_logprob', 'chat_logprobs',
+           'completion_logprobs', 'prompt_logprobs', 'Usage', 'API', 'snapshot', 'Metrics', 'Answer', 'to_events',
+           'to_response', 'read_body', 'unless_gone', 'endpoint', 'Front', 'make_app', 'make_server', 'serving',
+           'serve', 'serve_arguments', 'post', 'timed_request', 'bench_http', 'bench_serve', 'bench_serve_arguments']
 
 # %% ../nbs/29_server.ipynb #c1b76bca
 import argparse, asyncio, hmac, json, logging, math, queue, re, signal, sys
@@ -28,7 +28,8 @@ from fastcore.basics import patch
 from .benchmark import Workload, random_workload
 from .cli import (BENCHES, COMMANDS, SERVE_OPTIONS, add_options, chosen,
                            make_llm, report, throughput_arguments)
-from .engine import Engine, EngineArgs, Request, RequestOutput, make_engine
+from .engine import (Engine, EngineArgs, Request, RequestOutput, make_engine,
+                              split_prompts)
 from .latency import Timeline, check_options, poisson_arrivals, summarize
 from .sampling_params import SamplingParams, check_number
 from .tokenizer import StopFilter
@@ -150,6 +151,7 @@ def abort_all(self: AsyncLLM):
 @patch
 def fail(self: AsyncLLM, error: Exception):
     "A step has failed: so do the requests in it. What comes later has a new start."
+    logging.getLogger("nano_vllm").error("a step has failed", exc_info=error)
     failed = list(self.engine.requests)
     try: self.abort_all()
     except Exception as e: self.dead_error = EngineDeadError(f"{error!r}, then {e!r}")
@@ -183,14 +185,24 @@ def rename(request: Request, request_id: str):
     request.request_id = request_id
     for completion in request.completions: completion.seq.request_id = request_id
 
+# %% ../nbs/29_server.ipynb #3077da2a
+@patch
+def check_requests(self: AsyncLLM, prompts, params) -> list[Request]:
+    "Requests for prompts, unless they are too many ever to be admitted; ValueError."
+    num = len(split_prompts(prompts)) * getattr(params, "n", 1)
+    if num > self.max_open:
+        raise ValueError(f"n for each prompt must make at most {self.max_open} "
+                         f"sequences, got {num}")
+    return self.engine.input_processor.make_requests(prompts, params)
+
 # %% ../nbs/29_server.ipynb #a0a6593d
 @patch
 async def make_requests(self: AsyncLLM, prompts, params, request_id=None) -> list:
     "Requests for checked prompts, made beside the event loop; ValueError as ever."
     if self.errored: raise self.dead_error
     self.loop = asyncio.get_running_loop()
-    make = self.engine.input_processor.make_requests
-    requests = await self.loop.run_in_executor(self.input_thread, make, prompts, params)
+    requests = await self.loop.run_in_executor(self.input_thread, self.check_requests,
+                                               prompts, params)
     base = request_id or uuid.uuid4().hex
     for i, r in enumerate(requests): rename(r, f"{base}-{i}" if i else base)
     return requests
@@ -204,8 +216,6 @@ def admit(self: AsyncLLM, requests: list[Request]) -> int:
         if r.request_id in self.readers:
             raise ValueError(f"request_id must be new, got {r.request_id!r}")
     num = sum(len(r.completions) for r in requests)
-    if num > self.max_open:
-        raise ValueError(f"n must be at most {self.max_open} in all, got {num}")
     if self.num_open + num <= self.max_open: return num
     raise QueueFullError(f"{self.num_open} of {self.max_open} places are taken")
 
@@ -822,10 +832,11 @@ def to_response(result):
 # %% ../nbs/29_server.ipynb #bf77226f
 async def read_body(request, limit: int, seconds: float) -> dict:
     "The JSON object that a request brings, if it is no larger and no slower than that."
-    if request.method == "GET": return {}
+    if request.method != "POST": return {}
     kind = request.headers.get("content-type", "").split(";")[0]
     if kind != "application/json":
         raise APIError(415, f"content-type must be application/json, not {kind[:99]!r}")
+    from starlette.requests import ClientDisconnect
     async def parts():
         body = bytearray()
         async for part in request.stream():
@@ -836,6 +847,7 @@ async def read_body(request, limit: int, seconds: float) -> dict:
     try: body = await asyncio.wait_for(parts(), seconds)
     except asyncio.TimeoutError:
         raise APIError(408, f"the body must come within {seconds} seconds") from None
+    except ClientDisconnect: raise APIError(499, "the client has gone away") from None
     return await asyncio.get_running_loop().run_in_executor(None, read_json, body)
 
 # %% ../nbs/29_server.ipynb #115e0f83
@@ -980,11 +992,14 @@ SERVER_OPTIONS = dict(
     api_key=(str, "what clients must bring, default: nothing"),
     max_body=(int, "bytes of a request, default 4 MiB"),
     shutdown_timeout=(int, "seconds that open answers have to end, default 30"))
+SERVER_LIMITS = dict(port=(int, 0, 65535), max_body=(int, 1, 2**30),
+                     max_queue=(int, 0, 10**6), shutdown_timeout=(int, 0, 10**6))
 
 # %% ../nbs/29_server.ipynb #7cad8035
 def serve(args):
     "Answer over HTTP, as OpenAI's and vLLM's servers do, until a signal comes."
-    check_number("max_queue", args.max_queue, int, 0, 10**6)
+    for name, limits in SERVER_LIMITS.items():
+        if name in args: check_number(name, getattr(args, name), *limits)
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
     access_log.setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
