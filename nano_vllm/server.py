@@ -748,12 +748,12 @@ async def answer(self: API, read, body: dict, log: dict):
     if ask.stream: return answer.chunks(first, pieces)
     return await answer.whole(first, pieces)
 
-# %% ../nbs/29_server.ipynb #f9fe6387
+
 @patch
 async def completions(self: API, body: dict, log: dict):
     return await self.answer(read_completion, body, log)
 
-# %% ../nbs/29_server.ipynb #336df5e6
+
 @patch
 async def chat_completions(self: API, body: dict, log: dict):
     return await self.answer(read_chat, body, log)
