@@ -286,7 +286,8 @@ def to_api_error(error: Exception, names=()) -> APIError:
     if isinstance(error, EngineDeadError): return APIError(503, message)
     if not isinstance(error, ValueError):
         return APIError(500, f"the engine failed: {type(error).__name__}")
-    words = re.findall(r"\w+", message[:1000])
+    said = message[:1000].split("]: ")[-1]       # what follows "prompt[0]: "
+    words = re.findall(r"\w+", f"{said} {message[:1000]}")
     return APIError(400, message, next((w for w in words if w in names), None))
 
 # %% ../nbs/29_server.ipynb #b2a8544b
