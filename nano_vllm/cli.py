@@ -251,13 +251,14 @@ COMMANDS = {"generate": (generate, generate_arguments), "chat": (chat, chat_argu
             "bench": BENCHES, "fetch": (fetch_model, None)}
 
 # %% ../nbs/18_command_line.ipynb #d5ae3b51
-def add_command(choices, name: str, function, add_arguments):
-    "One of the `choices`, with the options of an engine if it has arguments at all."
+def add_command(choices, name: str, function, add_arguments, has_engine=True):
+    "One of the `choices`, with an engine's options if it has arguments and an engine."
     text = function.__doc__
     p = choices.add_parser(name, help=text, description=text)
     p.set_defaults(function=function)
     if add_arguments is None: return
     add_arguments(p)
+    if not has_engine: return
     p.add_argument("--model", default=MODEL_NAME, help="folder or hub id")
     add_options(p, ENGINE_OPTIONS)
 
