@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RULES', 'BOUND', 'SLACK', 'FEATURES', 'TOKEN', 'Router', 'round_robin', 'least_loaded', 'prefix_bounded', 'features',
-           'seconds_of_step', 'Machine', 'SimulatedReplica', 'Arrival', 'Served', 'Simulation', 'Traffic', 'summarize',
-           'simulate']
+           'seconds_of_step', 'Machine', 'SimulatedReplica', 'Arrival', 'Served', 'Simulation', 'Traffic', 'describe',
+           'summarize', 'simulate', 'StepWatch', 'fit_costs', 'replicas_needed']
 
 # %% ../nbs/33_routing.ipynb #0aa969d0
 import heapq
@@ -14,10 +14,11 @@ import random
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 import numpy as np
-from .kv_blocks import ScheduledSequence, SchedulerOutput, Sequence, blocks_needed
+from fastcore.basics import patch
+from .kv_blocks import SchedulerOutput, Sequence
 from .prefix_cache import KVCacheManager, hash_blocks
 from .sampling_params import SamplingParams
 from .scheduler import Scheduler
@@ -37,55 +38,69 @@ class Router:
         self.known: dict = {}                    # name -> its hashes, oldest first
         self.holders: dict[int, dict] = {}       # hash -> names of those that have it
 
-    def add(self, name):
-        "A replica that remembers nothing."
-        self.load[name], self.known[name] = 0, OrderedDict()
+# %% ../nbs/33_routing.ipynb #14dd3cee
+RULES: dict[str, Callable] = {}   # name -> function (router, hashes) -> a name
 
-    def remove(self, name):
-        "Send nothing more to a replica."
-        self.num_unfinished -= self.load.pop(name)
-        for hash in self.known.pop(name): self.forget(name, hash)
+# %% ../nbs/33_routing.ipynb #18777902
+@patch
+def add(self: Router, name):
+    "A replica that remembers nothing."
+    self.load[name], self.known[name] = 0, OrderedDict()
 
-    def route(self, hashes: list[int]):
-        "The name of the replica for a prompt whose full blocks have these hashes."
-        if not self.load: raise RuntimeError("there is no replica to send a request to")
-        name = self.rule(self, hashes)
-        self.load[name] += 1
-        self.num_unfinished += 1
-        self.load.move_to_end(name)
-        self.remember(name, hashes)
-        return name
+# %% ../nbs/33_routing.ipynb #c19e7eb8
+@patch
+def remove(self: Router, name):
+    "Send nothing more to a replica."
+    self.num_unfinished -= self.load.pop(name)
+    for hash in self.known.pop(name): self.forget(name, hash)
 
-    def finished(self, name):
-        "A request that was sent to `name` has ended."
-        if name not in self.load: return         # it was removed meanwhile
-        self.load[name] -= 1
-        self.num_unfinished -= 1
+# %% ../nbs/33_routing.ipynb #8d17c2bc
+@patch
+def remember(self: Router, name, hashes: list[int]):
+    "Note that `name` will have these blocks; the first of a text are kept longest."
+    known = self.known[name]
+    for hash in reversed(hashes):
+        known[hash] = None
+        known.move_to_end(hash)
+        self.holders.setdefault(hash, {})[name] = None
+    while len(known) > self.num_blocks:
+        oldest, _ = known.popitem(last=False)
+        self.forget(name, oldest)
 
-    def remember(self, name, hashes: list[int]):
-        "Note that `name` will have these blocks; the first of a text are kept longest."
-        known = self.known[name]
-        for hash in reversed(hashes):
-            known[hash] = None
-            known.move_to_end(hash)
-            self.holders.setdefault(hash, {})[name] = None
-        while len(known) > self.num_blocks: self.forget(name, known.popitem(last=False)[0])
+# %% ../nbs/33_routing.ipynb #3f5f63b1
+@patch
+def forget(self: Router, name, hash: int):
+    "Note that `name` has this block no more."
+    del self.holders[hash][name]
+    if not self.holders[hash]: del self.holders[hash]
 
-    def forget(self, name, hash: int):
-        "Note that `name` has this block no more."
-        del self.holders[hash][name]
-        if not self.holders[hash]: del self.holders[hash]
+# %% ../nbs/33_routing.ipynb #bfedd398
+@patch
+def route(self: Router, hashes: list[int]):
+    "The name of the replica for a prompt whose full blocks have these hashes."
+    if not self.load: raise RuntimeError("there is no replica to send a request to")
+    name = self.rule(self, hashes)
+    self.load[name] += 1
+    self.num_unfinished += 1
+    self.load.move_to_end(name)
+    self.remember(name, hashes)
+    return name
+
+# %% ../nbs/33_routing.ipynb #53167d09
+@patch
+def finished(self: Router, name):
+    "A request that was sent to `name` has ended."
+    if name not in self.load: return         # it was removed meanwhile
+    self.load[name] -= 1
+    self.num_unfinished -= 1
 
 # %% ../nbs/33_routing.ipynb #fd4c762d
-RULES: dict[str, Callable] = {}   # name -> function (router, hashes) -> a replica's name
-
-
 def round_robin(router: Router, hashes: list[int]):
     "The replica that was chosen longest ago."
     return next(iter(router.load))
 RULES["round_robin"] = round_robin
 
-
+# %% ../nbs/33_routing.ipynb #3f06d0bd
 def least_loaded(router: Router, hashes: list[int]):
     "The replica with the fewest unfinished requests."
     return min(router.load, key=router.load.get)
@@ -94,7 +109,7 @@ RULES["least_loaded"] = least_loaded
 # %% ../nbs/33_routing.ipynb #2f5bd165
 BOUND, SLACK = 1.25, 4   # a replica with more than BOUND * mean + SLACK is too loaded
 
-
+# %% ../nbs/33_routing.ipynb #c327ac9a
 def prefix_bounded(router: Router, hashes: list[int]):
     "Of the replicas that are not too loaded, the one that has most of the prompt."
     limit = BOUND * router.num_unfinished / len(router.load) + SLACK
@@ -132,10 +147,10 @@ class Machine:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
 
-
+# %% ../nbs/33_routing.ipynb #b3cfaee0
 TOKEN = 7    # what a simulated replica answers, always
 
-
+# %% ../nbs/33_routing.ipynb #449585d6
 class SimulatedReplica:
     "The real scheduler and prefix cache, with a formula in place of the model."
     def __init__(self, machine: Machine):
@@ -145,24 +160,29 @@ class SimulatedReplica:
         self.costs, self.step = machine.costs, None     # the step being computed
         self.busy_seconds, self.most_blocks = 0.0, 0
 
-    def begin(self) -> float | None:
-        "Schedule a step; the seconds it takes, or None if there is nothing to do."
-        step = self.scheduler.schedule()
-        self.step = step or None
-        if not step: return None
-        seconds = seconds_of_step(step, self.costs)
-        self.busy_seconds += seconds
-        pool = self.scheduler.manager.pool
-        self.most_blocks = max(self.most_blocks, pool.num_blocks - len(pool.free_blocks))
-        return seconds
+# %% ../nbs/33_routing.ipynb #c6a09ee6
+@patch
+def begin(self: SimulatedReplica) -> float | None:
+    "Schedule a step; the seconds it takes, or None if there is nothing to do."
+    step = self.scheduler.schedule()
+    self.step = step or None
+    if not step: return None
+    seconds = seconds_of_step(step, self.costs)
+    self.busy_seconds += seconds
+    pool = self.scheduler.manager.pool
+    used = pool.num_blocks - len(pool.free_blocks)
+    self.most_blocks = max(self.most_blocks, used)
+    return seconds
 
-    def end(self) -> list[Sequence]:
-        "Book the step; the sequences that got a token."
-        sampled = [s.seq for s in self.step.sampled]
-        self.scheduler.update(self.step, [TOKEN] * len(sampled))
-        for seq in sampled:
-            if seq.num_tokens == seq.max_len: self.scheduler.finish(seq, "length")
-        return sampled
+# %% ../nbs/33_routing.ipynb #eb19150a
+@patch
+def end(self: SimulatedReplica) -> list[Sequence]:
+    "Book the step; the sequences that got a token."
+    sampled = [s.seq for s in self.step.sampled]
+    self.scheduler.update(self.step, [TOKEN] * len(sampled))
+    for seq in sampled:
+        if seq.num_tokens == seq.max_len: self.scheduler.finish(seq, "length")
+    return sampled
 
 # %% ../nbs/33_routing.ipynb #e41e84be
 class Arrival(NamedTuple):
@@ -171,7 +191,7 @@ class Arrival(NamedTuple):
     prompt: list[int]
     output_len: int
 
-
+# %% ../nbs/33_routing.ipynb #5b9b1b10
 class Served(NamedTuple):
     "What became of a request; times in seconds since the start."
     arrival: float
@@ -196,45 +216,54 @@ class Simulation:
         self.under_way: dict[Sequence, list] = {}    # [arrival, replica, cached, first]
         self.params, self.routing_seconds = SamplingParams(), 0.0
 
-    def run(self, arrivals: Iterable[Arrival]) -> Iterator[Served]:
-        "Each request as it ends."
-        for arrival in arrivals:
-            while self.ends and self.ends[0][0] <= arrival.time: yield from self.advance()
-            self.arrive(arrival)
-        while self.ends: yield from self.advance()
+# %% ../nbs/33_routing.ipynb #268a1058
+@patch
+def arrive(self: Simulation, arrival: Arrival):
+    "Route a request."
+    seq = Sequence("", arrival.prompt, self.params,
+                   max_len=len(arrival.prompt) + arrival.output_len)
+    start = time.perf_counter()
+    name = self.router.route(hash_blocks(seq, self.machine.block_size))
+    self.routing_seconds += time.perf_counter() - start
+    self.under_way[seq] = [arrival.time, name, None, None]
+    self.replicas[name].scheduler.add(seq)
+    if self.replicas[name].step is None: self.begin(name, arrival.time)
 
-    def arrive(self, arrival: Arrival):
-        "Route a request."
-        seq = Sequence("", arrival.prompt, self.params,
-                       max_len=len(arrival.prompt) + arrival.output_len)
-        start = time.perf_counter()
-        name = self.router.route(hash_blocks(seq, self.machine.block_size))
-        self.routing_seconds += time.perf_counter() - start
-        self.under_way[seq] = [arrival.time, name, None, None]
-        self.replicas[name].scheduler.add(seq)
-        if self.replicas[name].step is None: self.begin(name, arrival.time)
+# %% ../nbs/33_routing.ipynb #656c3f9b
+@patch
+def begin(self: Simulation, name: int, now: float):
+    "Let a replica begin its next step, if it has one."
+    seconds = self.replicas[name].begin()
+    if seconds is None: return
+    heapq.heappush(self.ends, (now + seconds, name))
+    for s in self.replicas[name].step.admitted:
+        notes = self.under_way[s.seq]
+        if notes[2] is None: notes[2] = s.start
 
-    def begin(self, name: int, now: float):
-        "Let a replica begin its next step, if it has one."
-        seconds = self.replicas[name].begin()
-        if seconds is None: return
-        heapq.heappush(self.ends, (now + seconds, name))
-        for s in self.replicas[name].step.admitted:
-            notes = self.under_way[s.seq]
-            if notes[2] is None: notes[2] = s.start
+# %% ../nbs/33_routing.ipynb #677484c3
+@patch
+def advance(self: Simulation) -> Iterator[Served]:
+    "End the step that ends next; the requests that end with it."
+    now, name = heapq.heappop(self.ends)
+    for seq in self.replicas[name].end():
+        notes = self.under_way[seq]
+        if notes[3] is None: notes[3] = now
+        if not seq.finish_reason: continue
+        arrival, _, cached, first = self.under_way.pop(seq)
+        self.router.finished(name)
+        yield Served(arrival, first, now, name, len(seq.prompt_token_ids), cached,
+                     len(seq.output_token_ids))
+    self.begin(name, now)
 
-    def advance(self) -> Iterator[Served]:
-        "End the step that ends next; the requests that end with it."
-        now, name = heapq.heappop(self.ends)
-        for seq in self.replicas[name].end():
-            notes = self.under_way[seq]
-            if notes[3] is None: notes[3] = now
-            if not seq.finish_reason: continue
-            arrival, _, cached, first = self.under_way.pop(seq)
-            self.router.finished(name)
-            yield Served(arrival, first, now, name, len(seq.prompt_token_ids), cached,
-                         len(seq.output_token_ids))
-        self.begin(name, now)
+# %% ../nbs/33_routing.ipynb #6fee54b9
+@patch
+def run(self: Simulation, arrivals: Iterable[Arrival]) -> Iterator[Served]:
+    "Each request as it ends."
+    for arrival in arrivals:
+        while self.ends and self.ends[0][0] <= arrival.time:
+            yield from self.advance()
+        self.arrive(arrival)
+    while self.ends: yield from self.advance()
 
 # %% ../nbs/33_routing.ipynb #badf9f92
 @dataclass
@@ -247,48 +276,116 @@ class Traffic:
     question_len: tuple = (16, 64)      # tokens after it, from least to most
     output_len: tuple = (16, 64)
     zipf: float = 1.0                   # popularity of text k: 1 / k**zipf
-    swing: float = 0.0                  # 0.5: the rate goes from half to 3/2 of its mean
+    swing: float = 0.0                  # 0.5: the rate is half to 3/2 of its mean
     period: float = 86400.0             # seconds from a peak to the next
     seed: int = 0
 
-    def rate_at(self, time: float) -> float:
-        "Requests a second at a time; least at the start."
-        return self.request_rate * (1 - self.swing * math.cos(2 * math.pi * time / self.period))
+# %% ../nbs/33_routing.ipynb #4facfa22
+@patch
+def rate_at(self: Traffic, time: float) -> float:
+    "Requests a second at a time; least at the start."
+    wave = math.cos(2 * math.pi * time / self.period)
+    return self.request_rate * (1 - self.swing * wave)
 
-    def times(self) -> Iterator[float]:
-        "Times at random: candidates at the highest rate, kept as the rate wants it."
-        rng, peak, now = random.Random(self.seed), self.request_rate * (1 + self.swing), 0.0
-        while True:
-            now += rng.expovariate(peak)
-            if rng.random() * peak <= self.rate_at(now): yield now
+# %% ../nbs/33_routing.ipynb #d18f4865
+@patch
+def times(self: Traffic) -> Iterator[float]:
+    "Times at random: candidates at the highest rate, kept as the rate wants it."
+    rng, now = random.Random(self.seed), 0.0
+    peak = self.request_rate * (1 + self.swing)
+    while True:
+        now += rng.expovariate(peak)
+        if rng.random() * peak <= self.rate_at(now): yield now
 
-    def __iter__(self) -> Iterator[Arrival]:
-        rng, times = random.Random(self.seed + 1), self.times()
-        weights = [1 / k**self.zipf for k in range(1, self.num_prefixes + 1)]
-        popular = rng.choices(range(self.num_prefixes), weights, k=self.num_requests)
-        for i, which in enumerate(popular):
-            prefix = [which] * self.prefix_len
-            question = [2**31 + i] * rng.randint(*self.question_len)
-            yield Arrival(next(times), prefix + question, rng.randint(*self.output_len))
+# %% ../nbs/33_routing.ipynb #104e1efe
+@patch
+def __iter__(self: Traffic) -> Iterator[Arrival]:
+    rng, times = random.Random(self.seed + 1), self.times()
+    weights = [1 / k**self.zipf for k in range(1, self.num_prefixes + 1)]
+    popular = rng.choices(range(self.num_prefixes), weights, k=self.num_requests)
+    for i, which in enumerate(popular):
+        prefix = [1 + which] * self.prefix_len
+        token = 1 + self.num_prefixes + i % 10_000
+        question = [token] * rng.randint(*self.question_len)
+        yield Arrival(next(times), prefix + question, rng.randint(*self.output_len))
 
 # %% ../nbs/33_routing.ipynb #8b222822
-def summarize(served: list[Served], simulation: Simulation) -> dict:
-    "Figures of a run; waits in milliseconds, shares from 0 to 1."
+def describe(served: list[Served]) -> dict:
+    "What readers saw: waits in milliseconds, and the share of the prompts found."
     ttft = np.array([s.ttft for s in served])
-    tpot = np.array([(s.end - s.first_token) / max(1, s.num_output - 1) for s in served])
-    start, end = min(s.arrival for s in served), max(s.end for s in served)
-    busy = np.array([r.busy_seconds for r in simulation.replicas]) / (end - start)
-    return dict(num_requests=len(served), duration=end - start,
-                hit_rate=sum(s.num_cached for s in served) / sum(s.num_prompt for s in served),
+    more = np.array([max(1, s.num_output - 1) for s in served])
+    tpot = np.array([s.end - s.first_token for s in served]) / more
+    found = sum(s.num_cached for s in served) / sum(s.num_prompt for s in served)
+    return dict(num_requests=len(served), hit_rate=found,
                 mean_ttft_ms=1e3 * float(ttft.mean()),
                 p99_ttft_ms=1e3 * float(np.percentile(ttft, 99)),
-                mean_tpot_ms=1e3 * float(tpot.mean()),
+                mean_tpot_ms=1e3 * float(tpot.mean()))
+
+
+def summarize(served: list[Served], simulation: Simulation) -> dict:
+    "The same, and what the replicas did: busy is a share of the whole time."
+    duration = max(s.end for s in served) - min(s.arrival for s in served)
+    replicas = simulation.replicas
+    busy = np.array([r.busy_seconds for r in replicas]) / duration
+    return dict(describe(served), duration=duration,
                 mean_busy=float(busy.mean()), most_busy=float(busy.max()),
-                num_preemptions=sum(r.scheduler.num_preemptions for r in simulation.replicas),
-                most_blocks=max(r.most_blocks for r in simulation.replicas))
+                num_preemptions=sum(r.scheduler.num_preemptions for r in replicas),
+                most_blocks=max(r.most_blocks for r in replicas))
 
 
 def simulate(machine: Machine, num_replicas: int, rule: str, arrivals) -> dict:
     "The figures of one run."
     simulation = Simulation(machine, num_replicas, rule)
     return summarize(list(simulation.run(arrivals)), simulation)
+
+# %% ../nbs/33_routing.ipynb #f49d9ec6
+class StepWatch:
+    "A scheduler that notes what each step had to do and how long it took."
+    def __init__(self, scheduler: Scheduler):
+        self.scheduler, self.steps = scheduler, []      # (features, seconds)
+
+    def __getattr__(self, name): return getattr(self.scheduler, name)
+
+    def schedule(self) -> SchedulerOutput:
+        self.begin = time.perf_counter()
+        return self.scheduler.schedule()
+
+    def update(self, output: SchedulerOutput, token_ids: list[int]):
+        self.scheduler.update(output, token_ids)
+        self.steps.append((features(output), time.perf_counter() - self.begin))
+
+# %% ../nbs/33_routing.ipynb #78454c4e
+def fit_costs(steps: list[tuple]) -> tuple:
+    "Costs of FEATURES, from (features, seconds) of steps: least squares, none below 0."
+    x = np.array([f for f, _ in steps], float)
+    y = np.array([seconds for _, seconds in steps])
+    used, weight = list(range(len(FEATURES))), y**-.5
+    while True:
+        found, *_ = np.linalg.lstsq(x[:, used] * weight[:, None], y * weight)
+        if (found >= 0).all(): break
+        used.pop(int(found.argmin()))
+    costs = dict(zip(used, found.tolist()))
+    return tuple(costs.get(i, 0.0) for i in range(len(FEATURES)))
+
+# %% ../nbs/33_routing.ipynb #6ea6851b
+def replicas_needed(machine: Machine, traffic: Traffic, p99_ttft_ms: float, rule: str,
+                    most: int = 4096) -> tuple[int, dict]:
+    """The fewest replicas with which 99 of 100 first tokens are in time, and figures.
+
+    Raises ValueError if `most` are not enough."""
+    runs = {}
+    def enough(n):
+        runs[n] = simulate(machine, n, rule, traffic)
+        return runs[n]["p99_ttft_ms"] <= p99_ttft_ms
+    low, high = 0, 1                      # `low` are too few
+    while not enough(high):
+        if high >= most:
+            found = runs[high]["p99_ttft_ms"]
+            raise ValueError(f"p99_ttft_ms must be more than {p99_ttft_ms}: {high} "
+                             f"replicas need {found:.0f} ms")
+        low, high = high, min(2 * high, most)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if enough(middle): high = middle
+        else: low = middle
+    return high, runs[high]
