@@ -1,6 +1,7 @@
 """Several engines as one: the same tokens whoever computes them, and whichever of them is killed; a clear error where nobody is left.
 
 One local Ray cluster for the whole file. The replicas are small random models."""
+import json
 import os
 import random
 import signal
@@ -17,8 +18,9 @@ from nano_vllm import LLM, SamplingParams
 from nano_vllm.engine import EngineArgs
 from nano_vllm.kv_blocks import Sequence
 from nano_vllm.llm import new_outputs
-from nano_vllm import replicas
+from nano_vllm import cli, replicas
 from nano_vllm.replicas import Replica, key_of
+from nano_vllm.routing import FEATURES, RULES
 
 ROOT = Path(__file__).parent.parent
 LIMITS = dict(max_model_len=256, num_kv_blocks=200, device="cpu")
@@ -140,6 +142,17 @@ def test_without_ray_the_error_names_the_extra(tiny, monkeypatch):
     with pytest.raises((ValueError, ModuleNotFoundError)) as told: LLM(tiny, data_parallel_size=2, **LIMITS)
     assert isinstance(told.value, ValueError) and "data_parallel_size must be 1 without Ray" in str(told.value) and "nano_vllm[ray]" in str(told.value)
     with pytest.raises(ValueError, match="data_parallel_size must be an integer"): LLM(tiny, data_parallel_size=0, **LIMITS)
+
+
+def test_bench_plan_measures_and_prints_the_answer(tiny, capsys):
+    args = ["bench", "plan", "--model", str(tiny), "--device", "cpu", "--max-model-len", "200", "--num-kv-blocks", "100"]
+    traffic = ["--request-rate", "300", "--num-requests", "200", "--num-prefixes", "5", "--prefix-len", "64", "--question-len", "8", "--output-len", "8"]
+    assert cli.main([*args, *traffic, "--p99-ttft-ms", "2000"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert set(answer) == {"costs", *RULES} and list(answer["costs"]) == list(FEATURES) and sum(answer["costs"].values()) > 0
+    for rule in RULES: assert answer[rule]["replicas"] >= 1 and answer[rule]["p99_ttft_ms"] <= 2000 and answer[rule]["num_requests"] == 200
+    for bad, what in (("--num-prefixes", "num_prefixes"), ("--p99-ttft-ms", "p99_ttft_ms"), ("--request-rate", "request_rate")):
+        assert cli.main([*args, bad, "-1"]) == 2 and what in capsys.readouterr().err
 
 
 # ---- with Ray

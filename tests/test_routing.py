@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 from nano_vllm import LLM, SamplingParams
-from nano_vllm.kv_blocks import Sequence
+from nano_vllm.kv_blocks import ScheduledSequence, SchedulerOutput, Sequence
 from nano_vllm.prefix_cache import hash_blocks
 from nano_vllm.routing import (BOUND, FEATURES, RULES, SLACK, Arrival, Machine, Router, Simulation, StepWatch, Traffic, features, fit_costs,
                                replicas_needed, simulate)
@@ -192,3 +192,18 @@ def test_hashes_are_those_of_the_cache():
     list(simulation.run([Arrival(0, list(range(40)), 1)]))
     assert set(hash_blocks(seq, 16)) == set(simulation.router.known[0]) == set(simulation.replicas[0].scheduler.manager.cache.block_of)
     assert "longest" not in RULES
+
+
+def test_features_by_hand():
+    "Two sequences: one reads 30 keys for a token, the other compares 10 tokens with each other."
+    reader, prompt = Sequence("r", [7] * 30, SamplingParams()), Sequence("p", [7] * 10, SamplingParams())
+    step = SchedulerOutput((ScheduledSequence(reader, 29, 1, True), ScheduledSequence(prompt, 0, 10, True)))
+    assert features(step) == (1, 11, 2, 30 + 10, 30 + 55)
+
+
+def test_what_was_found_is_noted_at_the_first_admission():
+    "One of two is preempted, and then finds what it had computed itself: that was not in the cache when it came."
+    machine = Machine((1, 0, 0, 0, 0), num_blocks=6, block_size=4)
+    simulation = Simulation(machine, 1)
+    served = list(simulation.run([Arrival(0, [1] * 8, 9), Arrival(0, [2] * 8, 9)]))
+    assert simulation.replicas[0].scheduler.num_preemptions > 0 and [s.num_cached for s in served] == [0, 0]
