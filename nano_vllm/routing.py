@@ -214,7 +214,7 @@ class Simulation:
         for i in range(num_replicas): self.router.add(i)
         self.ends: list[tuple[float, int]] = []      # (end of a step, replica), a heap
         self.under_way: dict[Sequence, list] = {}    # [arrival, replica, cached, first]
-        self.params, self.routing_seconds = SamplingParams(), 0.0
+        self.params = SamplingParams()
 
 # %% ../nbs/33_routing.ipynb #268a1058
 @patch
@@ -222,9 +222,7 @@ def arrive(self: Simulation, arrival: Arrival):
     "Route a request."
     seq = Sequence("", arrival.prompt, self.params,
                    max_len=len(arrival.prompt) + arrival.output_len)
-    start = time.perf_counter()
     name = self.router.route(hash_blocks(seq, self.machine.block_size))
-    self.routing_seconds += time.perf_counter() - start
     self.under_way[seq] = [arrival.time, name, None, None]
     self.replicas[name].scheduler.add(seq)
     if self.replicas[name].step is None: self.begin(name, arrival.time)
