@@ -46,7 +46,8 @@ ENGINE_OPTIONS = dict(
     attention_backend=(str, "attention, by name; a wrong one lists them"),
     async_scheduling=(bool, "prepare a step while one is computed"),
     quantization=(str, "int8: matrices in eight bits, on a CPU"),
-    tensor_parallel_size=(int, "processes that share the model"))
+    tensor_parallel_size=(int, "processes that share the model"),
+    data_parallel_size=(int, "engines that share the requests"))
 
 # %% ../nbs/18_command_line.ipynb #c17934a5
 def add_options(parser, options: dict):

@@ -10,7 +10,7 @@ __all__ = ['TOKEN_MASKS', 'ENGINE_LIMITS', 'DEFAULT_IS_NONE', 'ACCEPTED_ARGS', '
            'OutputProcessor', 'Engine', 'read_options', 'takes_all_names', 'EngineArgs', 'choose_dtype',
            'choose_device', 'EngineConfig', 'choose_kv_dtype', 'resolve_args', 'memory_budget', 'kv_memory',
            'count_blocks', 'make_group', 'rank_device', 'make_runner', 'serve_rank', 'load_tokenizer', 'make_scheduler',
-           'count_in_flight', 'make_engine']
+           'count_in_flight', 'Parts', 'make_parts', 'make_engine']
 
 # %% ../nbs/14_engine.ipynb #342515a2
 import os, time
@@ -24,6 +24,7 @@ from numbers import Integral
 from pathlib import Path
 from random import Random
 from threading import RLock
+from typing import NamedTuple
 import torch
 from fastcore.basics import patch
 from .cuda_graphs import make_graphs
@@ -640,7 +641,8 @@ def recover(self: Engine):
 
 # %% ../nbs/14_engine.ipynb #bb64c798
 ENGINE_LIMITS = dict(
-    tensor_parallel_size=(int, 1, 2**10), block_size=(int, 1, 2**20),
+    tensor_parallel_size=(int, 1, 2**10), data_parallel_size=(int, 1, 2**10),
+    block_size=(int, 1, 2**20),
     max_num_seqs=(int, 1, 2**20), max_num_batched_tokens=(int, 1, 2**30),
     gpu_memory_utilization=(float, 0.01, 1.0),
     num_kv_blocks=(int, 1, 2**40), max_model_len=(int, 2, 2**40),
@@ -695,6 +697,7 @@ class EngineArgs:
     kv_cache_dtype: str | torch.dtype = "auto"   # of keys and values; "auto" is dtype
     device: str = "auto"                  # a GPU if there is one
     tensor_parallel_size: int = 1         # processes that share the model
+    data_parallel_size: int = 1           # engines that share the requests
     block_size: int = 16                  # tokens in a KV block
     max_model_len: int | None = None      # longest prompt plus output
     max_num_seqs: int = 256               # sequences that may hold KV at a time
@@ -810,7 +813,8 @@ def memory_budget(config: EngineConfig) -> int:
 def kv_memory(config: EngineConfig, group: TensorParallelGroup) -> int:
     "Bytes for a KV cache: what may still be taken, less room for activations."
     args = config.args
-    sharers = group.size if config.device.type == "cpu" else 1     # ranks on one host
+    on_one_host = group.size * args.data_parallel_size      # processes, at most
+    sharers = on_one_host if config.device.type == "cpu" else 1
     num_rows = min(args.max_num_seqs, args.max_num_batched_tokens)
     hidden_dtype = config.ops.hidden_dtype or config.dtype
     slot_bytes = sum(kv_block_bytes(config.model, 1, dtype) // config.model.num_layers
@@ -899,6 +903,28 @@ def count_in_flight(config: EngineConfig, group: TensorParallelGroup) -> int:
     alone = group.size == 1 and not config.args.logits_processors
     return 2 if wanted and alone else 1
 
+# %% ../nbs/14_engine.ipynb #9d40b6e1
+class Parts(NamedTuple):
+    "Who schedules, who computes, with how many KV blocks, and how many steps ahead."
+    scheduler: Scheduler
+    runner: ModelRunner
+    num_blocks: int
+    num_in_flight: int
+
+
+def make_parts(config: EngineConfig) -> Parts:
+    "The parts of an engine that know no text."
+    args = config.args
+    group = make_group(args, config.device)
+    with group.collective_guard(): runner = make_runner(config, group)
+    runner.logits_processors = [make(config, runner.device, False)
+                                for make in load_processors(args.logits_processors)]
+    if not (args.enforce_eager or args.logits_processors):
+        runner.graphs = make_graphs(runner, config.max_model_len)
+    num_blocks = runner.kv_cache.shape[2]
+    return Parts(make_scheduler(config, num_blocks), runner, num_blocks,
+                 count_in_flight(config, group))
+
 # %% ../nbs/14_engine.ipynb #18125c4f
 def make_engine(args: EngineArgs) -> Engine:
     "An engine and all its parts; ValueError, naming the field, if it cannot be had."
@@ -908,18 +934,12 @@ def make_engine(args: EngineArgs) -> Engine:
     default_params = read_default_params(folder, args.override_generation_config)
     tokenizer = load_tokenizer(config)
     eos = config.model.eos_token_ids | {tokenizer.eos_token_id} - {None}
-    group = make_group(args, config.device)
-    with group.collective_guard(): runner = make_runner(config, group)
-    processors = load_processors(args.logits_processors)
-    runner.logits_processors = [make(config, runner.device, False)
-                                for make in processors]
-    if not (args.enforce_eager or processors):
-        runner.graphs = make_graphs(runner, config.max_model_len)
-    num_blocks = runner.kv_cache.shape[2]
+    make = make_parts if args.data_parallel_size == 1 else LAUNCHERS["replicas"]
+    parts = make(config)
     inputs = InputProcessor(tokenizer, config.model.vocab_size, config.max_model_len,
-                            num_blocks, args.block_size, eos, default_params,
+                            parts.num_blocks, args.block_size, eos, default_params,
                             args.enable_prefix_caching, Random(args.seed),
-                            args.max_logprobs, processors,
-                            adapters=runner.adapters)
-    return Engine(inputs, make_scheduler(config, num_blocks), runner,
-                  OutputProcessor(tokenizer, eos), count_in_flight(config, group))
+                            args.max_logprobs, load_processors(args.logits_processors),
+                            adapters=parts.runner.adapters)
+    return Engine(inputs, parts.scheduler, parts.runner,
+                  OutputProcessor(tokenizer, eos), parts.num_in_flight)

@@ -376,7 +376,8 @@ class TensorParallelGroup:
         return nullcontext()
 
 # %% ../nbs/08_tp_layers.ipynb #51e02781
-# "processes": a function that makes a group of several ranks; a later chapter adds it
+# "processes": a function that makes a group of several ranks, and "replicas": one that
+# lets several engines share requests; later chapters add them
 LAUNCHERS: dict[str, Callable] = {}
 
 # %% ../nbs/08_tp_layers.ipynb #ece9212e

@@ -441,7 +441,6 @@ REFUSED_GROUPS = {
     "tensor_parallel_size cuts a model over devices":
         "pipeline_parallel_size decode_context_parallel_size enable_expert_parallel "
         "nnodes worker_cls worker_extension_cls",
-    "start one engine for each copy of the model": "data_parallel_size",
     "quantization='int8' makes the weights smaller":
         "cpu_offload_gb offload_group_size offload_num_in_group offload_params "
         "offload_prefetch_step quantization_config",
@@ -461,8 +460,7 @@ for why, names in REFUSED_GROUPS.items():
 # %% ../nbs/15_llm.ipynb #405f0b95
 NEUTRAL_VALUES.update(
     dict.fromkeys("pipeline_parallel_size nnodes decode_context_parallel_size "
-                  "data_parallel_size offload_num_in_group "
-                  "offload_prefetch_step".split(), (1,)),
+                  "offload_num_in_group offload_prefetch_step".split(), (1,)),
     runner=("auto", "generate"), convert=("auto", "none"), revision=("main",),
     tokenizer_revision=("main",), logprobs_mode=("raw_logprobs",),
     worker_cls=("auto",))

@@ -38,7 +38,7 @@ format: {html: {ipynb-filters, theme: {light, dark}, respect-user-color-scheme, 
 OPTIONS = {"label", "fig-cap", "fig-alt", "tbl-cap", "code-fold", "code-summary", "echo", "output", "warning", "eval"}
 REQUIRED = {"torch", "triton", "transformers", "safetensors", "xxhash", "numpy", "tqdm", "gguf", "fastcore",
             "tokenizers", "huggingface_hub"}                 # the last two come with transformers
-OPTIONAL = {"flash_attn", "starlette", "uvicorn", "prometheus_client"}   # behind extras of their own, imported when they are needed
+OPTIONAL = {"flash_attn", "starlette", "uvicorn", "prometheus_client", "ray"}   # behind extras of their own, imported when they are needed
 
 
 def none(problems):
@@ -342,7 +342,7 @@ def test_import_is_fast_and_light():
     seconds, (_, loaded, public) = min(r[0] for r in runs), runs[0]
     print(f"import nano_vllm: {seconds:.2f} s beyond torch")
     assert public == ["LLM", "SamplingParams", "RequestOutput", "CompletionOutput"]
-    banned = {"nbdev", "execnb", "IPython", "ipykernel", "jupyter_core", "matplotlib", "transformers"}
+    banned = {"nbdev", "execnb", "IPython", "ipykernel", "jupyter_core", "matplotlib", "transformers", "ray"}
     assert not banned & set(loaded)
     assert seconds < 1
 
