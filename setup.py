@@ -28,7 +28,7 @@ setup(
     packages=find_packages(include=["nano_vllm*"]),
     python_requires=">=" + settings["min_python"],
     install_requires=words("requirements"),
-    extras_require={name: words(f"{name}_requirements") for name in ("dev", "flash", "bench")},
+    extras_require={name: words(f"{name}_requirements") for name in ("dev", "flash", "bench", "course")},
     entry_points={"console_scripts": words("console_scripts"), "nbdev": ["nano_vllm=nano_vllm._modidx:d"]},
     include_package_data=True,
     zip_safe=False,
