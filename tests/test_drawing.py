@@ -114,6 +114,12 @@ def test_no_text_in_a_coloured_box_is_grey():
     assert [t.get_color() for t in ax.texts] == [drawing.INK, drawing.GREY]
 
 
+def test_a_wrong_prediction_of_a_schedule_is_drawn_in_the_message():
+    from solutions.checks import WrongAnswer, scheduler
+    with pytest.raises(WrongAnswer) as told: scheduler.check_prediction([dict(A=8), dict(A=1, B=1, C=1)])
+    assert str(told.value).endswith("a column for each step:\nA  8 1\nB  . 1\nC  . 1")
+
+
 # ---- how figures are stored
 
 def pictures():

@@ -1,10 +1,10 @@
 """Execute notebooks in place, as a reader would from top to bottom, then clean them with nbdev.
 
-    python tools/run_notebooks.py [--figures] nbs/04_kv_blocks.ipynb ...
+    python tools/run_notebooks.py [--figures | --replay] nbs/04_kv_blocks.ipynb ...
 
 Cells flagged `cuda` keep their stored outputs where there is no GPU; cells flagged `notest` always keep theirs. With
 `--figures` all is executed, with the stored measurements in place of new ones, and only pictures are stored, and what is printed
-from those measurements. So one can change how a figure looks without measuring anew.
+from those measurements. So one can change how a figure looks without measuring anew. With `--replay` all outputs are stored.
 
 Figures are stored as SVG, with the cell's `fig-alt` inside. Each executed cell gets the digest of the code that its
 output came from (`edition.digest`), so that tests/test_book.py can tell an output that was left behind by an edit.
@@ -91,10 +91,18 @@ def redraw(nb, path: Path):
         if settled: print(f"{path}: cell {i} ({cell.id}) was printed from another measurement than the stored one")
 
 
-def run(path: Path, figures: bool = False):
-    "Execute the notebook at `path` and store its outputs (`figures`: what comes from stored measurements), unless a cell fails."
+def replay(nb, path: Path):
+    "Execute `nb` with the stored measurements."
+    nb.cells = redrawn(nb, path).cells
+
+
+HOW = {"--figures": redraw, "--replay": replay}
+
+
+def run(path: Path, how=execute):
+    "Execute the notebook at `path` and store its outputs, unless a cell fails."
     start, nb = time.perf_counter(), nbformat.read(path, as_version=4)
-    (redraw if figures else execute)(nb, path)
+    how(nb, path)
     nbformat.write(nb, path)
     nbdev_clean.__wrapped__(str(path))
     print(f"{path}: {time.perf_counter() - start:.0f} s", flush=True)
@@ -102,10 +110,10 @@ def run(path: Path, figures: bool = False):
 
 if __name__ == "__main__":
     os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # tqdm's, with a path of this machine
-    names, failed = sys.argv[1:], []
-    for name in names:
-        if name.startswith("--"): continue
-        try: run(Path(name), figures="--figures" in names)
+    args, failed = sys.argv[1:], []
+    how = HOW[args.pop(0)] if args and args[0] in HOW else execute
+    for name in args:
+        try: run(Path(name), how)
         except CellExecutionError as error:
             print(f"{name}: {error}", file=sys.stderr)
             failed.append(name)
