@@ -104,7 +104,7 @@ def test_the_interface_lists_every_public_name():
 def test_the_home_page_has_what_sells_the_book():
     page = (ROOT/"index.qmd").read_text(encoding="utf-8")
     screen = page[:page.index("## What a chapter is like")]
-    for what in ("images/throughput.svg", "labs/scheduler.html", "An evening", "A week", "Eight sessions", "minutes", "**You need**"): assert what in screen
+    for what in ("images/throughput.svg", "labs/scheduler.html", "An evening", "A week", "Eight sessions", "half an hour", "**You need**"): assert what in screen
 
 
 def test_the_site_asks_no_other_host():
@@ -125,6 +125,7 @@ def test_stored_measurements_take_the_place_of_new_ones():
     inner = live[1]
     assert edition.fit(live, {"1": [7, 8, 9], "a": [3, 4], "new": 5}) is live
     assert live == {1: [7, 8, 9], "a": (3, 4), "old": {}, "new": 5} and live[1] is inner
+    assert list(edition.fit({8: 0, 1: 0, 32: 0}, {"1": 1, "8": 2, "32": 3})) == [1, 8, 32]
 
 
 def test_an_edition_knows_where_a_chapter_stands():

@@ -27,9 +27,9 @@ def fit(live, stored):
     "The measurement `stored` (from JSON) in place of `live`, in the same dictionaries and lists and with their keys."
     if isinstance(live, dict) and isinstance(stored, dict):
         keys = {str(key): key for key in live}
-        for name, value in stored.items():
+        for name, value in stored.items():                    # in the order in which they are stored
             key = keys.get(name, name)
-            live[key] = fit(live[key], value) if key in live else value
+            live[key] = fit(live.pop(key), value) if key in live else value
         return live
     if isinstance(live, (list, tuple)) and isinstance(stored, list):
         values = [fit(a, b) for a, b in zip(live, stored)] + stored[len(live):]
