@@ -5,7 +5,7 @@ BIN := .venv/bin
 NB ?= nbs/*.ipynb nbs/solutions/*.ipynb
 FUZZ ?= 50000
 
-.PHONY: help venv demo test test-all test-avx2 bench gpu peers fuzz lab notebooks lines book
+.PHONY: help venv demo test test-all test-avx2 bench gpu peers fuzz lab notebooks lines book course edition
 
 help:            ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -60,10 +60,19 @@ lab: venv        ## open the notebooks in JupyterLab
 notebooks: venv  ## execute the notebooks in place and clean them: NB=nbs/02_tokenizer.ipynb for one, RECORD=1 to measure anew
 	TRITON_INTERPRET=1 NANO_VLLM_RECORD=$(RECORD) $(BIN)/python tools/run_notebooks.py $(NB)
 
-lines: venv      ## count the exported lines and write them into README.md
+lines: venv      ## count the exported lines and write them into README.md; write api.qmd and llms.txt
 	@$(BIN)/python tools/count_lines.py
+	@$(BIN)/python tools/write_pages.py
+
+edition: venv    ## measure and execute all chapters on this machine, idle, for one commit (an hour; can be interrupted): ARGS=--status tells where it stands
+	@$(BIN)/python tools/edition.py $(ARGS)
+
+course: venv     ## write assignments for nbgrader into course/: source and release
+	@$(BIN)/python tools/make_course.py
 
 book:            ## render the book into _docs (needs Quarto)
 	@command -v quarto >/dev/null || { echo "make book: no quarto on the PATH; it is a program of its own, see https://quarto.org/docs/get-started" >&2; exit 1; }
-	quarto render
+	@mkdir -p build
+	@quarto render 2> build/quarto.log; status=$$?; cat build/quarto.log >&2; exit $$status
+	@! grep -n WARN build/quarto.log || { echo "make book: the warnings above are errors" >&2; exit 1; }
 	@! grep -rnoE --include='*.html' '\?@?(sec|fig|tbl|eq)-[a-z0-9-]+' _docs || { echo "make book: the references above lead nowhere" >&2; exit 1; }

@@ -16,6 +16,7 @@ import yaml
 
 import check_export
 import count_lines
+import edition
 import make_venv
 import quarto_filter
 import renumber
@@ -26,7 +27,7 @@ CHAPTERS = chapters()
 MODULES = [c.module for c in CHAPTERS if c.module]            # in reading order
 EXAMPLE = """
 project: {type, output-dir, render, resources}
-book: {title, subtitle, author, repo-url, repo-branch, repo-actions, search: {location, type},
+book: {title, subtitle, author, description, site-url, favicon, repo-url, repo-branch, repo-actions, search: {location, type},
        sidebar: {style, collapse-level}, page-navigation, reader-mode, open-graph, chapters: {part, chapters}, appendices}
 execute: {enabled}
 bibliography:
@@ -52,7 +53,8 @@ def cells(kind):
 
 
 CODE, MARKDOWN = cells("code"), cells("markdown")
-PAGES = [(name, Cell("markdown", (ROOT/name).read_text(encoding="utf-8"), [])) for name in ("index.qmd", "references.qmd")]
+PAGE_NAMES = ["index.qmd", "api.qmd", "glossary.qmd", "references.qmd", "nbs/course/index.md", "nbs/course/questions.md"]
+PAGES = [(name, Cell("markdown", (ROOT/name).read_text(encoding="utf-8"), [])) for name in PAGE_NAMES]
 
 
 # ---- the book's files
@@ -61,7 +63,7 @@ def test_every_chapter_exists_and_every_notebook_is_a_chapter():
     assert listed()[0] == "index.qmd" and listed()[-1] == "references.qmd"
     files = listed() + listed("appendices")
     here = {f"nbs/{p.name}" for p in (ROOT/"nbs").glob("*.ipynb")}
-    here |= {p.name for p in ROOT.glob("*.qmd")}
+    here |= {p.name for p in ROOT.glob("*.qmd")} | {f"nbs/course/{p.name}" for p in (ROOT/"nbs/course").glob("*.md")}
     none(f"{name} is {'not listed in _quarto.yml' if name in here else 'listed, but missing'}"
          for name in sorted(set(files) ^ here))
     assert len(files) == len(set(files))
@@ -115,7 +117,7 @@ def test_workflows_parse_and_pages_name_only_targets_that_exist():
 
 
 def test_links_to_files_lead_somewhere():
-    pages = [(name, (ROOT/name).read_text(encoding="utf-8"), ROOT) for name in ("README.md", "CONTRIBUTING.md", "index.qmd")]
+    pages = [(name, (ROOT/name).read_text(encoding="utf-8"), (ROOT/name).parent) for name in ("README.md", "CONTRIBUTING.md", *PAGE_NAMES)]
     pages += [(where, cell.source, ROOT/"nbs") for where, cell in MARKDOWN]
     pages = [(where, re.sub(r"`[^`\n]*`", "", text), folder) for where, text, folder in pages]  # no examples of links
     none(f"{where}: {link}" for where, text, folder in pages for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text)
@@ -199,6 +201,13 @@ def test_chapter_has_every_part(chapter):
           *([f"{len(exercised)} exercises, not 3 to 6"] if not 3 <= len(exercised) <= 6 else [])])
 
 
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda c: c.name)
+def test_a_prediction_has_a_verdict(chapter):
+    text = "\n".join(c.source for c in chapter.markdown if not re.match(r"\*\*\d", c.source))     # exercises aside
+    bold = list(re.finditer(r"\*\*(The |A |Your )?[Pp]rediction.*", text))
+    if bold: assert re.search("verdict|predict", text[bold[-1].end():], re.I), f"nothing is said after: {bold[-1][0]}"
+
+
 def test_div_fences_are_closed_in_their_cell():
     for where, cell in MARKDOWN + PAGES:
         opened = len(re.findall(r"^ *:{3,} *[{\w]", cell.prose, re.M))
@@ -262,9 +271,16 @@ def test_outputs_are_stored_and_clean(chapter):
     none(f"stores an error: {o['evalue']}" for o in outputs if o["output_type"] == "error")
     assert any(c.images for c in chapter.code), "no figure is stored"
     raw = json.loads(chapter.path.read_text(encoding="utf-8"))["cells"]
-    assert not any(c.get("execution_count") or c["metadata"] for c in raw), "not cleaned: run nbdev_clean"
+    assert not any(c.get("execution_count") or set(c["metadata"]) - {"ran"} for c in raw), "not cleaned: run nbdev_clean"
     text = json.dumps([o.get("text", "") for o in outputs] + [o.get("data", {}).get("text/plain", "") for o in outputs])
     assert not re.search(r"/(home|root|Users|tmp|work)/", text), "an output shows a path of one machine"
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda c: c.name)
+def test_outputs_come_from_the_code_above_them(chapter):
+    raw = json.loads(chapter.path.read_text(encoding="utf-8"))["cells"]
+    none(f"cell {i} ({c['id']}) was changed after its output was stored: execute it again" for i, c in enumerate(raw)
+         if c.get("outputs") and "ran" in c["metadata"] and edition.digest("".join(c["source"])) != c["metadata"]["ran"])
 
 
 # ---- the exported code
@@ -401,7 +417,8 @@ def test_filter_takes_out_directives_and_nothing_else():
     prose, code, plot, text = out["cells"]
     assert prose == NOTEBOOK["cells"][0]
     assert code["source"] == ["x = 1  #| export\n", "y"]
-    assert plot["source"] == ["#| label: fig-x\n", "#| fig-cap: \"export\"\n", "plot()"] and plot["outputs"] == [1]
+    shown = ["#| label: fig-x\n", "#| fig-cap: \"export\"\n", "#| fig-alt: \"export\"\n", "plot()"]
+    assert plot["source"] == shown and plot["outputs"] == [1]
     assert text["source"] == "z"
 
 

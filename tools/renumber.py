@@ -13,7 +13,7 @@ from pathlib import Path
 from book import NUMBERED, ROOT
 
 TEXTS = ("*.md", "*.qmd", "*.yml", "Makefile", ".github/**/*.yml", "nbs/**/*.ipynb",
-         "nbs/labs/*.html", "tests/**/*.py", "tools/*.py", "results/*.json")
+         "nbs/labs/*.html", "nbs/course/*.md", "tests/**/*.py", "tools/*.py", "results/*.json")
 
 
 def check(root: Path, names: dict[str, str]):

@@ -1,6 +1,7 @@
 "Checks of the exercises of the chapter on the scheduler."
 import random
 
+from nano_vllm.drawing import gantt_text
 from nano_vllm.kv_blocks import Sequence
 from nano_vllm.prefix_cache import KVCacheManager
 from nano_vllm.sampling_params import SamplingParams
@@ -42,6 +43,7 @@ def check_prediction(predicted):
     real = play(Scheduler(KVCacheManager(20, 4), 8, 64), [new(name, 8, 2) for name in "ABC"], "the scheduler")
     require(isinstance(predicted, (list, tuple)) and all(isinstance(step, dict) for step in predicted),
             "the prediction is to be a list with a dictionary for each step, such as {'A': 8}")
+    chart = gantt_text([{name: n for name, n in step.items() if n} for step in predicted])
     for i, step in enumerate(real):
         require(i < len(predicted), f"there is a step {i}, which your prediction has not")
         wanted = dict(step)
@@ -49,7 +51,8 @@ def check_prediction(predicted):
             mine, right = predicted[i].get(name, 0), wanted.get(name, 0)
             require(mine == right, f"in step {i} you give {name} {mine} tokens; the scheduler does not",
                     "who has the same beginning as a text that is being computed waits, and then finds its full blocks, "
-                    "but a token must be left to compute; and a sequence whose last token is known has ended")
+                    "but a token must be left to compute; and a sequence whose last token is known has ended. "
+                    f"Your schedule, a column for each step:\n{chart}")
     require(len(predicted) == len(real), f"you predict {len(predicted)} steps, but there are fewer")
 
 
