@@ -20,7 +20,7 @@ LIMITS = dict(
     seed=(int, -2**63, 2**63 - 1), max_tokens=(int, 1, math.inf),
     min_tokens=(int, 0, math.inf), logprobs=(int, 0, MAX_LOGPROBS),
     prompt_logprobs=(int, 0, MAX_LOGPROBS), ignore_eos=(bool, False, True),
-    skip_special_tokens=(bool, False, True))
+    skip_special_tokens=(bool, False, True), speculative=(bool, False, True))
 KINDS = {int: (Integral, "an integer"), float: (Real, "a number"), bool: (bool, "bool")}
 OPTIONAL = {"seed", "max_tokens", "logprobs", "prompt_logprobs"}  # these may be None
 
@@ -98,6 +98,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    speculative: bool = True    # may the engine guess ahead, if it was built to?
 
     def __post_init__(self): check_params(self)
 

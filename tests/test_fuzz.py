@@ -73,7 +73,7 @@ def test_catches_forgotten_eviction(monkeypatch):
 
 
 PLANTED = {
-    "a placeholder that stays": (Scheduler, "update", "num_output_placeholders -= 1", "num_output_placeholders -= 0"),
+    "a placeholder that stays": (Scheduler, "update", "num_output_placeholders -= s.samples", "num_output_placeholders -= 0"),
     "a token too few behind a window": (KVCacheManager, "free_behind_window", "computed_tokens + 1 -", "computed_tokens + 2 -"),
     "a block too many behind a window": (KVCacheManager, "free_behind_window", "last = min(unseen // self.block_size",
                                          "last = min(unseen // self.block_size + 1"),
