@@ -117,8 +117,9 @@ def read_token(self: Completion, eos_token_ids: set[int]) -> tuple | None:
 # %% ../nbs/14_engine.ipynb #eef0ce0d
 @patch
 def finish(self: Completion):
-    "Release the text that was held back."
+    "Release the text that was held back; tokens after the end were never said."
     self.num_chars += len(self.detokenizer.finish())
+    del self.seq.output_token_ids[self.num_read:]
 
 # %% ../nbs/14_engine.ipynb #293cd0fa
 @patch

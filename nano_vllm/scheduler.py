@@ -95,18 +95,19 @@ class Scheduler:
             missing = num_missing(seq)
             if not self.preempt_until_fits(seq, seq.num_computed_tokens + missing):
                 break
-            wanted = missing
-            if seq.speculates: wanted += self.fit_guesses(seq, missing)
             reserved = len(self.running) - 1 - i        # one token for each younger
-            num_tokens = min(wanted, self.max_tokens_per_sequence, budget - reserved)
+            room = min(self.max_tokens_per_sequence, budget - reserved)
+            num_tokens = min(missing, room)
+            if seq.speculates: num_tokens += self.fit_guesses(seq, missing, room)
             if num_tokens: scheduled.append(next_tokens(seq, num_tokens, missing))
             budget -= num_tokens
         return scheduled
 
-    def fit_guesses(self, seq: Sequence, missing: int) -> int:
-        "How many guesses fit in length and spare blocks; no others are left to `seq`."
+    def fit_guesses(self, seq: Sequence, missing: int, room: int) -> int:
+        "How many guesses fit in a step and spare blocks; no others are left to `seq`."
         known = seq.num_computed_tokens + missing
-        guesses = min(len(seq.spec_token_ids), seq.max_len - 1 - known)
+        room = min(room - missing, seq.max_len - 1 - known)
+        guesses = max(0, min(len(seq.spec_token_ids), room))
         if not self.manager.allocate_slots(seq, known + guesses,
                                            watermark=len(self.running)): guesses = 0
         self.manager.free_after(seq, known + guesses)

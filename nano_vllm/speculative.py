@@ -8,7 +8,7 @@ __all__ = ['FREE_ROWS', 'PAST_CORNER', 'PRIOR', 'LEARN', 'FORGET', 'DRAFT_SHARE'
            'draft_config', 'count_draft_blocks', 'twin', 'DraftModel', 'read_fields', 'read_number', 'make',
            'ngram_speculator', 'draft_speculator', 'self_speculator']
 
-# %% ../nbs/31_speculative_decoding.ipynb #5129806d
+# %% ../nbs/31_speculative_decoding.ipynb #c661fe5b
 import time
 from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
@@ -22,7 +22,7 @@ from .model_runner import ModelRunner, device_memory, kv_block_bytes
 from .sampling_params import SamplingParams, check_number
 from .scheduler import num_missing
 
-# %% ../nbs/31_speculative_decoding.ipynb #764436c5
+# %% ../nbs/31_speculative_decoding.ipynb #578bad0b
 class NgramIndex:
     "Where in a text each run of tokens of some `sizes` was last followed by another."
     def __init__(self, sizes: range):
@@ -46,7 +46,7 @@ class NgramIndex:
         copied = seq.tokens(start, end)
         return [copied[i % len(copied)] for i in range(num_tokens)] if copied else []
 
-# %% ../nbs/31_speculative_decoding.ipynb #5bcc5719
+# %% ../nbs/31_speculative_decoding.ipynb #76efc330
 class NgramGuesser:
     "Guesses that a text goes on as it did the last time (prompt lookup, Saxena 2023)."
     def __init__(self, longest: int, shortest: int):
@@ -66,7 +66,7 @@ class NgramGuesser:
         "What guessing costs a step: once, and for each guess."
         return 0., 0.
 
-# %% ../nbs/31_speculative_decoding.ipynb #4b8f20d7
+# %% ../nbs/31_speculative_decoding.ipynb #0157926f
 def step_seconds(runner: ModelRunner, rows: int, repeat: int = 3) -> float:
     "Seconds of a step that computes and samples `rows` tokens of one text."
     block_size = runner.input_batch.block_size
@@ -81,7 +81,7 @@ def step_seconds(runner: ModelRunner, rows: int, repeat: int = 3) -> float:
         runner.clear()
     return best
 
-# %% ../nbs/31_speculative_decoding.ipynb #28d5b3c2
+# %% ../nbs/31_speculative_decoding.ipynb #9bad8fb7
 class StepPrices:
     """Seconds of a step by its number of rows: of a plain one, and of one with guesses.
 
@@ -107,7 +107,7 @@ class StepPrices:
 
 FREE_ROWS = StepPrices([2, 32, 64], [1, 1, 2], plain=1)   # where nothing was measured
 
-# %% ../nbs/31_speculative_decoding.ipynb #ede954d4
+# %% ../nbs/31_speculative_decoding.ipynb #25b3eb28
 PAST_CORNER = 4    # measure until a step takes so many times what a single row takes
 
 
@@ -124,7 +124,7 @@ def measure_prices(runner: ModelRunner, most_rows: int) -> StepPrices:
     if len(sizes) < 2: sizes, seconds = [*sizes, 2 * sizes[0]], seconds * 2
     return StepPrices(sizes, seconds, plain)
 
-# %% ../nbs/31_speculative_decoding.ipynb #07fee4c7
+# %% ../nbs/31_speculative_decoding.ipynb #60bdf1d9
 @dataclass
 class SpecDecodingStats:
     "What became of the guesses, under vLLM's names."
@@ -154,7 +154,7 @@ class SpecDecodingStats:
         "How often the guess at each position was right, of all steps with guesses."
         return [n / max(1, self.num_drafts) for n in self.num_accepted_tokens_per_pos]
 
-# %% ../nbs/31_speculative_decoding.ipynb #b16cb2f5
+# %% ../nbs/31_speculative_decoding.ipynb #3619e301
 PRIOR, LEARN, FORGET = 0.5, 0.1, 0.02
 
 
@@ -163,7 +163,7 @@ def learn(chance: float, num_guesses: int, num_accepted: int) -> float:
     for _ in range(num_accepted): chance += LEARN * (1 - chance)
     return chance if num_accepted == num_guesses else chance - LEARN * chance
 
-# %% ../nbs/31_speculative_decoding.ipynb #9b451a85
+# %% ../nbs/31_speculative_decoding.ipynb #62d391d1
 def plan_guesses(chances: list[float], limits: list[int], prices: StepPrices,
                  max_rows: int, cost=(0., 0.)) -> list[int]:
     """How many guesses each running sequence is to have in the next step.
@@ -171,21 +171,23 @@ def plan_guesses(chances: list[float], limits: list[int], prices: StepPrices,
     A guess is worth its row if its chance to bring a token, for the time that it takes,
     beats the tokens for the time of the step without it. `limits`: the most for each;
     cost: seconds for guessing, once and for each guess."""
-    rows = len(chances)
+    rows, lengths = len(chances), [0] * len(chances)
     tokens, seconds = rows, prices.with_guesses(rows) + cost[0]
-    lengths = []
-    for chance, limit in zip(chances, limits):
-        length, right = 0, chance
-        while length < limit and rows < max_rows:
+    going_on = range(rows)
+    while going_on:            # a guess for each, then a second for each, ...
+        going_on = [i for i in going_on if lengths[i] < limits[i] and rows < max_rows]
+        for i in list(going_on):
+            right = chances[i] ** (lengths[i] + 1)
             price = prices.with_guesses(rows + 1) - prices.with_guesses(rows) + cost[1]
-            if right * seconds <= price * tokens: break
+            if rows == max_rows or right * seconds <= price * tokens:
+                going_on.remove(i)
+                continue
             tokens, seconds, rows = tokens + right, seconds + price, rows + 1
-            length, right = length + 1, right * chance
-        lengths.append(length)
+            lengths[i] += 1
     pays = tokens / seconds > len(chances) / prices.without(len(chances))
     return lengths if pays else [0] * len(chances)
 
-# %% ../nbs/31_speculative_decoding.ipynb #9cce27f8
+# %% ../nbs/31_speculative_decoding.ipynb #42c8063c
 class Speculator:
     "Decides who gets how many guesses, has them made, and learns what became of them."
     def __init__(self, guesser, num_speculative_tokens: int, max_rows: int,
@@ -238,7 +240,7 @@ class Speculator:
             self.stats.observe(*counts)
             self.chances[s.seq] = learn(self.chances.get(s.seq, PRIOR), *counts)
 
-# %% ../nbs/31_speculative_decoding.ipynb #9dda427f
+# %% ../nbs/31_speculative_decoding.ipynb #870c9eb9
 DRAFT_SHARE = 0.1    # of the memory that is free, for a draft model's keys and values
 
 
@@ -247,7 +249,8 @@ def draft_config(config: EngineConfig, model, **changes) -> EngineConfig:
     args = replace(config.args, model=model, tokenizer=None, speculative_config=None,
                    tensor_parallel_size=1, max_model_len=None, ops="auto",
                    attention_backend="auto", compile=False, **changes)
-    draft = resolve_args(args)
+    try: draft = resolve_args(args)
+    except ValueError as e: raise ValueError(f"speculative_config: {e}") from None
     if draft.model.vocab_size != config.model.vocab_size:
         raise ValueError(f"speculative_config: model has a vocabulary of "
                          f"{draft.model.vocab_size} tokens, must have "
@@ -265,7 +268,7 @@ def count_draft_blocks(config: EngineConfig) -> int:
     most = args.max_num_seqs * blocks_needed(config.max_model_len, args.block_size)
     return max(1, min(int(room) // block_bytes, most))
 
-# %% ../nbs/31_speculative_decoding.ipynb #c03c0ecc
+# %% ../nbs/31_speculative_decoding.ipynb #dbf21660
 def twin(seq: Sequence, num_tokens: int) -> Sequence:
     "A sequence that goes on as `seq` does, by so many tokens, with the same noise."
     params = seq.params
@@ -275,7 +278,7 @@ def twin(seq: Sequence, num_tokens: int) -> Sequence:
                     seq.stop_token_ids, seq.cache_salt, seq.num_tokens + num_tokens,
                     seq.output_token_ids[:])
 
-# %% ../nbs/31_speculative_decoding.ipynb #b7616a03
+# %% ../nbs/31_speculative_decoding.ipynb #a0de4d88
 class DraftModel:
     "A model that says for itself how a text goes on; it remembers texts by its blocks."
     def __init__(self, config: EngineConfig):
@@ -319,7 +322,7 @@ class DraftModel:
         each = self.prices.without(num_seqs)
         return first - each, each / num_seqs
 
-# %% ../nbs/31_speculative_decoding.ipynb #4bc04f96
+# %% ../nbs/31_speculative_decoding.ipynb #c0930bbd
 MAX_GUESSES = 64
 
 
@@ -338,7 +341,7 @@ def read_number(given: dict, name: str, default=None) -> int:
     value = given.get(name, default)
     return check_number(f"speculative_config: {name}", value, int, 1, MAX_GUESSES)
 
-# %% ../nbs/31_speculative_decoding.ipynb #caa3da56
+# %% ../nbs/31_speculative_decoding.ipynb #ca586a1b
 def make(config: EngineConfig, guesser) -> Speculator:
     "The speculator of an engine."
     guesses = read_number(config.args.speculative_config, "num_speculative_tokens")

@@ -59,7 +59,7 @@ def uniform(values, n):
 def test_fields_and_defaults():
     expected = dict(n=1, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, presence_penalty=0.0, frequency_penalty=0.0,
                     repetition_penalty=1.0, seed=None, max_tokens=16, min_tokens=0, stop=None, stop_token_ids=None,
-                    ignore_eos=False, logprobs=None, prompt_logprobs=None, skip_special_tokens=True)
+                    ignore_eos=False, logprobs=None, prompt_logprobs=None, skip_special_tokens=True, speculative=True)
     assert {f.name: f.default for f in fields(SamplingParams)} == expected
     assert [f.name for f in fields(SamplingParams)] == list(expected)
 
