@@ -147,7 +147,7 @@ class Scheduler:
     def update(self, output: SchedulerOutput, token_ids: list[int], accepted={}):
         """Book a computed step: `token_ids` are one for each of `output.sampled`.
 
-        `accepted`: of sequences with guesses, those that were right; they come before."""
+        `accepted`: of sequences with guesses, the right ones, which come before."""
         for s, token in zip(output.sampled, token_ids, strict=True):
             s.seq.num_output_placeholders -= s.samples
             new = (*accepted[s.seq], token) if s.spec_token_ids else (token,)
