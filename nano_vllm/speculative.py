@@ -8,7 +8,7 @@ __all__ = ['FREE_ROWS', 'PAST_CORNER', 'PRIOR', 'LEARN', 'FORGET', 'DRAFT_SHARE'
            'twin', 'count_draft_blocks', 'DraftModel', 'draft_config', 'read_fields', 'read_number', 'with_guesser',
            'ngram_speculator', 'draft_speculator', 'self_speculator']
 
-# %% ../nbs/31_speculative_decoding.ipynb #f0322ee2
+# %% ../nbs/31_speculative_decoding.ipynb #9c6eb950
 import time
 from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
@@ -23,7 +23,7 @@ from .model_runner import ModelRunner, device_memory, kv_block_bytes
 from .sampling_params import SamplingParams, check_number
 from .scheduler import num_missing
 
-# %% ../nbs/31_speculative_decoding.ipynb #0d549254
+# %% ../nbs/31_speculative_decoding.ipynb #7cc6e671
 def step_seconds(runner: ModelRunner, rows: int, repeat: int = 3) -> float:
     "Seconds of a step that computes and samples `rows` tokens of one text."
     needed, best = blocks_needed(rows, runner.input_batch.block_size), float("inf")
@@ -37,7 +37,7 @@ def step_seconds(runner: ModelRunner, rows: int, repeat: int = 3) -> float:
         runner.clear()
     return best
 
-# %% ../nbs/31_speculative_decoding.ipynb #0df2a5b6
+# %% ../nbs/31_speculative_decoding.ipynb #3dcd0f59
 class NgramIndex:
     "Where in a text each run of tokens of some `sizes` was last followed by another."
     def __init__(self, sizes: range):
@@ -52,7 +52,7 @@ class NgramIndex:
                 if n <= at: self.follower[tuple(text[at-n:at])] = first + at
         self.num_read = seq.num_tokens
 
-# %% ../nbs/31_speculative_decoding.ipynb #29787b84
+# %% ../nbs/31_speculative_decoding.ipynb #575d8192
 @patch
 def guess(self: NgramIndex, seq: Sequence, num_tokens: int) -> list[int]:
     "What followed the longest run that the text ends with; none if none is known."
@@ -62,7 +62,7 @@ def guess(self: NgramIndex, seq: Sequence, num_tokens: int) -> list[int]:
     copied = seq.tokens(next(places, end), end)
     return [copied[i % len(copied)] for i in range(num_tokens)] if copied else []
 
-# %% ../nbs/31_speculative_decoding.ipynb #a42c1a0a
+# %% ../nbs/31_speculative_decoding.ipynb #d6372f59
 class NgramGuesser:
     "Guesses that a text goes on as it did the last time (prompt lookup, Saxena 2023)."
     def __init__(self, longest: int, shortest: int):
@@ -80,7 +80,7 @@ class NgramGuesser:
         "What guessing costs a step: once, and for each guess."
         return 0., 0.
 
-# %% ../nbs/31_speculative_decoding.ipynb #3bad20c3
+# %% ../nbs/31_speculative_decoding.ipynb #fab10787
 class StepPrices:
     """Seconds of a step by its number of rows: of a plain one, and of one with guesses.
 
@@ -106,7 +106,7 @@ class StepPrices:
 
 FREE_ROWS = StepPrices([2, 32, 64], [1, 1, 2], plain=1)   # where nothing was measured
 
-# %% ../nbs/31_speculative_decoding.ipynb #6dc0be0c
+# %% ../nbs/31_speculative_decoding.ipynb #652bafca
 PAST_CORNER = 4    # measure until a step takes so many times what a single row takes
 
 
@@ -122,7 +122,7 @@ def measure_prices(runner: ModelRunner, most_rows: int) -> StepPrices:
         seconds.append(step_seconds(runner, min(sizes[-1], most)))
     return StepPrices(sizes, seconds, plain)
 
-# %% ../nbs/31_speculative_decoding.ipynb #14e16c66
+# %% ../nbs/31_speculative_decoding.ipynb #6bcc6524
 PRIOR, LEARN, FORGET = 0.5, 0.1, 0.02
 
 
@@ -131,7 +131,7 @@ def learn(chance: float, num_guesses: int, num_accepted: int) -> float:
     for _ in range(num_accepted): chance += LEARN * (1 - chance)
     return chance if num_accepted == num_guesses else chance - LEARN * chance
 
-# %% ../nbs/31_speculative_decoding.ipynb #9a33b9fe
+# %% ../nbs/31_speculative_decoding.ipynb #8fe15af4
 def plan_guesses(chances: list[float], limits: list[int], prices: StepPrices,
                  max_rows: int, cost=(0., 0.)) -> list[int]:
     """How many guesses each running sequence is to have in the next step.
@@ -151,7 +151,7 @@ def plan_guesses(chances: list[float], limits: list[int], prices: StepPrices,
     pays = tokens / seconds > len(chances) / prices.without(len(chances))
     return lengths if pays else [0] * len(chances)
 
-# %% ../nbs/31_speculative_decoding.ipynb #d3734f91
+# %% ../nbs/31_speculative_decoding.ipynb #361a5632
 @dataclass
 class SpecDecodingStats:
     "What became of the guesses, under vLLM's names."
@@ -171,7 +171,7 @@ class SpecDecodingStats:
         self.num_accepted_tokens += num_accepted
         for i in range(num_accepted): self.num_accepted_tokens_per_pos[i] += 1
 
-# %% ../nbs/31_speculative_decoding.ipynb #c9ab3e88
+# %% ../nbs/31_speculative_decoding.ipynb #40730b2d
 @patch(as_prop=True)
 def mean_acceptance_length(self: SpecDecodingStats) -> float:
     "Tokens that a sequence with guesses gets in a step."
@@ -183,7 +183,7 @@ def acceptance_rates(self: SpecDecodingStats) -> list[float]:
     "How often the guess at each position was right, of all steps with guesses."
     return [n / max(1, self.num_drafts) for n in self.num_accepted_tokens_per_pos]
 
-# %% ../nbs/31_speculative_decoding.ipynb #19d2de8a
+# %% ../nbs/31_speculative_decoding.ipynb #0fcb646f
 class Speculator:
     "Decides who gets how many guesses, has them made, and learns from their fate."
     def __init__(self, guesser, num_speculative_tokens: int, max_rows: int,
@@ -197,7 +197,7 @@ class Speculator:
         "Learn what a row costs on the engine's runner."
         self.prices = measure_prices(runner, self.max_rows)
 
-# %% ../nbs/31_speculative_decoding.ipynb #81a9c7c1
+# %% ../nbs/31_speculative_decoding.ipynb #c992c481
 @patch
 def limit(self: Speculator, seq: Sequence) -> int:
     "The most guesses that `seq` can use."
@@ -213,7 +213,7 @@ def plan(self: Speculator, seqs: list[Sequence]) -> list[int]:
     return plan_guesses(chances, [self.limit(seq) for seq in seqs], self.prices,
                         self.max_rows, self.guesser.seconds(len(seqs)))
 
-# %% ../nbs/31_speculative_decoding.ipynb #e72df2af
+# %% ../nbs/31_speculative_decoding.ipynb #8a5e0e93
 @patch
 def propose(self: Speculator, running):
     "Give guesses to those of the running sequences for whom it pays."
@@ -234,7 +234,7 @@ def forget(self: Speculator, seq: Sequence):
     chance = self.chances.get(seq)
     if chance is not None: self.chances[seq] = chance + FORGET * (PRIOR - chance)
 
-# %% ../nbs/31_speculative_decoding.ipynb #21247128
+# %% ../nbs/31_speculative_decoding.ipynb #3d128fee
 @patch
 def observe(self: Speculator, output: SchedulerOutput, accepted: dict):
     "Learn from a step which guesses were right."
@@ -245,7 +245,7 @@ def observe(self: Speculator, output: SchedulerOutput, accepted: dict):
         self.stats.observe(*counts)
         self.chances[s.seq] = learn(self.chances.get(s.seq, PRIOR), *counts)
 
-# %% ../nbs/31_speculative_decoding.ipynb #39bfb741
+# %% ../nbs/31_speculative_decoding.ipynb #eafa30bc
 def twin(seq: Sequence, num_tokens: int) -> Sequence:
     "A sequence that goes on as `seq` does, by so many tokens, with the same noise."
     params = seq.params
@@ -255,7 +255,7 @@ def twin(seq: Sequence, num_tokens: int) -> Sequence:
                     seq.stop_token_ids, seq.cache_salt, seq.num_tokens + num_tokens,
                     seq.output_token_ids[:])
 
-# %% ../nbs/31_speculative_decoding.ipynb #258745ef
+# %% ../nbs/31_speculative_decoding.ipynb #c6ad7bba
 DRAFT_SHARE = 0.1    # of the memory that is free, for a draft model's keys and values
 
 
@@ -268,7 +268,7 @@ def count_draft_blocks(config: EngineConfig) -> int:
     most = args.max_num_seqs * blocks_needed(config.max_model_len, args.block_size)
     return max(1, min(int(room) // block_bytes, most))
 
-# %% ../nbs/31_speculative_decoding.ipynb #1f9330b9
+# %% ../nbs/31_speculative_decoding.ipynb #62657282
 class DraftModel:
     "A model that says for itself how texts go on; it finds them again by its blocks."
     def __init__(self, config: EngineConfig):
@@ -287,7 +287,7 @@ class DraftModel:
         first, each = self.prices.with_guesses(tokens), self.prices.without(num_seqs)
         return max(0., first - each), each / num_seqs
 
-# %% ../nbs/31_speculative_decoding.ipynb #bd31db53
+# %% ../nbs/31_speculative_decoding.ipynb #471dd560
 @patch
 def guess(self: DraftModel, seqs: list[Sequence],
           lengths: list[int]) -> list[list[int]]:
@@ -317,7 +317,7 @@ def restart(self: DraftModel):
     self.scheduler.reset([])
     self.runner.clear()
 
-# %% ../nbs/31_speculative_decoding.ipynb #92205e1c
+# %% ../nbs/31_speculative_decoding.ipynb #8e4d42ac
 def draft_config(config: EngineConfig, model, **changes) -> EngineConfig:
     "How a draft model is run beside the engine of `config`."
     args = replace(config.args, model=model, tokenizer=None, speculative_config=None,
@@ -332,7 +332,7 @@ def draft_config(config: EngineConfig, model, **changes) -> EngineConfig:
     longest = min(config.max_model_len, draft.max_model_len)
     return replace(draft, max_model_len=longest)
 
-# %% ../nbs/31_speculative_decoding.ipynb #1cdda7a9
+# %% ../nbs/31_speculative_decoding.ipynb #7e793150
 MAX_GUESSES = 64
 
 
@@ -358,7 +358,7 @@ def with_guesser(config: EngineConfig, guesser) -> Speculator:
     guesses = read_number(config.args.speculative_config, "num_speculative_tokens")
     return Speculator(guesser, guesses, max_sampled(config.args))
 
-# %% ../nbs/31_speculative_decoding.ipynb #f940e2e0
+# %% ../nbs/31_speculative_decoding.ipynb #76c9d2d9
 def ngram_speculator(config: EngineConfig) -> Speculator:
     "Guesses by looking up in the text what followed its last tokens before."
     given = read_fields(config, "prompt_lookup_max", "prompt_lookup_min")
