@@ -52,11 +52,11 @@ def make_batch(scheduled: list[ScheduledSequence], block_size: int) -> Batch:
     token_ids, positions, slots, logits, prompt = [], [], [], [], []
     for s in scheduled:
         first, table = len(token_ids), s.seq.block_table
-        token_ids += s.seq.tokens(s.start, s.end)
+        token_ids += [*s.seq.tokens(s.start, s.end), *s.spec_token_ids]
         positions += range(s.start, s.end)
         slots += [table[p // block_size] * block_size + p % block_size
                   for p in range(s.start, s.end)]
-        if s.samples: logits.append(len(token_ids) - 1)
+        logits += range(len(token_ids) - s.samples, len(token_ids))
         prompt += [first + p - s.start for p in prompt_positions(s)]
     width = max(len(s.seq.block_table) for s in scheduled)
     tables = [s.seq.block_table + [0] * (width - len(s.seq.block_table))

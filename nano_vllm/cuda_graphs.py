@@ -177,7 +177,7 @@ def size_for(self: DecodeGraphs, n: int) -> int:
 def read_output(self: DecodeGraphs, output: SchedulerOutput):
     "(tokens, lengths with them) by row, int64; -1: a token that only the device knows."
     tokens, seq_lens = np.empty((2, len(output.scheduled)), np.int64)
-    for seq, start, num_tokens, _ in output.scheduled:
+    for seq, start, num_tokens, *_ in output.scheduled:
         row, known = self.input_batch.row_of[seq], seq.tokens(start, start + num_tokens)
         tokens[row] = known[0] if known else -1
         seq_lens[row] = start + num_tokens

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['TOKEN_MASKS', 'ENGINE_LIMITS', 'DEFAULT_IS_NONE', 'ACCEPTED_ARGS', 'REFUSED_ARGS', 'OTHER_NAMES', 'NEUTRAL_VALUES',
-           'DTYPES', 'UTILIZATION', 'OF_FREE_MEMORY', 'ADAPTERS', 'CompletionOutput', 'since', 'RequestMetrics',
-           'RequestOutput', 'Completion', 'Request', 'is_token_list', 'split_prompts', 'unwrap', 'read_prompt',
-           'read_params', 'read_priorities', 'read_default_params', 'InputProcessor', 'spell', 'with_text',
-           'OutputProcessor', 'Engine', 'read_options', 'takes_all_names', 'EngineArgs', 'choose_dtype',
-           'choose_device', 'EngineConfig', 'choose_kv_dtype', 'resolve_args', 'memory_budget', 'kv_memory',
-           'count_blocks', 'make_group', 'rank_device', 'make_runner', 'serve_rank', 'load_tokenizer', 'make_scheduler',
-           'count_in_flight', 'Parts', 'make_parts', 'make_engine']
+           'DTYPES', 'UTILIZATION', 'OF_FREE_MEMORY', 'ADAPTERS', 'SPECULATORS', 'CompletionOutput', 'since',
+           'RequestMetrics', 'RequestOutput', 'Completion', 'Request', 'is_token_list', 'split_prompts', 'unwrap',
+           'read_prompt', 'read_params', 'read_priorities', 'read_default_params', 'InputProcessor', 'spell',
+           'with_text', 'OutputProcessor', 'Engine', 'read_options', 'takes_all_names', 'EngineArgs', 'choose_dtype',
+           'choose_device', 'EngineConfig', 'choose_kv_dtype', 'resolve_args', 'memory_budget', 'max_sampled',
+           'kv_memory', 'count_blocks', 'make_group', 'rank_device', 'make_runner', 'serve_rank', 'load_tokenizer',
+           'make_scheduler', 'count_in_flight', 'make_speculator', 'Parts', 'make_parts', 'make_engine']
 
 # %% ../nbs/14_engine.ipynb #342515a2
 import os, time
@@ -142,8 +142,9 @@ def read_token(self: Completion, eos_token_ids: set[int]) -> tuple | None:
 # %% ../nbs/14_engine.ipynb #eef0ce0d
 @patch
 def finish(self: Completion):
-    "Release the text that was held back."
+    "Release the text that was held back; tokens after the end were never said."
     self.num_chars += len(self.detokenizer.finish())
+    del self.seq.output_token_ids[self.num_read:]
 
 # %% ../nbs/14_engine.ipynb #293cd0fa
 @patch
@@ -452,10 +453,11 @@ class OutputProcessor:
 # %% ../nbs/14_engine.ipynb #d87f959d
 @patch
 def keep_logprobs(self: OutputProcessor, completion: Completion,
-                  entry: dict[int, Logprob]):
-    "Note how likely the next token of `completion` is, before it is appended."
+                  *entries: dict[int, Logprob]):
+    "Note how likely the next tokens of `completion` are, before they are appended."
     ids = completion.seq.output_token_ids
-    completion.logprobs[len(ids):] = with_text([entry], self.tokenizer, ids[-4:])
+    completion.logprobs[len(ids):] = with_text(list(entries), self.tokenizer,
+                                                ids[-4:])
 
 
 @patch
@@ -496,9 +498,10 @@ class Engine:
     be made anew from these: so it is, if an exception comes in the middle of a step."""
     def __init__(self, input_processor: InputProcessor, scheduler: Scheduler,
                  runner: ModelRunner, output_processor: OutputProcessor,
-                 num_in_flight: int = 1):
+                 num_in_flight: int = 1, speculator=None):
         self.input_processor, self.output_processor = input_processor, output_processor
         self.scheduler, self.runner = scheduler, runner
+        self.speculator = speculator          # guesses what sequences will say, or None
         self.num_in_flight = num_in_flight    # 2: a step is prepared while one computes
         self.requests: dict[str, Request] = {}    # those that have not finished
         self.in_flight: deque[tuple[SchedulerOutput, StepHandle]] = deque()
@@ -535,6 +538,7 @@ def step(self: Engine):
     "Launch the next step; receive the oldest one once enough are in flight."
     if self.must_recover or not self.is_consistent: self.recover()
     with self.changing():
+        if self.speculator: self.speculator.propose(self.scheduler.running)
         output = self.scheduler.schedule()
         if output: self.launch(output)
         if not output or len(self.in_flight) >= self.num_in_flight: self.receive()
@@ -562,7 +566,8 @@ def receive(self: Engine):
     output, handle = self.in_flight.popleft()
     result = handle.result()
     self.receive_logprobs(output, result)
-    self.scheduler.update(output, result.token_ids)
+    self.scheduler.update(output, result.token_ids, result.accepted)
+    if self.speculator: self.speculator.observe(output, result.accepted)
     for s in output.sampled:
         if s.seq.finish_reason: continue     # it ended while the step was in flight
         request = self.requests[s.seq.request_id]
@@ -578,10 +583,10 @@ def receive_logprobs(self: Engine, output: SchedulerOutput, result):
     for seq, first, entries in result.prompt_logprobs:
         request = self.requests.get(seq.request_id)
         if request: keep(request, first, entries)
-    for s, entry in zip(output.sampled, result.logprobs):
-        if entry is None or s.seq.finish_reason: continue
+    for s, entries in zip(output.sampled, result.logprobs):
+        if entries is None or s.seq.finish_reason: continue
         completion = self.requests[s.seq.request_id].completions[s.seq.index]
-        self.output_processor.keep_logprobs(completion, entry)
+        self.output_processor.keep_logprobs(completion, *entries)
 
 # %% ../nbs/14_engine.ipynb #df5a4c25
 @patch
@@ -713,6 +718,7 @@ class EngineArgs:
     attention_backend: str = "auto"
     load_format: str = "auto"             # "dummy": random weights, for benchmarks
     quantization: str | None = None       # how the weights are held
+    speculative_config: dict | None = None    # how to guess ahead: see `SPECULATORS`
     seed: int = 0                         # of requests that bring none
     max_logprobs: int = 20                # most logprobs of a token; -1: all
     scheduling_policy: str = "fcfs"       # or "priority": see `POLICIES`
@@ -810,12 +816,18 @@ def memory_budget(config: EngineConfig) -> int:
     return int(total * (share or UTILIZATION)) - (total - free)
 
 
+def max_sampled(args: EngineArgs) -> int:
+    "The most tokens that a step chooses: a sequence each, or the guesses for one."
+    guesses = (args.speculative_config or {}).get("num_speculative_tokens", 0)
+    return min(max(args.max_num_seqs, 1 + guesses), args.max_num_batched_tokens)
+
+
 def kv_memory(config: EngineConfig, group: TensorParallelGroup) -> int:
     "Bytes for a KV cache: what may still be taken, less room for activations."
     args = config.args
     on_one_host = group.size * args.data_parallel_size      # processes, at most
     sharers = on_one_host if config.device.type == "cpu" else 1
-    num_rows = min(args.max_num_seqs, args.max_num_batched_tokens)
+    num_rows = max_sampled(args)
     hidden_dtype = config.ops.hidden_dtype or config.dtype
     slot_bytes = sum(kv_block_bytes(config.model, 1, dtype) // config.model.num_layers
                      for dtype in {hidden_dtype, config.kv_dtype})
@@ -903,6 +915,23 @@ def count_in_flight(config: EngineConfig, group: TensorParallelGroup) -> int:
     alone = group.size == 1 and not config.args.logits_processors
     return 2 if wanted and alone else 1
 
+# %% ../nbs/14_engine.ipynb #3e10aa02
+SPECULATORS = {}   # method -> a function that makes its speculator for an EngineConfig
+
+
+def make_speculator(config: EngineConfig):
+    "What guesses ahead, if anything; ValueError if `speculative_config` is no good."
+    wanted = config.args.speculative_config
+    if wanted is None: return None
+    for name in ("logits_processors", "data_parallel_size"):
+        if (value := getattr(config.args, name)) not in (None, [], 1):
+            raise ValueError(f"{name} must be left out with speculative_config, got "
+                             f"{value!r}")
+    method = wanted.get("method") if isinstance(wanted, dict) else None
+    if method in list(SPECULATORS): return SPECULATORS[method](config)
+    raise ValueError("speculative_config must be a dict with a method of "
+                     f"{list(SPECULATORS)}, got {wanted!r}")
+
 # %% ../nbs/14_engine.ipynb #9d40b6e1
 class Parts(NamedTuple):
     "Who schedules, who computes, with how many KV blocks, and how many steps ahead."
@@ -929,6 +958,7 @@ def make_parts(config: EngineConfig) -> Parts:
 def make_engine(args: EngineArgs) -> Engine:
     "An engine and all its parts; ValueError, naming the field, if it cannot be had."
     config = resolve_args(args)
+    speculator = make_speculator(config)
     folder = dict(auto=config.model_path, vllm="").get(args.generation_config,
                                                        args.generation_config)
     default_params = read_default_params(folder, args.override_generation_config)
@@ -936,10 +966,11 @@ def make_engine(args: EngineArgs) -> Engine:
     eos = config.model.eos_token_ids | {tokenizer.eos_token_id} - {None}
     make = make_parts if args.data_parallel_size == 1 else LAUNCHERS["replicas"]
     parts = make(config)
+    if speculator: speculator.measure(parts.runner)
     inputs = InputProcessor(tokenizer, config.model.vocab_size, config.max_model_len,
                             parts.num_blocks, args.block_size, eos, default_params,
                             args.enable_prefix_caching, Random(args.seed),
                             args.max_logprobs, load_processors(args.logits_processors),
                             adapters=parts.runner.adapters)
     return Engine(inputs, parts.scheduler, parts.runner,
-                  OutputProcessor(tokenizer, eos), parts.num_in_flight)
+                  OutputProcessor(tokenizer, eos), parts.num_in_flight, speculator)

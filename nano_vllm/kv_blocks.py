@@ -38,6 +38,8 @@ class Sequence:
     # what follows can be made anew from the tokens at any time, see `reset`
     num_computed_tokens: int = 0      # tokens whose KV is in the cache or being written
     num_output_placeholders: int = 0  # tokens being sampled, which nobody knows yet
+    speculates: bool = False          # must its tokens be known before the next step?
+    spec_token_ids: list[int] = field(default_factory=list)  # guesses at what follows
     block_table: list[int] = field(default_factory=list)
     num_released_blocks: int = 0      # of the table, from its start: behind a window
     block_hashes: list[int] = field(default_factory=list)   # of its full blocks, and
@@ -56,8 +58,9 @@ class Sequence:
     def reset(self):
         "Back to the tokens alone: nothing is computed, no block is held."
         self.num_computed_tokens = self.num_output_placeholders = 0
-        self.num_released_blocks = 0
-        for kept in (self.block_table, self.block_hashes, self.cache_entries):
+        self.num_released_blocks, self.speculates = 0, False
+        for kept in (self.block_table, self.block_hashes, self.cache_entries,
+                     self.spec_token_ids):
             kept.clear()
 
 # %% ../nbs/04_kv_blocks.ipynb #b2e21ef1
@@ -66,7 +69,8 @@ class ScheduledSequence(NamedTuple):
     seq: Sequence
     start: int
     num_tokens: int
-    samples: bool          # whether a new token follows the last of these
+    samples: int           # after how many of the last of these a new token follows
+    spec_token_ids: tuple[int, ...] = ()   # guesses, which are the last of these
 
     @property
     def end(self) -> int: return self.start + self.num_tokens

@@ -444,8 +444,7 @@ REFUSED_GROUPS = {
     "quantization='int8' makes the weights smaller":
         "cpu_offload_gb offload_group_size offload_num_in_group offload_params "
         "offload_prefetch_step quantization_config",
-    "every token is the model's own here":
-        "speculative_config spec_method spec_model spec_tokens",
+    "speculative_config says it": "spec_method spec_model spec_tokens",
     "constrain the output by allowed_token_ids or logits_processors":
         "structured_outputs_config reasoning_parser",
     "logprobs are those of the raw logits": "logprobs_mode",

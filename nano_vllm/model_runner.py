@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['SAMPLING_COPIES', 'RATING_COPIES', 'PROMPT_PIECE', 'PROMPT_LOGITS', 'kv_block_bytes', 'read_meminfo', 'device_memory',
            'PeakMemory', 'NoAttention', 'prompt_piece', 'profile_memory', 'allocate_kv_cache', 'InputBatch',
-           'RowInputs', 'prompt_indices', 'fetch_later', 'StepResult', 'StepHandle', 'ModelRunner', 'rate_prompts',
-           'BatchUpdate', 'LogitsProcessor', 'process_dict_updates', 'AdapterLogitsProcessor', 'load_processors',
-           'compare_rows']
+           'RowInputs', 'texts_before', 'prompt_indices', 'fetch_later', 'StepResult', 'StepHandle', 'ModelRunner',
+           'rate_prompts', 'BatchUpdate', 'LogitsProcessor', 'process_dict_updates', 'AdapterLogitsProcessor',
+           'load_processors', 'compare_rows']
 
 # %% ../nbs/11_model_runner.ipynb #1aa1b95b
 import mmap, os, pydoc, re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from inspect import signature
 from itertools import groupby
@@ -246,7 +246,7 @@ def update(self: InputBatch, output: SchedulerOutput):
     for s in output.admitted: self.add(s.seq)
     for s in output.scheduled:
         row = self.row_of[s.seq]
-        if len(s.seq.block_table) > self.num_blocks[row]: self.add_blocks(row)
+        if len(s.seq.block_table) != self.num_blocks[row]: self.add_blocks(row)
     self.send_new_cells()
 
 # %% ../nbs/11_model_runner.ipynb #d7f45769
@@ -255,10 +255,10 @@ def token_ids(self: InputBatch, scheduled: list[ScheduledSequence],
               row_of_token: np.ndarray) -> Tensor:
     "The ids of a step's tokens (N,); ids not known yet are on the device."
     ids = []
-    for seq, start, num_tokens, _ in scheduled:
+    for seq, start, num_tokens, _, guesses in scheduled:
         known = seq.tokens(start, start + num_tokens)
         ids += known
-        if len(known) < num_tokens: ids.append(-1)
+        if len(known) < num_tokens: ids += guesses or (-1,)
     known = torch.tensor(ids)
     if min(ids) >= 0: return known
     device = self.device.last_token.device
@@ -281,24 +281,38 @@ class RowInputs:
     "What `InputBatch.prepare` gives besides the batch, in the batch's order."
     scheduled: list[ScheduledSequence]
     rows: np.ndarray             # (S,) the row of each
-    sampled: list[Sequence]      # those that get a token
+    sampled: list[Sequence]      # for each token to be chosen, whose it is
     sampled_rows: Tensor         # (R,) int64, on the device
     metadata: SamplingMetadata   # of these R
+
+# %% ../nbs/11_model_runner.ipynb #5b1d7e21
+def texts_before(scheduled: list[ScheduledSequence]) -> list[Sequence]:
+    "For each token to be chosen, its sequence, with the guesses that come before it."
+    texts = []
+    for s in scheduled:
+        for n in range(s.samples):
+            guesses = s.spec_token_ids[:n] if s.seq.params.depends_on_output else ()
+            output = [*s.seq.output_token_ids, *guesses]
+            texts.append(replace(s.seq, output_token_ids=output) if guesses else s.seq)
+    return texts
 
 # %% ../nbs/11_model_runner.ipynb #f0be1b5e
 @patch
 def sampling_inputs(self: InputBatch, scheduled: list[ScheduledSequence],
-                    rows, samples, context_lens) -> RowInputs:
-    "What the sampler reads, for the rows that sample."
-    chosen = rows[samples]
-    index = slice(0, len(chosen)) if len(chosen) == len(self.seqs) else chosen
+                    rows, samples, text_lens) -> RowInputs:
+    "What the sampler reads, for the R tokens to be chosen, after texts so long."
+    chosen = np.repeat(rows, samples)
+    has_guesses = len(chosen) > np.count_nonzero(samples)
+    everyone = len(chosen) == len(self.seqs) and not has_guesses
+    index = slice(0, len(chosen)) if everyone else chosen
     columns = {name: torch.from_numpy(column[index])
                for name, column in self.params.items()}
-    counts = context_lens[samples] - self.prompt_lens[index]
+    counts = text_lens - self.prompt_lens[index]
     sequences = [self.seqs[row] for row in chosen.tolist()]
     metadata = SamplingMetadata(
         **columns, seeds=torch.from_numpy(self.seeds[index]),
-        num_output_tokens=torch.from_numpy(counts), sequences=sequences)
+        num_output_tokens=torch.from_numpy(counts),
+        sequences=texts_before(scheduled) if has_guesses else sequences)
     at = to_device(torch.from_numpy(chosen), self.device.last_token.device)
     return RowInputs(scheduled, rows, sequences, at, metadata)
 
@@ -322,13 +336,13 @@ def prepare(self: InputBatch, output: SchedulerOutput) -> tuple[Batch, RowInputs
     block = self.block_tables[row_of_token, positions // self.block_size]
     slots = block * self.block_size + positions % self.block_size
     samples = np.array([s.samples for s in scheduled])
+    chosen = np.flatnonzero(positions >= np.repeat(starts + lens - samples, lens))
     rated = prompt_indices(scheduled, ends - lens)
     batch = Batch(self.token_ids(scheduled, row_of_token),
                   torch.from_numpy(positions), torch.from_numpy(slots),
                   self.tables_of(rows), lens, starts + lens,
-                  torch.from_numpy(ends[samples] - 1),
-                  torch.tensor(rated, dtype=torch.int64))
-    return batch, self.sampling_inputs(scheduled, rows, samples, starts + lens)
+                  torch.from_numpy(chosen), torch.tensor(rated, dtype=torch.int64))
+    return batch, self.sampling_inputs(scheduled, rows, samples, positions[chosen] + 1)
 
 # %% ../nbs/11_model_runner.ipynb #77e794f9
 def fetch_later(x: Tensor) -> Callable[[], list]:
@@ -349,9 +363,11 @@ def fetch_later(x: Tensor) -> Callable[[], list]:
 class StepResult:
     "What a step gives, for each of the scheduler output's `sampled`, in order."
     token_ids: list[int]
-    logprobs: list[dict[int, Logprob] | None]     # None: nobody asked
+    logprobs: list[list[dict[int, Logprob]] | None]     # None: nobody asked
     # (sequence, position of the first prompt token rated, entries), if asked for
     prompt_logprobs: list[tuple[Sequence, int, list]]
+    # sequences with guesses: those that were right, which come before the token
+    accepted: dict[Sequence, tuple[int, ...]] = field(default_factory=dict)
 
 
 class StepHandle:
@@ -363,11 +379,32 @@ class StepHandle:
 
     def result(self) -> StepResult:
         "Wait for the step; its tokens in the order of `output.sampled`."
-        tokens = dict(zip(self.sampled, self.fetch()))
-        entries = {seq: to_entries(*x)[0] for seq, x in self.logprobs.items()}
+        ids, accepted = self.fetch(), {}
+        tokens = dict(zip(self.sampled, ids))
+        if len(tokens) < len(ids): accepted = self.check_guesses(ids, tokens)
+        entries = {}
+        for row, x in self.logprobs.items():
+            entries.setdefault(self.sampled[row], []).extend(to_entries(*x))
+        for seq, right in accepted.items():
+            if seq in entries: del entries[seq][len(right) + 1:]
         seqs = [s.seq for s in self.output.sampled]
         return StepResult([tokens[seq] for seq in seqs],
-                          [entries.get(seq) for seq in seqs], self.prompt_logprobs)
+                          [entries.get(seq) for seq in seqs], self.prompt_logprobs,
+                          accepted)
+
+    def check_guesses(self, ids: list[int], tokens: dict) -> dict[Sequence, tuple]:
+        "The right guesses of each sequence with some; what follows goes to `tokens`."
+        first_row, accepted = {}, {}
+        for row, seq in enumerate(self.sampled): first_row.setdefault(seq, row)
+        for s in self.output.sampled:
+            if not s.spec_token_ids: continue
+            chosen, right = iter(ids[first_row[s.seq]:]), []
+            for guess, tokens[s.seq] in zip(s.spec_token_ids, chosen):
+                if guess != tokens[s.seq]: break
+                right.append(guess)
+            else: tokens[s.seq] = next(chosen)
+            accepted[s.seq] = tuple(right)
+        return accepted
 
 # %% ../nbs/11_model_runner.ipynb #033cf17d
 class ModelRunner:
@@ -543,7 +580,7 @@ def execute(self: ModelRunner, output: SchedulerOutput) -> StepHandle:
         ids = self.ops.sample(edited, inputs.metadata)
         self.input_batch.device.last_token[inputs.sampled_rows] = ids
     logprobs = {
-        seq: gather_logprobs(logits[i:i+1], ids[i:i+1], seq.params.logprobs)
+        i: gather_logprobs(logits[i:i+1], ids[i:i+1], seq.params.logprobs)
         for i, seq in enumerate(sampled) if seq.params.logprobs is not None}
     return StepHandle(output, sampled, ids, logprobs, prompt_logprobs)
 

@@ -155,6 +155,11 @@ class KVCacheManager:
         seq.reset()
         seq.num_output_placeholders = placeholders
 
+    def free_after(self, seq: Sequence, num_tokens: int):
+        "Give back the blocks of `seq` that its first `num_tokens` tokens do not need."
+        while len(seq.block_table) > blocks_needed(num_tokens, self.block_size):
+            self.release(seq.block_table.pop())
+
     def release(self, block: int):
         "Give back a block: to be reused soon, or late if a text can find it."
         self.pool.free(block, keep=self.cache.entries[block] is not None)

@@ -25,7 +25,7 @@ LIMITS = dict(
     min_tokens=(int, 0, math.inf), logprobs=(int, -1, math.inf),
     prompt_logprobs=(int, -1, math.inf), ignore_eos=(bool, False, True),
     skip_special_tokens=(bool, False, True), detokenize=(bool, False, True),
-    include_stop_str_in_output=(bool, False, True))
+    include_stop_str_in_output=(bool, False, True), speculative=(bool, False, True))
 KINDS = {int: (Integral, "an integer"), float: (Real, "a number"), bool: (bool, "bool")}
 OPTIONAL = {"seed", "max_tokens", "logprobs", "prompt_logprobs"}  # these may be None
 
@@ -234,6 +234,7 @@ class SamplingParams:
     repetition_detection: RepetitionDetectionParams | None = None
     skip_reading_prefix_cache: bool | None = None
     extra_args: dict | None = None
+    speculative: bool = True    # may the engine guess ahead, if it was built to?
     # names that are accepted or refused
     structured_outputs: object = None
     spaces_between_special_tokens: bool = True

@@ -22,9 +22,12 @@ def num_missing(seq: Sequence) -> int:
 
 # %% ../nbs/13_scheduler.ipynb #a2bba0ca
 def next_tokens(seq: Sequence, num_tokens: int, missing: int) -> ScheduledSequence:
-    "The next `num_tokens` of the `missing` tokens of `seq`; after the last it samples."
-    return ScheduledSequence(seq, seq.num_computed_tokens, num_tokens,
-                             num_tokens == missing)
+    "The next `num_tokens` of `seq`; after the last of its `missing` ones it samples."
+    start = seq.num_computed_tokens
+    if num_tokens <= missing:
+        return ScheduledSequence(seq, start, num_tokens, num_tokens == missing)
+    guesses = tuple(seq.spec_token_ids[:num_tokens - missing])
+    return ScheduledSequence(seq, start, num_tokens, 1 + len(guesses), guesses)
 
 # %% ../nbs/13_scheduler.ipynb #e0480ac3
 def check_fits(prompt_len: int, max_tokens: int | None, max_model_len: int,
@@ -42,7 +45,9 @@ def check_fits(prompt_len: int, max_tokens: int | None, max_model_len: int,
 # %% ../nbs/13_scheduler.ipynb #280d9305
 def waits_for_token(seq: Sequence) -> bool:
     "Must a token that is being sampled be known before the next one can be chosen?"
-    return seq.num_output_placeholders > 0 and seq.params.depends_on_output
+    unknown = seq.num_output_placeholders
+    needs_text = seq.params.depends_on_output or seq.speculates
+    return unknown > 1 or unknown == 1 and needs_text
 
 # %% ../nbs/13_scheduler.ipynb #4cab9aeb
 class Scheduler:
@@ -96,10 +101,22 @@ class Scheduler:
             if not self.preempt_until_fits(seq, seq.num_computed_tokens + missing):
                 break
             reserved = len(self.running) - 1 - i        # one token for each younger
-            num_tokens = min(missing, self.max_tokens_per_sequence, budget - reserved)
+            room = min(self.max_tokens_per_sequence, budget - reserved)
+            num_tokens = min(missing, room)
+            if seq.speculates: num_tokens += self.fit_guesses(seq, missing, room)
             if num_tokens: scheduled.append(next_tokens(seq, num_tokens, missing))
             budget -= num_tokens
         return scheduled
+
+    def fit_guesses(self, seq: Sequence, missing: int, room: int) -> int:
+        "How many guesses fit in a step and spare blocks; no others are left to `seq`."
+        known = seq.num_computed_tokens + missing
+        room = min(room - missing, seq.max_len - 1 - known)
+        guesses = max(0, min(len(seq.spec_token_ids), room))
+        if not self.manager.allocate_slots(seq, known + guesses,
+                                           watermark=len(self.running)): guesses = 0
+        self.manager.free_after(seq, known + guesses)
+        return guesses
 
     def preempt_until_fits(self, seq: Sequence, num_tokens: int) -> bool:
         "Blocks for `seq`, if need be from the newest; False if that is `seq` itself."
@@ -139,16 +156,25 @@ class Scheduler:
         if seq.adapter is None or seq.adapter in self.adapters: return True
         return len(self.adapters) < self.max_adapters
 
-    def update(self, output: SchedulerOutput, token_ids: list[int]):
-        "Book a computed step: `token_ids` are one for each of `output.sampled`."
+    def update(self, output: SchedulerOutput, token_ids: list[int], accepted={}):
+        """Book a computed step: `token_ids` are one for each of `output.sampled`.
+
+        `accepted`: of sequences with guesses, the right ones, which come before."""
         for s, token in zip(output.sampled, token_ids, strict=True):
-            s.seq.num_output_placeholders -= 1
-            if s.seq.finish_reason is None: s.seq.output_token_ids.append(token)
+            s.seq.num_output_placeholders -= s.samples
+            new = (*accepted[s.seq], token) if s.spec_token_ids else (token,)
+            if s.seq.finish_reason is None: s.seq.output_token_ids += new
         size = self.manager.block_size
         for s in output.scheduled:
-            fills_a_block = s.end // size > s.start // size
-            if fills_a_block and s.seq in self.running:
-                self.manager.cache_blocks(s.seq, s.end)
+            if s.seq not in self.running: continue
+            end = self.take_back(s, accepted[s.seq]) if s.spec_token_ids else s.end
+            if end // size > s.start // size: self.manager.cache_blocks(s.seq, end)
+
+    def take_back(self, s: ScheduledSequence, accepted: tuple[int, ...]) -> int:
+        "Uncount the wrong guesses of a step; where its right tokens end."
+        end = s.end - len(s.spec_token_ids) + len(accepted)
+        s.seq.num_computed_tokens = end
+        return min(end, s.seq.num_tokens)     # an aborted one has not got its tokens
 
     def finish(self, seq: Sequence, reason: str, stop_reason: int | str | None = None):
         "Take `seq` out, running or waiting, and give its blocks back."

@@ -20,6 +20,7 @@ from nano_vllm.prefix_cache import KVCacheManager
 from nano_vllm.sampler import SamplingMetadata, compute_logprobs, gather_logprobs
 from nano_vllm.sampling_params import SamplingParams
 from nano_vllm.scheduler import Scheduler
+from nano_vllm.speculative import Speculator
 
 EOS, VOCAB = 0, 100
 
@@ -71,9 +72,11 @@ class FakeRunner:
         for s, table, new, context in zip(inputs.scheduled, batch.block_tables.tolist(), batch.query_lens, batch.context_lens):
             token_ids, slots = (x[at:at + new].tolist() for x in (batch.token_ids, batch.slot_mapping))
             text = self.compute(s, table, token_ids, slots, int(context))
-            if s.samples: ids.append(answer(text, s.seq.seed))
-            if s.samples and s.seq.params.logprobs is not None:
-                logprobs[s.seq] = gather_logprobs(logits_after(tuple(text)), ids[-1:], s.seq.params.logprobs)
+            for n in range(s.samples):
+                before = text[:len(text) - len(s.spec_token_ids) + n]
+                ids.append(answer(before, s.seq.seed))
+                if s.seq.params.logprobs is not None:
+                    logprobs[len(ids) - 1] = gather_logprobs(logits_after(tuple(before)), ids[-1:], s.seq.params.logprobs)
             if places := prompt_positions(s): prompt_logprobs.append((s.seq, places[0] + 1, rate_prompt(s.seq, places)))
             at += new
         self.sampled.update(zip(inputs.sampled, ids))
@@ -97,6 +100,9 @@ class FakeRunner:
     def known(self, s):
         "What is scheduled, for a sequence that has the token which the host may not know yet."
         seq = s.seq
+        if s.spec_token_ids:
+            assert s.end - len(s.spec_token_ids) == seq.num_tokens and s.samples == 1 + len(s.spec_token_ids), "guesses out of place"
+            return s._replace(seq=replace(seq, output_token_ids=seq.output_token_ids[:]))
         if s.end <= seq.num_tokens: return s._replace(seq=replace(seq, output_token_ids=seq.output_token_ids[:]))
         assert s.end == seq.num_tokens + 1 and seq.num_output_placeholders, "two tokens are unknown"
         assert not s.samples or not seq.params.has_penalty, "the sampler would miss a token"
@@ -119,10 +125,15 @@ class FakeRunner:
             released, held = s.seq.num_released_blocks, len(s.seq.block_table)
             assert table[released:held] == s.seq.block_table[released:], "block tables"
             assert all(0 <= block < len(self.kv) // self.block_size for block in table), "no block's number"
-        metadata = SamplingMetadata.of([s.seq for s in scheduled if s.samples])
+        texts = [replace(s.seq, output_token_ids=[*s.seq.output_token_ids, *s.spec_token_ids[:n]]) for s in scheduled for n in range(s.samples)]
+        metadata = SamplingMetadata.of(texts)
         for name, value in vars(metadata).items():
             if isinstance(value, torch.Tensor): assert torch.equal(value, getattr(inputs.metadata, name)), name
-        assert inputs.sampled == inputs.metadata.sequences == [s.seq for s in inputs.scheduled if s.samples]
+        assert inputs.sampled == [s.seq for s in inputs.scheduled for _ in range(s.samples)]
+        for whole, seen, seq in zip(texts, inputs.metadata.sequences, inputs.sampled, strict=True):
+            has_guesses = len(whole.output_token_ids) > len(seq.output_token_ids) and seq.num_output_placeholders > 1
+            assert seen is seq or has_guesses and seq.params.has_penalty, "another sequence than the one that samples"
+            if seq.params.has_penalty: assert seen.output_token_ids == whole.output_token_ids, "the sampler misses a token"
         assert inputs.sampled_rows.tolist() == [rows[seq] for seq in inputs.sampled]
 
 
@@ -132,15 +143,32 @@ def rate_prompt(seq, places):
     return [compute_logprobs(logits_after(tuple(prompt[:p + 1])), [prompt[p + 1]], seq.params.prompt_logprobs)[0] for p in places]
 
 
+class Prophet:
+    "Guesses what a sequence will say: as a rule rightly, now and then with a token that it will not say, or not at all."
+
+    def __init__(self, most): self.most, self.rng = most, random.Random(most)
+
+    def guess(self, seqs, lengths):
+        assert all(seq.num_output_placeholders == 0 and seq.num_tokens == seq.num_computed_tokens + 1 for seq in seqs), "too early"
+        return [self.guess_one(seq, self.rng.randint(0, min(n, self.most))) for seq, n in zip(seqs, lengths)]
+
+    def guess_one(self, seq, num_tokens):
+        text = seq.tokens(0, seq.num_tokens)
+        for _ in range(num_tokens): text.append(answer(text, seq.seed) if self.rng.random() < 0.8 else self.rng.randint(0, 3))
+        return text[seq.num_tokens:]
+
+    def seconds(self, num_seqs): return 0, 0
+
+
 def fake_engine(num_blocks=30, block_size=4, max_num_seqs=6, max_num_batched_tokens=16, max_model_len=60, window=None,
-                num_in_flight=1, threshold=0, own_tables=False, **inputs):
-    "The engine; `inputs` go to its InputProcessor."
+                num_in_flight=1, threshold=0, own_tables=False, guesses=0, **inputs):
+    "The engine; `inputs` go to its InputProcessor. `guesses`: the most for a sequence in a step."
     tokenizer = LetterTokenizer()
     manager = KVCacheManager(num_blocks, block_size, window)
     return Engine(InputProcessor(tokenizer, VOCAB, max_model_len, num_blocks, block_size, {EOS}, **inputs),
                   Scheduler(manager, max_num_seqs, max_num_batched_tokens, threshold),
                   FakeRunner(num_blocks, block_size, max_num_seqs, max_model_len, window, own_tables),
-                  OutputProcessor(tokenizer, {EOS}), num_in_flight)
+                  OutputProcessor(tokenizer, {EOS}), num_in_flight, Speculator(Prophet(guesses), guesses, 100) if guesses else None)
 
 
 # ---- what it is to answer
@@ -197,6 +225,7 @@ def some_params(rng, penalties=0.3):
                      dict(stop="CC", min_tokens=min(p["max_tokens"], 4)), dict(top_k=5, top_p=.9, min_p=.1)])
     if rng.random() < penalties:
         p |= rng.choice([dict(repetition_penalty=1.1), dict(presence_penalty=.5), dict(frequency_penalty=-1)])
+    p |= dict(speculative=rng.random() < 0.8)
     rated = rng.choice([{}, {}, {}, {}, dict(logprobs=2), dict(prompt_logprobs=0), dict(logprobs=0, prompt_logprobs=1)])
     return SamplingParams(**p | rated)
 

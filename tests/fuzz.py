@@ -38,6 +38,30 @@ def is_complete(seq, max_model_len):
             or seq.num_tokens == max_model_len)
 
 
+def guesses_for(seq, most, rng):
+    "Up to `most` tokens that may follow those of `seq`: each right or, now and then, not."
+    alone = Sequence("", seq.tokens(0, seq.num_tokens), seq.params, seed=seq.seed)
+    for _ in range(rng.randint(0, most)):
+        alone.output_token_ids.append(next_token(alone) if rng.random() < 0.8 else rng.randint(0, 3))
+    return alone.output_token_ids
+
+
+def verified(scheduled):
+    "What the model says to a sequence: the guesses that are right, and the token after them."
+    seq, said = scheduled.seq, []
+    alone = Sequence("", seq.tokens(0, scheduled.end), seq.params, seed=seq.seed, output_token_ids=said)
+    for guess in scheduled.spec_token_ids:
+        said.append(next_token(alone))
+        if said[-1] != guess: return said
+    said.append(next_token(alone))
+    return said
+
+
+def cut_at_end(seq):
+    "Forget what follows the token that ends the answer."
+    if EOS in seq.output_token_ids: del seq.output_token_ids[seq.output_token_ids.index(EOS) + 1:]
+
+
 class Workload:
     "One random engine, its requests, and the laws that are asserted after every step."
 
@@ -55,6 +79,8 @@ class Workload:
         self.to_come = rng.randint(1, 8)
         self.live, self.done, self.num_steps = [], [], 0
         self.refused = 0
+        self.guesses = rng.choice([0, 0, 1, 3, 9])    # the most for a sequence in a step
+        self.num_right = self.num_wrong = 0
 
     @property
     def pool(self): return self.manager.pool
@@ -90,11 +116,20 @@ class Workload:
         missing = [seq.num_tokens - seq.num_computed_tokens for seq in residents]
         whole = s.max_tokens_per_sequence == s.budget
         assert not whole or all(n == 1 for n in missing[:-1]), "law 5: a prompt stands before a decode"
+        if self.guesses: self.guess()
         output = s.schedule()
         self.check_schedule(output, residents, preempted=s.num_preemptions > before)
         for scheduled in output.scheduled: self.compute(scheduled)
-        s.update(output, [next_token(x.seq) for x in output.sampled])
+        said = [verified(x) for x in output.sampled]
+        right = {x.seq: tuple(tokens[:-1]) for x, tokens in zip(output.sampled, said) if x.spec_token_ids}
+        self.num_right += sum(map(len, right.values()))
+        self.num_wrong += sum(len(x.spec_token_ids) - len(right.get(x.seq, ())) for x in output.sampled)
+        s.update(output, [tokens[-1] for tokens in said], right)
+        for x, tokens in zip(output.sampled, said):
+            assert x.seq.tokens(x.seq.num_tokens - len(tokens), x.seq.num_tokens) == tokens, "not the tokens that were right"
+            assert x.seq.num_computed_tokens == x.seq.num_tokens - 1, "wrong guesses count as computed"
         for seq in [x.seq for x in output.sampled]:
+            cut_at_end(seq)
             if is_complete(seq, self.max_model_len):
                 s.finish(seq, "stop")
                 self.live.remove(seq)
@@ -103,6 +138,12 @@ class Workload:
         if self.live and rng.random() < 0.02: self.abort_one()
         self.num_steps += 1
 
+    def guess(self):
+        "Guesses at random for some who run, often right: their blocks and their budget must be what others do not need."
+        for seq in self.scheduler.running:
+            seq.speculates = self.rng.random() < 0.8
+            seq.spec_token_ids = guesses_for(seq, self.guesses, self.rng) if seq.speculates else []
+
     def first_seen(self, position):
         "The first position that the token at `position` looks at."
         return 0 if self.window is None else max(0, position + 1 - self.window)
@@ -110,7 +151,7 @@ class Workload:
     def compute(self, scheduled):
         "Write the KV of a step and read all of the past it sees (laws 2 and, through reading, 3)."
         seq, size, pool = scheduled.seq, self.pool.block_size, self.pool
-        text, first = tuple(seq.tokens(0, scheduled.end)), self.first_seen(scheduled.start)
+        text, first = tuple(seq.tokens(0, scheduled.end)) + scheduled.spec_token_ids, self.first_seen(scheduled.start)
         slots = {p: seq.block_table[p // size] * size + p % size for p in range(first, scheduled.end)}
         for p in range(scheduled.start, scheduled.end):
             block = slots[p] // size
@@ -127,8 +168,16 @@ class Workload:
         assert sum(c.num_tokens for c in scheduled) <= s.budget, "law 4: over budget"
         assert all(c.num_tokens <= s.max_tokens_per_sequence for c in scheduled)
         assert len(s.running) <= s.max_running, "law 4: too many residents"
-        assert all(c.end <= c.seq.num_tokens <= self.max_model_len for c in scheduled)
-        assert all(c.samples == (c.end == c.seq.num_tokens) for c in scheduled)
+        assert all(c.end - len(c.spec_token_ids) <= c.seq.num_tokens <= self.max_model_len for c in scheduled)
+        assert all(c.end < c.seq.max_len or not c.spec_token_ids for c in scheduled), "a text's last token is computed"
+        assert all(c.samples == (c.end == c.seq.num_tokens) for c in scheduled if not c.spec_token_ids)
+        for c in scheduled:
+            guesses = len(c.spec_token_ids)
+            if not guesses: continue
+            assert c.samples == 1 + guesses and c.end - guesses == c.seq.num_tokens, "guesses follow what is known"
+            assert list(c.spec_token_ids) == c.seq.spec_token_ids[:guesses]
+            needed = blocks_needed(c.end, self.pool.block_size)
+            assert len(c.seq.block_table) == needed, "guesses that are not computed hold blocks"
         working = {c.seq for c in scheduled}
         assert len(working) == len(scheduled), "a sequence is scheduled twice"
         assert working == set(s.running), "law 5: a resident sequence stalls"
@@ -177,7 +226,7 @@ def run_workload(seed, kind=Workload):
     except AssertionError as e: raise AssertionError(f"workload {seed}: {e}") from e
     finally: prefix_cache.hash_block = STRONG_HASH
     return dict(steps=w.num_steps, finished=len(w.done), preempted=w.scheduler.num_preemptions,
-                refused=w.refused)
+                refused=w.refused, right=w.num_right, wrong=w.num_wrong)
 
 
 def plant(monkeypatch, owner, name, old, new):

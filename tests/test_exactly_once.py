@@ -21,7 +21,7 @@ from nano_vllm.model_runner import InputBatch
 from nano_vllm.scheduler import Scheduler
 
 MODULES = {"nano_vllm.engine", "nano_vllm.scheduler", "nano_vllm.prefix_cache", "nano_vllm.kv_blocks",
-           "nano_vllm.model_runner", "nano_vllm.llm", "nano_vllm.tokenizer"}
+           "nano_vllm.model_runner", "nano_vllm.llm", "nano_vllm.tokenizer", "nano_vllm.speculative"}
 FUZZ = int(os.environ.get("NANO_VLLM_FUZZ", 0))     # for longer: so many runs instead of what a few seconds allow
 both_loops = pytest.mark.parametrize("num_in_flight", [1, 2])
 # an exception that is thrown while Python closes a generator can reach nobody: Python reports it and goes on
@@ -82,7 +82,7 @@ def counted(engine, most=3000):
 def random_engine(rng, num_in_flight):
     return counted(fake_engine(num_blocks=rng.choice([22, 30, 60]), block_size=rng.choice([2, 4]), num_in_flight=num_in_flight,
                                max_num_batched_tokens=rng.choice([6, 16, 64]), max_model_len=44 if rng.random() < 0.5 else 36,
-                               threshold=rng.choice([0, 0, 5]), window=rng.choice([None, None, 7]), own_tables=rng.random() < 0.5,
+                               threshold=rng.choice([0, 0, 5]), guesses=rng.choice([0, 0, 3]), window=rng.choice([None, None, 7]), own_tables=rng.random() < 0.5,
                                random=rng))
 
 

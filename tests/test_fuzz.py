@@ -73,7 +73,7 @@ def test_catches_forgotten_eviction(monkeypatch):
 
 
 PLANTED = {
-    "a placeholder that stays": (Scheduler, "update", "num_output_placeholders -= 1", "num_output_placeholders -= 0"),
+    "a placeholder that stays": (Scheduler, "update", "num_output_placeholders -= s.samples", "num_output_placeholders -= 0"),
     "a token too few behind a window": (KVCacheManager, "free_behind_window", "computed_tokens + 1 -", "computed_tokens + 2 -"),
     "a block too many behind a window": (KVCacheManager, "free_behind_window", "last = min(unseen // self.block_size",
                                          "last = min(unseen // self.block_size + 1"),
@@ -92,6 +92,14 @@ PLANTED = {
     "a whole prompt is found": (KVCacheManager, "get_computed_blocks", "(seq.num_tokens - 1)", "(seq.num_tokens)"),
     "touched blocks stay free": (BlockPool, "touch", "del self.free_blocks[block]", "pass"),
     "over budget": (Scheduler, "schedule_running", "budget - reserved)", "missing)"),
+    "wrong guesses count as computed": (Scheduler, "take_back", "s.seq.num_computed_tokens = end", "pass"),
+    "wrong guesses are cached": (Scheduler, "take_back", "return min(end, s.seq.num_tokens)", "return s.end"),
+    "right guesses are lost": (Scheduler, "update", "(*accepted[s.seq], token)", "(token,)"),
+    "guesses keep their placeholders": (Scheduler, "update", "-= s.samples", "-= 1"),
+    "guesses keep their blocks": (Scheduler, "fit_guesses", "self.manager.free_after(seq, known + guesses)", "pass"),
+    "guesses beyond the end": (Scheduler, "fit_guesses", "min(room - missing, seq.max_len - 1 - known)", "room - missing"),
+    "guesses over budget": (Scheduler, "fit_guesses", "min(room - missing, seq.max_len - 1 - known)", "seq.max_len - 1 - known"),
+    "blocks of guesses are given back twice": (KVCacheManager, "free_after", "seq.block_table.pop()", "seq.block_table[-1]); self.release(seq.block_table.pop()"),
     "a preempted sequence is forgotten": (Scheduler, "preempt_until_fits", "self.waiting[newest] = None", "return False"),
     "a preempted sequence keeps its blocks": (Scheduler, "preempt_until_fits", "self.remove(newest)", "pass"),
     "an ended sequence keeps its blocks": (Scheduler, "finish", "self.remove(seq)", "pass"),

@@ -148,7 +148,7 @@ def kv_memory(monkeypatch, free, total, share, device="cuda", group=TensorParall
         return ACTIVATIONS
     monkeypatch.setattr(engine, "device_memory", lambda device: (free, total))
     monkeypatch.setattr(engine, "profile_memory", profile)
-    args = SimpleNamespace(gpu_memory_utilization=share, max_num_batched_tokens=64, max_num_seqs=256)
+    args = SimpleNamespace(speculative_config=None, gpu_memory_utilization=share, max_num_batched_tokens=64, max_num_seqs=256)
     model, ops = make_config(num_kv_heads=2, head_dim=8), SimpleNamespace(attention=TorchAttention, hidden_dtype=None)
     config = SimpleNamespace(args=args, device=torch.device(device), model=model, dtype=torch.float32, kv_dtype=torch.bfloat16,
                              max_model_len=5000, ops=ops)
@@ -494,12 +494,12 @@ def test_a_handle_gives_tokens_in_the_schedulers_order():
     a, b, c, d = (Sequence(name, [1, 2], SamplingParams(logprobs=rated)) for name, rated in zip("abcd", (None, 1, None, 0)))
     output = SchedulerOutput(tuple(ScheduledSequence(s, 0, 2, s is not c) for s in (d, a, c, b)))
     ids, logits = torch.tensor([7, 8, 9]), torch.randn(3, 20)                # rows: a, b, d
-    rated = {b: gather_logprobs(logits[1:2], ids[1:2], 1), d: gather_logprobs(logits[2:], ids[2:], 0)}
+    rated = {1: gather_logprobs(logits[1:2], ids[1:2], 1), 2: gather_logprobs(logits[2:], ids[2:], 0)}
     handle = StepHandle(output, [a, b, d], ids, rated, [(c, 1, ["entry"])])
     ids.zero_()
     result = handle.result()
     assert result.token_ids == [9, 7, 8] and result.prompt_logprobs == [(c, 1, ["entry"])]
-    assert result.logprobs == [compute_logprobs(logits[2:], [9], 0)[0], None, compute_logprobs(logits[1:2], [8], 1)[0]]
+    assert result.logprobs == [compute_logprobs(logits[2:], [9], 0), None, compute_logprobs(logits[1:2], [8], 1)]
 
 
 def test_a_steps_result_does_not_change_when_the_next_one_is_computed():

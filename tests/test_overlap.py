@@ -49,7 +49,7 @@ class Watch:
         assert all(x.num_tokens <= s.max_tokens_per_sequence for x in scheduled)
         for x in scheduled: self.check_writes(x)
         for seq in set(s.running) - working:
-            waits = seq.params.has_penalty and seq.num_output_placeholders
+            waits = (seq.params.has_penalty or seq.speculates) and seq.num_output_placeholders or seq.num_output_placeholders > 1
             assert waits or seq.num_computed_tokens == seq.max_len - 1, "law 5: a resident sequence stalls"
         preempted = s.num_preemptions - before
         assert working <= set(s.running) and (preempted or set(residents) <= set(s.running))
@@ -78,7 +78,7 @@ class Workload:
         self.engine = fake_engine(
             rng.randint(2, rng.choice([12, 30])), rng.choice([1, 2, 3, 4, 8]), rng.randint(1, 6), rng.choice([1, 2, 5, 16, 64]),
             self.max_model_len, rng.choice([None, None, rng.randint(1, 20)]), num_in_flight, rng.choice([0, 0, 0, 1, 3, 10]),
-            rng.random() < 0.5,
+            rng.random() < 0.5, rng.choice([0, 0, 2, 6]),
             enable_prefix_caching=rng.random() < 0.8, random=rng)
         self.prompts = [[rng.randint(1, 3) for _ in range(rng.randint(1, 40))] for _ in range(3)]
         self.to_come, self.askers, self.seen = rng.randint(1, 8), [], Watch(self.engine).seen
@@ -116,6 +116,9 @@ class Workload:
         self.seen["preempted"], self.seen["gone"] = self.engine.scheduler.num_preemptions, len(gone)
         self.seen["aborted"] = sum(len(a.aborted) for a in self.askers)
         self.seen["unknown"] = self.engine.runner.num_unknown
+        if self.engine.speculator:
+            stats = self.engine.speculator.stats
+            self.seen["right"], self.seen["guesses"] = stats.num_accepted_tokens, stats.num_draft_tokens
         return self.seen
 
 
@@ -138,7 +141,8 @@ def test_fuzz_of_random_workloads(num_in_flight):
     assert total["finished"] > NUM_WORKLOADS * 2 and total["preempted"] > NUM_WORKLOADS / 10
     assert total["refused"] > NUM_WORKLOADS / 50
     assert total["aborted"] > NUM_WORKLOADS / 10 and total["gone"] > NUM_WORKLOADS / 10
-    assert (total["unknown"] > total["steps"] / 3) if num_in_flight == 2 else total["unknown"] == 0
+    assert 0.3 < total["right"] / total["guesses"] < 0.9 and total["guesses"] > NUM_WORKLOADS
+    assert (total["unknown"] > total["steps"] / 5) if num_in_flight == 2 else total["unknown"] == 0
 
 
 def caught(seeds=150):
@@ -163,12 +167,12 @@ def test_catches_a_block_hashed_without_its_last_token(monkeypatch):
 PLANTED = {
     "beyond the end": (scheduler, "num_missing", "min(known, seq.max_len - 1)", "known"),
     "a token for one that has ended": (Scheduler, "update", "if s.seq.finish_reason is None: ", ""),
-    "a placeholder that stays": (Scheduler, "update", "num_output_placeholders -= 1", "num_output_placeholders -= 0"),
+    "a placeholder that stays": (Scheduler, "update", "num_output_placeholders -= s.samples", "num_output_placeholders -= 0"),
     "no placeholder": (Scheduler, "schedule", "s.seq.num_output_placeholders += s.samples", "pass"),
     "a wasted token is handed out": (Engine, "receive", "if s.seq.finish_reason: continue", "pass"),
     "a step is forgotten": (Engine, "receive", "popleft()", "popleft(); self.in_flight.clear()"),
     "steps are received in the wrong order": (Engine, "receive", "popleft()", "pop()"),
-    "a penalty does not wait": (scheduler, "waits_for_token", "seq.num_output_placeholders > 0", "False"),
+    "a penalty does not wait": (scheduler, "waits_for_token", "seq.params.has_penalty or ", ""),
     "a placeholder is lost with the blocks": (KVCacheManager, "free", "seq.num_output_placeholders = placeholders", "pass"),
     "blocks of a step in flight are found": (KVCacheManager, "free_behind_window", ", len(seq.cache_entries))", ", 2**62)"),
     "a removed one keeps its row": (InputBatch, "update", "self.remove(seq)", "pass"),
