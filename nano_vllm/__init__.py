@@ -11,10 +11,10 @@ from . import (layers, model, weights, model_runner, cuda_graphs, scheduler, eng
                fusions, parallel, moe, server, speculative, lora,
                routing, replicas)
 from .engine import CompletionOutput, EngineArgs, RequestMetrics, RequestOutput
-from .llm import LLM, LLMEngine, PromptType, TextPrompt, TokensPrompt
+from .llm import LLM, LLMEngine, PromptType, TextPrompt, TokensPrompt  # noqa: F401
 from .lora import LoRARequest
 from .sampling_params import Logprob, SamplingParams
 
 llm.add_paths(__name__, llm.PATHS)   # nano_vllm.inputs and others, as in vLLM
 __all__ = ["LLM", "SamplingParams", "RequestOutput", "CompletionOutput", "RequestMetrics", "Logprob", "EngineArgs",
-           "LLMEngine", "PromptType", "TextPrompt", "TokensPrompt", "LoRARequest"]
+           "LLMEngine", "TextPrompt", "TokensPrompt", "LoRARequest"]

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from book import ROOT, chapters
 from quarto_filter import settings
 
-PUBLIC = [("llm", "LLM"), ("engine", "EngineArgs"), ("sampling_params", "SamplingParams"), ("engine", "RequestOutput"),
-          ("engine", "CompletionOutput"), ("engine", "RequestMetrics"), ("sampling_params", "Logprob")]
+PUBLIC = [("llm", "LLM"), ("engine", "EngineArgs"), ("sampling_params", "SamplingParams"), ("llm", "TextPrompt"), ("llm", "TokensPrompt"),
+          ("engine", "RequestOutput"), ("engine", "CompletionOutput"), ("engine", "RequestMetrics"), ("sampling_params", "Logprob"),
+          ("lora", "LoRARequest"), ("llm", "LLMEngine"), ("server", "AsyncLLM")]
 HEAD = """# The interface {.unnumbered}
 
 What a program that uses the package needs; everything else is explained in the chapters, and may change. Names, defaults and meanings are vLLM's
