@@ -305,8 +305,8 @@ def execute(self: Fleet, output: SchedulerOutput) -> Received:
 
 
 @patch
-def update(self: Fleet, output: SchedulerOutput, token_ids: list[int]):
-    "Book the tokens."
+def update(self: Fleet, output: SchedulerOutput, token_ids: list[int], accepted={}):
+    "Book the tokens; replicas do not guess, so none is `accepted`."
     for s, token in zip(output.sampled, token_ids, strict=True):
         if s.seq.finish_reason is None: s.seq.output_token_ids.append(token)
 
