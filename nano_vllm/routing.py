@@ -348,8 +348,8 @@ class StepWatch:
         self.begin = time.perf_counter()
         return self.scheduler.schedule()
 
-    def update(self, output: SchedulerOutput, token_ids: list[int]):
-        self.scheduler.update(output, token_ids)
+    def update(self, output: SchedulerOutput, token_ids: list[int], accepted={}):
+        self.scheduler.update(output, token_ids, accepted)
         self.steps.append((features(output), time.perf_counter() - self.begin))
 
 # %% ../nbs/32_routing.ipynb #78454c4e
