@@ -171,7 +171,7 @@ def read_gguf(file: Path):
 def check_layers(names: list[str], num_layers: int):
     "ValueError unless the tensors of a GGUF file belong to `num_layers` layers."
     layers = {name.split(".")[1] for name in names if name.startswith("blk.")}
-    if layers != set(map(str, range(num_layers))):
+    if len(layers) != num_layers or layers != set(map(str, range(num_layers))):
         raise ValueError(f"block_count is {num_layers}, but {len(layers)} layers have "
                          "tensors")
 
