@@ -86,7 +86,7 @@ ROPE_TYPES = dict(default=default_rope, linear=linear_rope, llama3=llama3_rope,
 
 # %% ../nbs/08_tp_layers.ipynb #2402e233
 ROPE_LIMITS = dict(
-    rope_theta=(float, 1, 1e12), factor=(float, 1, 1e6),
+    rope_theta=(float, 1, 1e12), factor=(float, 1e-3, 1e6),
     original_max_position_embeddings=(int, 1, 2**30),
     low_freq_factor=(float, 1e-3, 1e6), high_freq_factor=(float, 1e-3, 1e6))
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .layers import Linear, Ops, TensorParallelGroup, WeightShard, empty, shard
-from .model import ARCHITECTURES, ModelConfig, qwen3
+from .model import ARCHITECTURES, MODEL_TYPES, ModelConfig, qwen3
 
 # %% ../nbs/28_mixture_of_experts.ipynb #ec2708b7
 def route(scores: Tensor, top_k: int, normalise: bool) -> tuple[Tensor, Tensor]:
@@ -98,3 +98,4 @@ def qwen3_moe(hf) -> dict:
 
 # %% ../nbs/28_mixture_of_experts.ipynb #0fa39127
 ARCHITECTURES["Qwen3MoeForCausalLM"] = qwen3_moe
+MODEL_TYPES["Qwen3MoeForCausalLM"] = "qwen3_moe"

@@ -126,7 +126,7 @@ FEATURES = ("step", "token", "sequence", "key read", "pair")
 def features(output: SchedulerOutput) -> tuple:
     "What a step's time depends on: 1, tokens, sequences, keys read, pairs compared."
     tokens = keys = pairs = 0
-    for _, start, n, _ in output.scheduled:
+    for _, start, n, *_ in output.scheduled:
         tokens += n
         keys += start + n
         pairs += n * start + n * (n + 1) // 2

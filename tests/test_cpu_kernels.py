@@ -386,5 +386,5 @@ def test_every_cache_under_every_model(dtype, kv_cache_dtype, tmp_path):
 
 
 def test_a_cache_of_another_kind_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="kv_cache_dtype must be one of auto, float32, bfloat16, float16, got 'fp8'"):
+    with pytest.raises(ValueError, match="kv_cache_dtype must be one of auto, float32, bfloat16, float16, float, half, got 'fp8'"):
         LLM(tiny_folder(tmp_path), kv_cache_dtype="fp8")

@@ -471,7 +471,7 @@ PLANTED = {
     "a text goes on where it was": (Completion, "restart", "self.num_read, self.num_chars = 0, 0", "pass"),
     "what is shown is shown again": (Completion, "restart", "self.num_read, self.num_chars = 0, 0",
                                      "self.num_read, self.num_chars = 0, 0; self.num_shown_tokens = 0"),
-    "log-probabilities are noted twice": (OutputProcessor, "keep_logprobs", "completion.logprobs[next_token:] =",
+    "log-probabilities are noted twice": (OutputProcessor, "keep_logprobs", "completion.logprobs[len(ids):] =",
                                           "completion.logprobs +="),
     "tokens are read before all is consistent": (llm, "progress", "while not (news and engine.is_consistent)", "while not news"),
     "an interrupted abort is forgotten": (Engine, "abort", "with self.changing():",

@@ -49,7 +49,7 @@ class Watch:
         assert all(x.num_tokens <= s.max_tokens_per_sequence for x in scheduled)
         for x in scheduled: self.check_writes(x)
         for seq in set(s.running) - working:
-            waits = (seq.params.has_penalty or seq.speculates) and seq.num_output_placeholders or seq.num_output_placeholders > 1
+            waits = (seq.params.depends_on_output or seq.speculates) and seq.num_output_placeholders or seq.num_output_placeholders > 1
             assert waits or seq.num_computed_tokens == seq.max_len - 1, "law 5: a resident sequence stalls"
         preempted = s.num_preemptions - before
         assert working <= set(s.running) and (preempted or set(residents) <= set(s.running))
@@ -172,7 +172,7 @@ PLANTED = {
     "a wasted token is handed out": (Engine, "receive", "if s.seq.finish_reason: continue", "pass"),
     "a step is forgotten": (Engine, "receive", "popleft()", "popleft(); self.in_flight.clear()"),
     "steps are received in the wrong order": (Engine, "receive", "popleft()", "pop()"),
-    "a penalty does not wait": (scheduler, "waits_for_token", "seq.params.has_penalty or ", ""),
+    "a penalty does not wait": (scheduler, "waits_for_token", "seq.params.depends_on_output or ", ""),
     "a placeholder is lost with the blocks": (KVCacheManager, "free", "seq.num_output_placeholders = placeholders", "pass"),
     "blocks of a step in flight are found": (KVCacheManager, "free_behind_window", ", len(seq.cache_entries))", ", 2**62)"),
     "a removed one keeps its row": (InputBatch, "update", "self.remove(seq)", "pass"),

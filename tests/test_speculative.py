@@ -173,7 +173,7 @@ def test_steps_without_guesses_are_recorded_ones(tiny, plain, monkeypatch):
 # ---- the draws are the target's
 
 V = 8
-FILTERS = {"temperature": dict(temperature=.7), "top_k": dict(top_k=3, temperature=4), "top_p": dict(top_p=.8, temperature=4), "min_p": dict(min_p=.3, temperature=4),
+FILTERS = {"temperature": dict(temperature=.7), "top_k": dict(top_k=3, temperature=2), "top_p": dict(top_p=.8, temperature=2), "min_p": dict(min_p=.3, temperature=2),
            "penalties": dict(repetition_penalty=1.5, presence_penalty=.5, frequency_penalty=.3), "plain": {},
            "all": dict(temperature=1.3, top_k=6, top_p=.9, min_p=.05, presence_penalty=-.5)}
 

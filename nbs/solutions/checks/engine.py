@@ -44,7 +44,7 @@ class ToyRunner:
             if s.seq.finish_reason:
                 raise WrongAnswer(f"sequence {s.seq.request_id} has ended and is computed all the same")
         tokens = [next_token(s.seq.tokens(0, s.end)) for s in output.sampled]
-        result = SimpleNamespace(token_ids=tokens, logprobs=[None] * len(tokens), prompt_logprobs=[])
+        result = SimpleNamespace(token_ids=tokens, logprobs=[None] * len(tokens), prompt_logprobs=[], accepted={})
         return SimpleNamespace(result=lambda: result)
 
 

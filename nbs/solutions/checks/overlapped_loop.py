@@ -76,7 +76,7 @@ class LateRunner:
         for s in output.sampled:
             tokens.append(next_token([self.token_at(s.seq, position) for position in range(s.end)]))
             self.sampled[s.seq.request_id, s.end] = tokens[-1]
-        result, number = SimpleNamespace(token_ids=tokens, logprobs=[None] * len(tokens), prompt_logprobs=[]), self.steps
+        result, number = SimpleNamespace(token_ids=tokens, logprobs=[None] * len(tokens), prompt_logprobs=[], accepted={}), self.steps
         self.in_flight.append(number)
         self.most = max(self.most, len(self.in_flight))
 
