@@ -186,7 +186,7 @@ def test_the_results_of_a_step_outlive_the_next():
         if runner is graphs: poison(graphs.graphs)
         results = [handle.result() for handle in handles]
         found.append(([r.token_ids for r in results], [[(t, x.rank) for (e,) in r.logprobs for t, x in e.items()] for r in results],
-                      torch.tensor([[x.logprob for e in r.logprobs for x in e.values()] for r in results])))
+                      torch.tensor([[x.logprob for (e,) in r.logprobs for x in e.values()] for r in results])))
     assert found[0][:2] == found[1][:2]
     torch.testing.assert_close(found[0][2], found[1][2])
 
