@@ -5,11 +5,9 @@
 # %% auto #0
 __all__ = ['MAX_GATHERED', 'QUERY_PIECE', 'BACKENDS', 'Batch', 'prompt_positions', 'make_batch', 'slots_of', 'store_kv',
            'AttentionBackend', 'window_len', 'ReferenceAttention', 'slot_table', 'length_groups', 'DecodeGroup',
-           'visible', 'ChunkPlan', 'TorchAttention', 'attention_backend', 'log_once']
+           'visible', 'ChunkPlan', 'TorchAttention', 'attention_backend']
 
 # %% ../nbs/06_attention_kernel.ipynb #fb0e3964
-import functools
-import logging
 from dataclasses import dataclass, replace
 import numpy as np
 import torch
@@ -306,9 +304,3 @@ def attention_backend(name: str, device_type: str = "cpu",
     backend = BACKENDS[name]
     backend.check(device_type, block_size)
     return backend
-
-# %% ../nbs/06_attention_kernel.ipynb #103f2f1b
-@functools.cache
-def log_once(message: str):
-    "Log `message`, the first time in this process."
-    logging.getLogger("nano_vllm").info(message)

@@ -6,8 +6,9 @@
 __all__ = ['SAMPLING_OPTIONS', 'ENGINE_OPTIONS', 'CHAT_DEFAULTS', 'SERVE_OPTIONS', 'LATENCY_OPTIONS', 'BENCHES', 'COMMANDS',
            'add_options', 'chosen', 'FlexibleArgumentParser', 'show', 'make_llm', 'generate', 'ask', 'chat',
            'start_bench', 'output_file', 'report', 'make_work', 'bench_throughput', 'bench_latency', 'bench_serve_like',
-           'fetch_model', 'generate_arguments', 'chat_arguments', 'latency_arguments', 'throughput_arguments',
-           'serve_like_arguments', 'add_command', 'add_commands', 'make_parser', 'give_up_output', 'complain', 'main']
+           'fetch_model', 'generate_arguments', 'chat_arguments', 'add_output_file', 'latency_arguments',
+           'throughput_arguments', 'serve_like_arguments', 'add_command', 'add_commands', 'make_parser',
+           'give_up_output', 'complain', 'main']
 
 # %% ../nbs/18_command_line.ipynb #d4f5545d
 import argparse, io, json, os, sys
@@ -225,15 +226,19 @@ def chat_arguments(parser):
     add_options(parser, SAMPLING_OPTIONS)
 
 # %% ../nbs/18_command_line.ipynb #a8a4258e
-def latency_arguments(parser):
+def add_output_file(parser):
+    "Add `--output-json`, whose file `report` writes."
     parser.add_argument("--output-json", metavar="FILE", type=output_file,
                         help="a copy of the figures")
+
+
+def latency_arguments(parser):
+    add_output_file(parser)
     add_options(parser, LATENCY_OPTIONS)
 
 # %% ../nbs/18_command_line.ipynb #006320df
 def throughput_arguments(parser):
-    parser.add_argument("--output-json", metavar="FILE", type=output_file,
-                        help="a copy of the figures")
+    add_output_file(parser)
     parser.add_argument("--num-prompts", type=int, default=32, metavar="INT",
                         help="requests, default 32")
 

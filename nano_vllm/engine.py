@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['TOKEN_MASKS', 'ENGINE_LIMITS', 'DEFAULT_IS_NONE', 'ACCEPTED_ARGS', 'REFUSED_ARGS', 'OTHER_NAMES', 'NEUTRAL_VALUES',
-           'DTYPES', 'UTILIZATION', 'OF_FREE_MEMORY', 'ADAPTERS', 'SPECULATORS', 'CompletionOutput', 'since',
+           'DTYPE_NAMES', 'UTILIZATION', 'OF_FREE_MEMORY', 'ADAPTERS', 'SPECULATORS', 'CompletionOutput', 'since',
            'RequestMetrics', 'RequestOutput', 'Completion', 'Request', 'is_token_list', 'split_prompts', 'unwrap',
            'read_prompt', 'read_params', 'read_priorities', 'read_default_params', 'InputProcessor', 'spell',
            'with_text', 'OutputProcessor', 'Engine', 'read_options', 'takes_all_names', 'EngineArgs', 'choose_dtype',
            'choose_device', 'EngineConfig', 'choose_kv_dtype', 'resolve_args', 'memory_budget', 'max_sampled',
            'kv_memory', 'count_blocks', 'make_group', 'rank_device', 'make_runner', 'serve_rank', 'load_tokenizer',
-           'make_scheduler', 'count_in_flight', 'make_speculator', 'Parts', 'make_parts', 'make_engine']
+           'make_scheduler', 'count_in_flight', 'refuse_beside', 'make_speculator', 'Parts', 'make_parts',
+           'make_engine']
 
 # %% ../nbs/14_engine.ipynb #342515a2
 import os, time
@@ -30,7 +31,7 @@ from fastcore.basics import patch
 from .cuda_graphs import make_graphs
 from .kv_blocks import SchedulerOutput, Sequence, blocks_needed
 from .layers import LAUNCHERS, Ops, Target, TensorParallelGroup, choose_ops
-from .model import ModelConfig, read_json, shard_heads
+from .model import DTYPES, ModelConfig, read_json, shard_heads
 from .model_runner import (ModelRunner, StepHandle, device_memory,
                                     kv_block_bytes, load_processors, profile_memory)
 from .prefix_cache import KVCacheManager
@@ -378,7 +379,7 @@ def make_request(self: InputProcessor, text, ids: list[int],
     number, self.num_made = self.num_made, self.num_made + 1
     everything = {name: self.vocab_size for name in ("logprobs", "prompt_logprobs")
                   if getattr(params, name) == -1}
-    params = replace(params, **everything)
+    if everything: params = replace(params, **everything)
     seed = self.random.getrandbits(63) if params.seed is None else params.seed
     eos = set() if params.ignore_eos else self.eos_token_ids
     longest = len(ids) + (params.max_tokens or self.max_model_len)
@@ -387,7 +388,8 @@ def make_request(self: InputProcessor, text, ids: list[int],
                   cache_salt=self.cache_salt(number, adapter))
     shared |= dict(priority=priority,
                    bad_words_token_ids=spell(params.bad_words, self.tokenizer))
-    others = replace(params, prompt_logprobs=None, skip_reading_prefix_cache=None)
+    others = params if params.n == 1 else replace(
+        params, prompt_logprobs=None, skip_reading_prefix_cache=None)
     seqs = [Sequence(str(number), ids, others if i else params, i, (seed + i) % 2**63,
                      token_mask=self.make_mask(params), **shared)
             for i in range(params.n)]
@@ -740,20 +742,20 @@ class EngineArgs:
             value = getattr(self, name)
             if value is None and getattr(EngineArgs, name) is None: continue
             setattr(self, name, check_number(name, value, *limits))
+        self.logits_processors = load_processors(self.logits_processors)
         if self.scheduling_policy not in POLICIES:
             raise ValueError(f"scheduling_policy must be one of {', '.join(POLICIES)}, "
                              f"got {self.scheduling_policy!r}")
 
 # %% ../nbs/14_engine.ipynb #a6eaf2e6
-DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16,
-              float=torch.float32, half=torch.float16)
+DTYPE_NAMES = DTYPES | dict(float=torch.float32, half=torch.float16)   # as in vLLM
 
 
 def choose_dtype(field: str, value, auto: torch.dtype) -> torch.dtype:
     "The torch dtype that `value` of `field` stands for: 'auto', a name, or a dtype."
-    for name, known in dict(auto=auto, **DTYPES).items():
+    for name, known in dict(auto=auto, **DTYPE_NAMES).items():
         if value is known or value == name: return known
-    raise ValueError(f"{field} must be one of auto, {', '.join(DTYPES)}, got "
+    raise ValueError(f"{field} must be one of auto, {', '.join(DTYPE_NAMES)}, got "
                      f"{quote(value)}")
 
 # %% ../nbs/14_engine.ipynb #353a2352
@@ -919,14 +921,20 @@ def count_in_flight(config: EngineConfig, group: TensorParallelGroup) -> int:
 SPECULATORS = {}   # method -> a function that makes its speculator for an EngineConfig
 
 
+def refuse_beside(args: EngineArgs, where: str, *names: str):
+    "ValueError if one of the arguments `names` is given, `where` it cannot be."
+    for name in names:
+        value = getattr(args, name)
+        if value and value != getattr(EngineArgs, name):
+            raise ValueError(f"{name} must be left out {where}, got {value!r}")
+
+
 def make_speculator(config: EngineConfig):
     "What guesses ahead, if anything; ValueError if `speculative_config` is no good."
     wanted = config.args.speculative_config
     if wanted is None: return None
-    for name in ("logits_processors", "data_parallel_size"):
-        if (value := getattr(config.args, name)) not in (None, [], 1):
-            raise ValueError(f"{name} must be left out with speculative_config, got "
-                             f"{value!r}")
+    refuse_beside(config.args, "with speculative_config", "logits_processors",
+                  "data_parallel_size")
     method = wanted.get("method") if isinstance(wanted, dict) else None
     if method in list(SPECULATORS): return SPECULATORS[method](config)
     raise ValueError("speculative_config must be a dict with a method of "
@@ -947,7 +955,7 @@ def make_parts(config: EngineConfig) -> Parts:
     group = make_group(args, config.device)
     with group.collective_guard(): runner = make_runner(config, group)
     runner.logits_processors = [make(config, runner.device, False)
-                                for make in load_processors(args.logits_processors)]
+                                for make in args.logits_processors]
     if not (args.enforce_eager or args.logits_processors):
         runner.graphs = make_graphs(runner, config.max_model_len)
     num_blocks = runner.kv_cache.shape[2]
@@ -970,7 +978,7 @@ def make_engine(args: EngineArgs) -> Engine:
     inputs = InputProcessor(tokenizer, config.model.vocab_size, config.max_model_len,
                             parts.num_blocks, args.block_size, eos, default_params,
                             args.enable_prefix_caching, Random(args.seed),
-                            args.max_logprobs, load_processors(args.logits_processors),
+                            args.max_logprobs, args.logits_processors,
                             adapters=parts.runner.adapters)
     return Engine(inputs, parts.scheduler, parts.runner,
                   OutputProcessor(tokenizer, eos), parts.num_in_flight, speculator)

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['LIMITS', 'check_options', 'latency', 'poisson_arrivals', 'Timeline', 'note_tokens', 'serve', 'spread', 'summarize',
-           'serve_like', 'step_seconds', 'stall', 'with_prefix']
+           'under_load', 'serve_like', 'step_seconds', 'stall', 'with_prefix']
 
 # %% ../nbs/17_latency.ipynb #28bd2d6c
 import time
 from collections import deque
+from functools import partial
 from typing import NamedTuple
 import numpy as np
 from .benchmark import Workload, random_workload, throughput
@@ -106,13 +107,20 @@ def summarize(lines: list[Timeline]) -> dict:
                 **spread("itl", np.concatenate(gaps)))
 
 # %% ../nbs/17_latency.ipynb #a3e87d1e
-def serve_like(llm: LLM, work: Workload, request_rate=float("inf"), seed=0) -> dict:
-    "`summarize` the work with arrivals at random, `request_rate` a second."
+def under_load(serve_at, work: Workload, request_rate=float("inf"), seed=0) -> dict:
+    """`summarize` the work with arrivals at random, `request_rate` a second.
+
+    `serve_at(arrivals)` hands over each request at its time; it gives their lines."""
     check_options(request_rate=request_rate, seed=seed)
     arrivals = poisson_arrivals(len(work.prompts), request_rate, seed)
     rate = "inf" if request_rate == float("inf") else request_rate   # as vLLM writes it
     return dict(request_rate=rate, total_input_tokens=work.num_prompt_tokens,
-                **summarize(serve(llm, work, arrivals)))
+                **summarize(serve_at(arrivals)))
+
+
+def serve_like(llm: LLM, work: Workload, request_rate=float("inf"), seed=0) -> dict:
+    "The work `under_load`, on an engine in this process."
+    return under_load(partial(serve, llm, work), work, request_rate, seed)
 
 # %% ../nbs/17_latency.ipynb #217b67f2
 def step_seconds(llm: LLM) -> float:

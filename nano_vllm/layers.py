@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .attention import TorchAttention, attention_backend, log_once
+from .attention import TorchAttention, attention_backend
 from .sampler import sample
-from .sampling_params import check_number, quote
+from .sampling_params import check_number, log_once, quote
 
 # %% ../nbs/08_tp_layers.ipynb #03edbd28
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None):

@@ -14,7 +14,6 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 import numpy as np
@@ -25,6 +24,7 @@ from .cpu_kernels import (REDUCE, VECTOR_TYPES, PlainProduct, address,
                                    fits_kernels)
 from .cpu_products import PRODUCT, Matrix, TiledProduct, load_product
 from .engine import ADAPTERS, EngineArgs
+from .fusions import tl, triton    # or what stands in for them
 from .layers import (ColumnParallelLinear, Linear, RowParallelLinear,
                               ShardRange)
 from .llm import PATHS
@@ -33,15 +33,6 @@ from .moe import grouped_linear
 from .sampler import to_device
 from .sampling_params import check_number
 from .weights import is_finite, read_tensors
-
-
-try:
-    import triton
-    import triton.language as tl
-except ModuleNotFoundError as e:
-    if e.name != "triton": raise
-    # where Triton is not to be had, its kernels are plain functions that nobody calls
-    triton, tl = SimpleNamespace(jit=lambda f: f), SimpleNamespace(constexpr=int)
 
 # %% ../nbs/31_lora.ipynb #237d1a06
 @dataclass(frozen=True)

@@ -302,7 +302,7 @@ CONFIG_LIMITS = dict(
     head_dim=(int, 2, 2**14), max_position_embeddings=(int, 1, 2**30),
     sliding_window=(int, 1, 2**30), rms_norm_eps=(float, 1e-12, 0.1))
 MAY_BE_NONE = "head_dim", "sliding_window"
-DTYPES = torch.float32, torch.bfloat16, torch.float16, None
+DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
 ONLY = dict(hidden_act="silu", use_sliding_window=False, quantization_config=None)
 
 
@@ -316,9 +316,8 @@ def refuse_unsupported(hf):
         value = getattr(hf, name, supported)
         if value != supported:
             raise ValueError(f"{name} is {quote(value)}, supported: {supported!r}")
-    if hf.dtype not in DTYPES:
-        raise ValueError(f"dtype is {hf.dtype}, supported: {DTYPES[:-1]}")
+    if hf.dtype not in (None, *DTYPES.values()):
+        raise ValueError(f"dtype is {hf.dtype}, supported: {tuple(DTYPES.values())}")
     if hf.num_attention_heads % hf.num_key_value_heads:
         raise ValueError(f"num_attention_heads is {hf.num_attention_heads}, supported: "
                          f"multiples of num_key_value_heads, {hf.num_key_value_heads}")
-

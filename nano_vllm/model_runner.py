@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SAMPLING_COPIES', 'RATING_COPIES', 'PROMPT_PIECE', 'PROMPT_LOGITS', 'kv_block_bytes', 'read_meminfo', 'device_memory',
            'PeakMemory', 'NoAttention', 'prompt_piece', 'profile_memory', 'allocate_kv_cache', 'InputBatch',
-           'RowInputs', 'texts_before', 'prompt_indices', 'fetch_later', 'StepResult', 'StepHandle', 'ModelRunner',
-           'rate_prompts', 'BatchUpdate', 'LogitsProcessor', 'process_dict_updates', 'AdapterLogitsProcessor',
-           'load_processors', 'compare_rows']
+           'RowInputs', 'with_guesses', 'texts_before', 'prompt_indices', 'fetch_later', 'StepResult', 'StepHandle',
+           'ModelRunner', 'rate_prompts', 'BatchUpdate', 'LogitsProcessor', 'process_dict_updates',
+           'AdapterLogitsProcessor', 'load_processors', 'compare_rows']
 
 # %% ../nbs/11_model_runner.ipynb #1aa1b95b
 import mmap, os, pydoc, re
@@ -286,14 +286,18 @@ class RowInputs:
     metadata: SamplingMetadata   # of these R
 
 # %% ../nbs/11_model_runner.ipynb #5b1d7e21
+def with_guesses(seq: Sequence, guesses: tuple[int, ...]) -> Sequence:
+    "The sequence as if `guesses` had been said, if its next token depends on them."
+    if not (guesses and seq.params.depends_on_output): return seq
+    return replace(seq, output_token_ids=[*seq.output_token_ids, *guesses])
+
+
 def texts_before(scheduled: list[ScheduledSequence]) -> list[Sequence]:
     "For each token to be chosen, its sequence, with the guesses that come before it."
     texts = []
     for s in scheduled:
         for n in range(s.samples):
-            guesses = s.spec_token_ids[:n] if s.seq.params.depends_on_output else ()
-            output = [*s.seq.output_token_ids, *guesses]
-            texts.append(replace(s.seq, output_token_ids=output) if guesses else s.seq)
+            texts.append(with_guesses(s.seq, s.spec_token_ids[:n]))
     return texts
 
 # %% ../nbs/11_model_runner.ipynb #f0be1b5e

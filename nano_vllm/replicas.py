@@ -13,8 +13,10 @@ import weakref
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field, replace
 from fastcore.basics import patch
-from .cli import BENCHES, add_options, chosen, make_llm, report
-from .engine import EngineArgs, EngineConfig, Parts, make_parts, resolve_args
+from .cli import (BENCHES, add_options, add_output_file, chosen, make_llm,
+                           report)
+from .engine import (EngineArgs, EngineConfig, Parts, make_parts,
+                              refuse_beside, resolve_args)
 from .kv_blocks import ScheduledSequence, SchedulerOutput, Sequence
 from .layers import LAUNCHERS, TensorParallelGroup
 from .model_runner import StepResult
@@ -368,9 +370,8 @@ def retire(self: Fleet, name: int):
 # %% ../nbs/33_replicas.ipynb #8e7d9bd9
 def make_fleet(config: EngineConfig) -> Parts:
     "The scheduler and the runner of an engine whose steps are computed by replicas."
-    for name in ("enable_lora", "logits_processors"):
-        if value := getattr(config.args, name): raise ValueError(
-            f"{name} must be left out where data_parallel_size is not 1, got {value}")
+    refuse_beside(config.args, "where data_parallel_size is not 1", "enable_lora",
+                  "logits_processors")
     fleet = Fleet(config)
     return Parts(fleet, fleet, min(a.num_blocks for a in fleet.actors.values()), 1)
 LAUNCHERS["replicas"] = make_fleet
@@ -428,7 +429,7 @@ def bench_plan(args):
 
 
 def plan_arguments(parser):
-    parser.add_argument("--output-json", metavar="FILE", help="a copy of the figures")
+    add_output_file(parser)
     parser.add_argument("--p99-ttft-ms", type=float, default=1000., metavar="FLOAT",
                         help="99 of 100 first tokens come within this, default 1000")
     add_options(parser, PLAN_OPTIONS)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_N', 'MAX_BIAS', 'LIMITS', 'KINDS', 'OPTIONAL', 'ACCEPTED', 'REFUSED', 'LOWEST_TEMPERATURE', 'GREEDY_BELOW',
            'CLASSES', 'shorten', 'quote', 'check_number', 'is_unicode', 'is_token_id', 'is_stop_string', 'check_list',
-           'check_bias', 'RepetitionDetectionParams', 'repeats', 'say_once', 'settle', 'check_together', 'read_aliases',
+           'check_bias', 'RepetitionDetectionParams', 'repeats', 'log_once', 'settle', 'check_together', 'read_aliases',
            'check_lists', 'check_params', 'RequestOutputKind', 'SamplingParams', 'BeamSearchParams', 'Logprob']
 
 # %% ../nbs/00_sampling_params.ipynb #be71af18
@@ -106,6 +106,12 @@ def repeats(token_ids: list[int], p: RepetitionDetectionParams) -> bool:
         if end == end[:size] * p.min_count: return True
     return False
 
+# %% ../nbs/00_sampling_params.ipynb #17df9b15
+@cache
+def log_once(message: str, level: int = logging.INFO):
+    "Log `message`, the first time in this process."
+    logging.getLogger("nano_vllm").log(level, message)
+
 # %% ../nbs/00_sampling_params.ipynb #66abe038
 ACCEPTED = dict(
     spaces_between_special_tokens="the tokenizers here put no spaces there",
@@ -123,16 +129,10 @@ REFUSED = dict(
     trace_decode_token_ids="prompt_logprobs rates given tokens")
 
 
-@cache
-def say_once(line: str):
-    "Log a line, the first time only."
-    logging.getLogger("nano_vllm").warning(line)
-
-
 def settle(name: str, value, accepted: dict, refused: dict):
     "ValueError for a name that is refused; a line in the log for one without effect."
     if name in refused: raise ValueError(f"{name} is refused: {refused[name]}")
-    say_once(f"{name}={value!r} has no effect here: {accepted[name]}")
+    log_once(f"{name}={value!r} has no effect here: {accepted[name]}", logging.WARNING)
 
 # %% ../nbs/00_sampling_params.ipynb #ca1844ea
 def check_together(p):

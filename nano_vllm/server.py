@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['INTERNAL', 'SAMPLING', 'FIELDS', 'NOUNS', 'IGNORED', 'COMPLETION_FIELDS', 'RESPONSE_FORMATS', 'TOOL_CHOICES',
-           'CHAT_OPTIONS', 'CHAT_FIELDS', 'CALL', 'SECONDS', 'GAUGES', 'HISTOGRAMS', 'COUNTERS', 'ROUTES', 'access_log',
-           'HERE', 'SERVER_OPTIONS', 'SERVER_LIMITS', 'joined', 'Reader', 'EngineDeadError', 'QueueFullError',
-           'AsyncLLM', 'rename', 'APIError', 'to_api_error', 'refuse_constant', 'read_json', 'read_fields', 'Ask',
-           'read_common', 'read_completion', 'read_content', 'read_call', 'read_message', 'choose', 'read_form',
-           'render', 'read_chat', 'read_calls', 'Choice', 'number', 'chat_logprob', 'chat_logprobs',
-           'completion_logprobs', 'prompt_logprobs', 'Usage', 'API', 'snapshot', 'Metrics', 'Answer', 'to_events',
-           'to_response', 'read_body', 'unless_gone', 'endpoint', 'Front', 'make_app', 'make_server', 'serving',
-           'serve', 'serve_arguments', 'post', 'timed_request', 'bench_http', 'bench_serve', 'bench_serve_arguments']
+           'CHAT_OPTIONS', 'CHAT_FIELDS', 'CALL', 'SECONDS', 'HISTOGRAMS', 'COUNTERS', 'ROUTES', 'access_log', 'HERE',
+           'SERVER_OPTIONS', 'SERVER_LIMITS', 'joined', 'Reader', 'EngineDeadError', 'QueueFullError', 'AsyncLLM',
+           'APIError', 'to_api_error', 'refuse_constant', 'read_json', 'read_fields', 'Ask', 'read_common',
+           'read_completion', 'read_content', 'read_call', 'read_message', 'choose', 'read_form', 'render', 'read_chat',
+           'read_calls', 'Choice', 'number', 'chat_logprob', 'chat_logprobs', 'completion_logprobs', 'prompt_logprobs',
+           'Usage', 'API', 'snapshot', 'Metrics', 'Answer', 'to_events', 'to_response', 'read_body', 'unless_gone',
+           'endpoint', 'Front', 'make_app', 'make_server', 'serving', 'serve', 'serve_arguments', 'post',
+           'timed_request', 'bench_http', 'bench_serve', 'bench_serve_arguments']
 
 # %% ../nbs/29_server.ipynb #c1b76bca
 import argparse, asyncio, hmac, json, logging, math, queue, re, signal, sys
@@ -30,9 +30,10 @@ from .cli import (BENCHES, COMMANDS, SERVE_OPTIONS, add_options, chosen,
                            make_llm, report, throughput_arguments)
 from .engine import (Engine, EngineArgs, Request, RequestOutput, make_engine,
                               split_prompts)
-from .latency import Timeline, check_options, poisson_arrivals, summarize
+from .latency import Timeline, check_options, under_load
+from .llm import GAUGES, rename
 from .sampling_params import SamplingParams, check_number
-from .tokenizer import StopFilter
+from .tokenizer import StopFilter, join_parts
 
 # %% ../nbs/29_server.ipynb #1e81c61d
 def joined(old: RequestOutput, new: RequestOutput) -> RequestOutput:
@@ -178,12 +179,6 @@ def run(self: AsyncLLM):
         except Exception as error: self.fail(error)
     if not self.errored: self.dead_error = EngineDeadError("the engine is shut down")
     self.tell(self.fail_readers, self.dead_error)
-
-# %% ../nbs/29_server.ipynb #3f82387c
-def rename(request: Request, request_id: str):
-    "Give a request that nobody knows yet another id."
-    request.request_id = request_id
-    for completion in request.completions: completion.seq.request_id = request_id
 
 # %% ../nbs/29_server.ipynb #3077da2a
 @patch
@@ -370,7 +365,7 @@ def read_content(content, where: str) -> str:
     for part in content:
         if isinstance(part, dict) and isinstance(part.get("text"), str): continue
         raise ValueError(f"{where}.content: a part must be text, got {part!r}")
-    return "\n".join(part["text"] for part in content)
+    return join_parts(content)
 
 # %% ../nbs/29_server.ipynb #536deea7
 def read_call(call: dict) -> dict:
@@ -615,12 +610,6 @@ def snapshot(engine: Engine) -> dict:
 # %% ../nbs/29_server.ipynb #5007865a
 SECONDS = (.001, .005, .01, .02, .04, .06, .08, .1, .25, .5, .75, 1, 2.5, 5, 10, 20, 40)
 
-# %% ../nbs/29_server.ipynb #c15b06d9
-GAUGES = dict(
-    num_requests_running=("Sequences in the batch", lambda s: s["running"]),
-    num_requests_waiting=("Sequences that wait", lambda s: s["waiting"]),
-    kv_cache_usage_perc=("Of KV blocks, 1 is all", lambda s: s["used"] / s["blocks"]))
-
 # %% ../nbs/29_server.ipynb #55ef1966
 HISTOGRAMS = dict(
     time_to_first_token_seconds=("To the first token", lambda m: m.time_to_first_token),
@@ -648,9 +637,9 @@ class Metrics:
         def make(kind, title, text, *labels, **options):
             return kind(f"vllm:{title}", text, ("model_name", *labels),
                         registry=self.registry, **options)
-        for title, (text, value) in GAUGES.items():
+        for title, (text, read) in GAUGES.items():
             make(Gauge, title, text).labels(**name).set_function(
-                lambda value=value: value(snapshot(engine)))
+                partial(read, engine))
         self.counters = {t: make(Counter, t, text).labels(**name)
                          for t, (text, _) in COUNTERS.items()}
         self.histograms = {t: make(Histogram, t, text, buckets=SECONDS).labels(**name)
@@ -1058,19 +1047,17 @@ def timed_request(send, body: dict, arrival: float, start: float) -> Timeline:
 # %% ../nbs/29_server.ipynb #16bc8cea
 def bench_http(base_url: str, model: str, work: Workload, request_rate=math.inf, seed=0,
                api_key=None) -> dict:
-    "`summarize` what readers see of a server at `base_url`."
-    check_options(request_rate=request_rate, seed=seed)
-    arrivals = poisson_arrivals(len(work.prompts), request_rate, seed)
+    "The work `under_load`, at a server."
     bodies = [dict(model=model, prompt=prompt, max_tokens=p.max_tokens,
                    temperature=p.temperature, ignore_eos=True)
               for prompt, p in zip(work.prompts, work.params)]
-    send, start = partial(post, base_url, api_key=api_key), time.perf_counter()
-    def run(body, arrival): return timed_request(send, body, arrival, start)
-    with ThreadPoolExecutor(len(bodies)) as threads:
-        lines = list(threads.map(run, bodies, arrivals))
-    rate = "inf" if request_rate == math.inf else request_rate
-    return dict(request_rate=rate, total_input_tokens=work.num_prompt_tokens,
-                **summarize(lines))
+    send = partial(post, base_url, api_key=api_key)
+    def serve_at(arrivals):
+        start = time.perf_counter()
+        def run(body, arrival): return timed_request(send, body, arrival, start)
+        with ThreadPoolExecutor(len(bodies)) as threads:
+            return list(threads.map(run, bodies, arrivals))
+    return under_load(serve_at, work, request_rate, seed)
 
 # %% ../nbs/29_server.ipynb #4cbe5e4f
 def bench_serve(args):

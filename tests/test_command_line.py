@@ -62,7 +62,7 @@ def test_an_empty_message_is_a_message(folder, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("file", ["/no/such/folder/x.json", "."])
-@pytest.mark.parametrize("bench", ["throughput", "latency", "serve-like"])
+@pytest.mark.parametrize("bench", ["throughput", "latency", "serve-like", "plan"])
 def test_a_file_that_cannot_be_written(folder, file, bench, monkeypatch, capsys):
     "It is found before the model is loaded."
     monkeypatch.setattr("nano_vllm.cli.LLM", lambda *_, **__: pytest.fail("loaded a model"))

@@ -19,7 +19,7 @@ from nano_vllm.llm import NEUTRAL_VALUES, status_of
 from nano_vllm.model_runner import LogitsProcessor, compare_rows
 from nano_vllm.prefix_cache import KVCacheManager
 from nano_vllm.sampler import LOGIT_STAGES, AllowedTokens, SamplingMetadata, pack_mask, run_stages, unpack_mask
-from nano_vllm.sampling_params import BeamSearchParams, RepetitionDetectionParams, RequestOutputKind, repeats, say_once
+from nano_vllm.sampling_params import BeamSearchParams, RepetitionDetectionParams, RequestOutputKind, log_once, repeats
 from nano_vllm.scheduler import PriorityQueue, PriorityScheduler
 from nano_vllm.tokenizer import Detokenizer, Tokenizer
 from nano_vllm.workbench import fetch
@@ -70,7 +70,7 @@ def value_of(name): return VALUES.get(name, name not in OFF)
 
 def behaves(make, name, state, caplog):
     "Does giving `name` to `make` do what `state` says of it?"
-    say_once.cache_clear()
+    log_once.cache_clear()
     with caplog.at_level(logging.WARNING, "nano_vllm"):
         if state == "refused":
             with pytest.raises(ValueError, match=rf"\b{name}\b"): make({name: value_of(name)})

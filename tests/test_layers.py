@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import nano_vllm.layers
-from nano_vllm.attention import ReferenceAttention, TorchAttention, log_once
+from nano_vllm.attention import ReferenceAttention, TorchAttention
 from nano_vllm.layers import (OPS, ColumnParallelLinear, Linear, Ops, RMSNorm, Rotary, RowParallelLinear, ShardRange, Target,
                               TensorParallelGroup, VocabParallelEmbedding, choose_ops, rope_frequencies, rotate, shard, silu_and_mul,
                               torch_ops, what_it_suits)
+from nano_vllm.sampling_params import log_once
 
 ROPES = {
     "default": dict(rope_type="default", rope_theta=10000.0),

@@ -144,11 +144,12 @@ def test_without_ray_the_error_names_the_extra(tiny, monkeypatch):
     with pytest.raises(ValueError, match="data_parallel_size must be an integer"): LLM(tiny, data_parallel_size=0, **LIMITS)
 
 
-def test_bench_plan_measures_and_prints_the_answer(tiny, capsys):
+def test_bench_plan_measures_prints_and_writes_the_answer(tiny, tmp_path, capsys):
     args = ["bench", "plan", "--model", str(tiny), "--device", "cpu", "--max-model-len", "200", "--num-kv-blocks", "100"]
     traffic = ["--request-rate", "300", "--num-requests", "200", "--num-prefixes", "5", "--prefix-len", "64", "--question-len", "8", "--output-len", "8"]
-    assert cli.main([*args, *traffic, "--p99-ttft-ms", "2000"]) == 0
+    assert cli.main([*args, *traffic, "--p99-ttft-ms", "2000", "--output-json", str(tmp_path/"plan.json")]) == 0
     answer = json.loads(capsys.readouterr().out)
+    assert json.loads((tmp_path/"plan.json").read_text()) == answer
     assert set(answer) == {"costs", *RULES} and list(answer["costs"]) == list(FEATURES) and sum(answer["costs"].values()) > 0
     for rule in RULES: assert answer[rule]["replicas"] >= 1 and answer[rule]["p99_ttft_ms"] <= 2000 and answer[rule]["num_requests"] == 200
     for bad, what in (("--num-prefixes", "num_prefixes"), ("--p99-ttft-ms", "p99_ttft_ms"), ("--request-rate", "request_rate")):

@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 import nano_vllm.triton_attention as module
 from gpu_checks import attend as store_and_attend, mixed
 from helpers import tiny_folder
-from nano_vllm.attention import BACKENDS, ReferenceAttention, TorchAttention, attention_backend, log_once, make_batch, slots_of
+from nano_vllm.attention import BACKENDS, ReferenceAttention, TorchAttention, attention_backend, make_batch, slots_of
 from nano_vllm.kv_blocks import ScheduledSequence, Sequence
 from nano_vllm.layers import Target, choose_ops
-from nano_vllm.sampling_params import SamplingParams
+from nano_vllm.sampling_params import SamplingParams, log_once
 from nano_vllm.triton_attention import MIN_DOT, AttentionMetadata, FlashAttention, Tiles, TritonAttention, count_items, store_kv
 from test_attention import float32_tolerance
 

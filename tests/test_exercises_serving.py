@@ -1,0 +1,399 @@
+"""The exercises of the part "Serving, next": each check accepts other right answers, and says what is wrong with wrong ones.
+
+What holds for the notebooks of all chapters with solutions stands in test_exercises.py."""
+import asyncio
+import hmac
+import json
+import re
+
+import pytest
+import torch
+
+from exercise_answers import Answers, assert_all_tried, checks_of, name_of, try_answer
+from solutions.checks import lora, replicas, routing, server, speculative
+
+MODULES = [server, speculative, lora, routing, replicas]
+CHECKS = checks_of(MODULES)
+ANSWERS = Answers()
+right, wrong = ANSWERS.right, ANSWERS.wrong
+
+
+# ---- 29, a server
+
+right(server.check_share_lost)(lambda step, cores, n, chunk: 1 - step / (step + n * chunk / cores))
+wrong(server.check_share_lost, "of 41.6 ms in all")(lambda step, cores, n, chunk: n * chunk / cores / step)
+wrong(server.check_share_lost, "the step becomes 1.6 ms longer")(lambda step, cores, n, chunk: n * chunk / (step + n * chunk))
+
+
+@right(server.check_same_key)
+def _(given, key):
+    letters = [given[i] for i in range(len(given))]
+    return hmac.compare_digest("".join(letters), "".join(key[i] for i in range(len(key))))
+
+
+wrong(server.check_same_key, "the time tells where the first difference is")(
+    lambda given, key: len(given) == len(key) and all(given[i] == key[i] for i in range(len(key))))
+wrong(server.check_same_key, "same_key('s3cret', 's3cret-key') gives True, expected False")(
+    lambda given, key: not sum(given[i] != key[i] for i in range(min(len(given), len(key)))))
+wrong(server.check_same_key, "raises IndexError")(lambda given, key: not sum(given[i] != key[i] for i in range(len(key))))
+wrong(server.check_same_key, "takes slices")(lambda given, key: given[:] == key[:])
+wrong(server.check_same_key, "Is a `return` missing?")(lambda given, key: [given[i] == key[i] for i in range(min(len(given), len(key)))] and None)
+
+
+@right(server.check_parse_events)
+def _(pieces):                   # with a buffer that is searched
+    rest = bytearray()
+    for piece in pieces:
+        rest += piece
+        while (end := rest.find(b"\n")) >= 0:
+            line, rest = bytes(rest[:end]).rstrip(b"\r"), rest[end + 1:]
+            if line == b"data: [DONE]": return
+            if line.startswith(b"data: "): yield json.loads(line[6:])
+
+
+def lines_of(pieces, decode=lambda piece: piece.decode(), end="data: [DONE]"):
+    rest = ""
+    for piece in pieces:
+        *lines, rest = (rest + decode(piece)).split("\n")
+        for line in lines:
+            if line.strip() == end: return
+            if line.startswith("data: {"): yield json.loads(line[6:])
+
+
+wrong(server.check_parse_events, "a byte at a time, raises UnicodeDecodeError")(lines_of)
+wrong(server.check_parse_events, "a byte at a time, parse_events yields")(lambda pieces: lines_of(pieces, lambda piece: piece.decode(errors="replace")))
+wrong(server.check_parse_events, "goes on behind [DONE]")(
+    lambda pieces: (json.loads(line[6:]) for line in b"".join(pieces).split(b"\n") if line.startswith(b"data: {")))
+wrong(server.check_parse_events, "waits for more before it yields")(
+    lambda pieces: iter([json.loads(t) for t in re.findall(r"^data: ({.*})\r?$", b"".join(pieces).decode().split("\ndata: [DONE]")[0], re.M)]))
+
+
+class WithQueue:
+    def __init__(self): self.queue = asyncio.Queue()
+    def put(self, text): self.queue.put_nowait(text)
+    def close(self): self.queue.put_nowait(None)
+    def rest(self): return []
+
+    async def take(self):
+        found = [await self.queue.get(), *self.rest()]
+        return "".join(found) if None not in found else None
+
+
+@right(server.check_box)
+class WithCondition:
+    def __init__(self): self.parts, self.open, self.waiter = [], True, None
+
+    def wake(self):
+        if self.waiter and not self.waiter.done(): self.waiter.set_result(None)
+
+    def put(self, text):
+        self.parts.append(text)
+        self.wake()
+
+    def close(self):
+        self.open = False
+        self.wake()
+
+    async def take(self):
+        if self.open and not self.parts:
+            self.waiter = asyncio.get_running_loop().create_future()
+            await self.waiter
+        parts, self.parts = self.parts, []
+        return "".join(parts) if parts else None
+
+
+wrong(server.check_box, "take gives 'One,', expected 'One, two'")(WithQueue)
+
+
+@wrong(server.check_box, "two takes give (None, None)")
+class ForgetsTheEnd(WithCondition):
+    async def take(self):
+        text = await super().take()
+        return text if self.open else None
+
+
+@wrong(server.check_box, "it has to wait")
+class NeverWaits(WithCondition):
+    async def take(self):
+        parts, self.parts = self.parts, []
+        return "".join(parts)
+
+
+@wrong(server.check_box, "what has been read is not given again")
+class Repeats(WithCondition):
+    async def take(self):
+        if not hasattr(self, "all"): self.all = ""
+        new = await super().take()
+        self.all += new or ""
+        return self.all if new else None
+
+
+@wrong(server.check_box, "though there is something to give")
+class SleepsOn(WithCondition):
+    def wake(self): pass
+
+
+# ---- 30, speculative decoding
+
+@right(speculative.check_expected_tokens)
+def _(chance, num_guesses): return num_guesses + 1 if chance == 1 else (1 - chance**(num_guesses + 1)) / (1 - chance)
+
+
+wrong(speculative.check_expected_tokens, "a step without guesses gives a token")(lambda chance, num_guesses: sum(chance**i for i in range(1, num_guesses + 1)))
+wrong(speculative.check_expected_tokens, "the second counts only if the first is right")(lambda chance, num_guesses: 1 + chance * num_guesses)
+
+
+@right(speculative.check_kept)
+def _(guesses, chosen):
+    for i, guess in enumerate(guesses):
+        if guess != chosen[i]: return chosen[:i + 1]
+    return chosen[:]
+
+
+wrong(speculative.check_kept, "what follows a wrong guess is worthless")(lambda guesses, chosen: chosen)
+wrong(speculative.check_kept, "even if it looks so")(lambda guesses, chosen: chosen[:1 + sum(g == c for g, c in zip(guesses, chosen))])
+
+
+@right(speculative.check_sample)
+def _(p, q, draft, rng):
+    if p[draft] >= q[draft] or rng.random() < p[draft] / q[draft]: return [draft, True]
+    excess = [max(0, a - b) for a, b in zip(p, q)]
+    at = rng.random() * sum(excess)
+    for token, e in enumerate(excess):
+        at -= e
+        if at < 0 and e: return [token, False]
+
+
+@wrong(speculative.check_sample, "not those of p")
+def _(p, q, draft, rng):                   # draws from p where it should draw from the excess
+    return (draft, True) if rng.random() * q[draft] < p[draft] else (rng.choices(range(len(p)), p)[0], False)
+
+
+@wrong(speculative.check_sample, "could be: the sum of the smaller")
+def _(p, q, draft, rng):                   # draws without the draft
+    token = rng.choices(range(len(p)), p)[0]
+    return token, token == draft
+
+
+@right(speculative.check_best_length)
+def _(chance, seconds):
+    best, tokens = (0, 1 / seconds[0]), 1
+    for k in range(1, len(seconds)):
+        tokens += chance**k
+        if tokens / seconds[k] > best[1]: best = k, tokens / seconds[k]
+    return best[0]
+
+
+wrong(speculative.check_best_length, "more seconds for each guess")(lambda chance, seconds: len(seconds) - 1)
+wrong(speculative.check_best_length, "tokens a second")(lambda chance, seconds: sum(chance**k > seconds[k] - seconds[k-1] for k in range(1, len(seconds))))
+
+
+# ---- 31, LoRA
+
+right(lora.check_adapter_numbers)(lambda shapes, layers, rank: sum(sum(shape) for shape in shapes) * rank * layers)
+wrong(lora.check_adapter_numbers, "gives 13271040, expected 460800")(lambda shapes, layers, rank: layers * sum(o * i for o, i in shapes))
+wrong(lora.check_adapter_numbers, "gives 15360, expected 460800")(lambda shapes, layers, rank: rank * sum(o + i for o, i in shapes))
+wrong(lora.check_adapter_numbers, "gives 276480, expected 460800")(lambda shapes, layers, rank: layers * rank * sum(i for _, i in shapes))
+
+
+@right(lora.check_by_mask)
+def _(x, slots, a, b):
+    mine = torch.nn.functional.one_hot(slots + 1, len(a) + 1)[:, 1:].to(x.dtype)
+    return torch.einsum("ni,sri,ns,sro->no", x, a, mine, b)
+
+
+def masked(x, slots, a, b, mask):
+    answers = (x @ a.flatten(0, 1).T).unflatten(1, a.shape[:2])
+    return (answers * mask(slots, len(a))[:, :, None]).flatten(1) @ b.flatten(0, 1)
+
+
+wrong(lora.check_by_mask, "for row 0, expected")(lambda *args: masked(*args, lambda slots, n: torch.ones(len(slots), n)))
+wrong(lora.check_by_mask, "1 row without an adapter: by_mask")(     # -1 is taken for the last slot
+    lambda *args: masked(*args, lambda slots, n: slots[:, None] % n == torch.arange(n)))
+wrong(lora.check_by_mask, "has shape (2, 2, 4), expected (2, 4)")(lambda x, slots, a, b: (a @ x.T).mT @ b)
+wrong(lora.check_by_mask, "Is a `return` missing?")(lambda x, slots, a, b: None)
+
+
+@right(lora.check_grouped)
+def _(x, slots, width, run):
+    order = slots.argsort(stable=True)
+    added = torch.zeros(len(x), width)
+    for rows in order.split(slots[order].unique_consecutive(return_counts=True)[1].tolist()):
+        if slots[rows[0]] >= 0: added[rows] = run(slots[rows[0]], x[rows])
+    return added
+
+
+@wrong(lora.check_grouped, "slot 2 is run a second time")
+def _(x, slots, width, run):
+    return torch.stack([run(s, row[None])[0] if s >= 0 else torch.zeros(width) for s, row in zip(slots, x)])
+
+
+@wrong(lora.check_grouped, "there is no slot -1")
+def _(x, slots, width, run):
+    added = torch.zeros(len(x), width)
+    for s in slots.unique(): added[slots == s] = run(s, x[slots == s])
+    return added
+
+
+@wrong(lora.check_grouped, "is run without rows")
+def _(x, slots, width, run):
+    added = torch.zeros(len(x), width)
+    for s in range(int(slots.max()) + 1): added[slots == s] = run(s, x[slots == s])
+    return added
+
+
+@wrong(lora.check_grouped, "6 rows, 3 slots: grouped gives")
+def _(x, slots, width, run):            # sorted, and not put back
+    wanted = [s for s in slots.unique().tolist() if s >= 0]
+    parts = [x.new_zeros(int((slots < 0).sum()), width)] + [run(s, x[slots == s]) for s in wanted]
+    return torch.cat(parts)
+
+
+# ---- 32, routing
+
+right(routing.check_expected_hit_rate)(lambda texts, replicas, room, spread: min(texts, room * (replicas if spread else 1)) / texts)
+wrong(routing.check_expected_hit_rate, "(8, 4, 3, True) gives 0.375, expected 1")(lambda texts, replicas, room, spread: min(1, room / texts))
+wrong(routing.check_expected_hit_rate, "(8, 4, 3, True) gives 1.5, expected 1")(lambda texts, replicas, room, spread: room / (texts / replicas if spread else texts))
+
+
+def sums(router, hashes, per_request, size, count):
+    return {n: load * per_request + (len(hashes) - count(hashes, router.known[n])) * size for n, load in router.load.items()}
+
+
+def leading(hashes, known): return next((i for i, h in enumerate(hashes) if h not in known), len(hashes))
+
+
+@right(routing.check_weighted_rule)
+def _(router, hashes, tokens_per_request=100, block_size=16):
+    work = sums(router, hashes, tokens_per_request, block_size, leading)
+    return next(name for name in router.load if work[name] == min(work.values()))
+
+
+@wrong(routing.check_weighted_rule, "of equal sums the first in `router.load` is wanted")
+def _(router, hashes, tokens_per_request=100, block_size=16):
+    work = sums(router, hashes, tokens_per_request, block_size, leading)
+    return min(sorted(router.load), key=work.get)
+
+
+@wrong(routing.check_weighted_rule, "up to the end that the replica has not")
+def _(router, hashes, tokens_per_request=100, block_size=16):
+    work = sums(router, hashes, tokens_per_request, block_size, lambda hashes, known: 0)
+    return min(router.load, key=work.get)
+
+
+@wrong(routing.check_weighted_rule, "the rule changes the router")
+def _(router, hashes, tokens_per_request=100, block_size=16):
+    work = sums(router, hashes, tokens_per_request, block_size, leading)
+    name = min(router.load, key=work.get)
+    router.load[name] += 1
+    return name
+
+
+def first_tokens(requests, step, token, late=False, everyone=True):
+    "Another way: who runs is looked up in each step."
+    first, ends, begun, now = [None] * len(requests), [None] * len(requests), [0] * len(requests), 0
+    while None in ends:
+        there = [i for i, (at, *_) in enumerate(requests) if (at < now or at == now and not late or now == 0 and at == 0) and ends[i] is None]
+        if not there:
+            now = min(at for i, (at, *_) in enumerate(requests) if ends[i] is None) + (1e-12 if late else 0)
+            continue
+        now += step + token * sum(1 if begun[i] else requests[i][1] if everyone else 0 for i in there)
+        for i in there:
+            begun[i] += 1
+            if begun[i] == 1: first[i] = now
+            if begun[i] == requests[i][2]: ends[i] = now
+    return first
+
+
+right(routing.check_simulate_one)(first_tokens)
+wrong(routing.check_simulate_one, "([(0, 10, 1)], 5, 1) gives [5], expected [15]")(lambda *args: first_tokens(*args, everyone=False))
+wrong(routing.check_simulate_one, "expected [18]")(lambda requests, step, token: [step + token * n for _, n, _ in requests])
+
+
+# ---- 33, replicas
+
+@right(replicas.check_computed_again)
+def _(prompt, delivered, known, block_size):
+    while known >= prompt + delivered: known -= block_size
+    return prompt + delivered - known
+
+
+wrong(replicas.check_computed_again, "(96, 0, 96, 16) gives 0, expected 16")(lambda prompt, delivered, known, block_size: prompt + delivered - known)
+wrong(replicas.check_computed_again, "(100, 50, 0, 16) gives 100, expected 150")(
+    lambda prompt, delivered, known, block_size: prompt - min(known, (prompt - 1) // block_size * block_size))
+
+
+@right(replicas.check_join_reports)
+def _(reports):
+    known = {}
+    for start, tokens in reports:
+        if start > len(known): raise ValueError("gap")
+        for i, token in enumerate(tokens, start):
+            if known.setdefault(i, token) != token: raise ValueError("another token")
+    return [known[i] for i in range(len(known))]
+
+
+wrong(replicas.check_join_reports, "gives [1, 2, 1, 2], expected [1, 2]")(lambda reports: [t for _, tokens in reports for t in tokens])
+
+
+@wrong(replicas.check_join_reports, "expected ValueError: there is a gap")
+def _(reports):
+    answer = []
+    for start, tokens in reports: answer += tokens[len(answer) - start if len(answer) > start else 0:]
+    return answer
+
+
+@wrong(replicas.check_join_reports, "there is a token that contradicts")
+def _(reports):
+    answer = []
+    for start, tokens in reports:
+        if start > len(answer): raise ValueError("gap")
+        answer += tokens[len(answer) - start:]
+    return answer
+
+
+def fleet(lives, prompts, keep=True, delivered=True):
+    "One sequence after the other, each with whoever is alive."
+    answers = {}
+    for key, n in prompts.items():
+        answers[key], alive = [], lives
+        for replica in list(alive):
+            try:
+                said = replica.step([[key, list(answers[key]) if delivered else [], n]])
+                while len(answers[key]) < n:
+                    answers[key].append(said[key])
+                    if len(answers[key]) < n: said = replica.step([])
+                break
+            except replicas.LostReplica: lives = [r for r in lives if r is not replica]
+        if not lives: raise replicas.LostReplica("all are dead")
+    return answers
+
+
+right(replicas.check_answer_all)(fleet)
+wrong(replicas.check_answer_all, "a token is at a wrong place")(lambda lives, prompts: fleet(lives, prompts, delivered=False))
+
+
+@wrong(replicas.check_answer_all, "raises KeyError")
+def _(lives, prompts):
+    "Forgets whom it has just told of something."
+    answers = {key: [] for key in prompts}
+    told = [[key, [], n] for key, n in prompts.items()]
+    for replica in lives:
+        try:
+            while any(len(answers[k]) < n for k, n in prompts.items()):
+                said, told = replica.step(told), []
+                for key in prompts: answers[key] += [said[key]] if len(answers[key]) < prompts[key] else []
+            return answers
+        except replicas.LostReplica: continue
+    return answers
+
+
+# ---- what holds for all
+
+@pytest.mark.parametrize("case", ANSWERS, ids=name_of)
+def test_check_accepts_right_answers_and_says_what_is_wrong_with_others(case, capsys):
+    try_answer(case, capsys)
+
+
+def test_every_check_has_been_tried_with_right_and_wrong_answers():
+    assert_all_tried(CHECKS, ANSWERS)
