@@ -28,7 +28,7 @@ setup(
     packages=find_packages(include=["nano_vllm*"]),
     python_requires=">=" + settings["min_python"],
     install_requires=words("requirements"),
-    extras_require={name: words(f"{name}_requirements") for name in ("dev", "flash", "bench", "serve", "ray", "course")},
+    extras_require={name: words(f"{name}_requirements") for name in ("dev", "flash", "bench", "serve", "structured", "ray", "course")},
     entry_points={"console_scripts": words("console_scripts"), "nbdev": ["nano_vllm=nano_vllm._modidx:d"]},
     package_data={"nano_vllm": ["*.html"]},
     zip_safe=False,

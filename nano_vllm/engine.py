@@ -416,7 +416,9 @@ def make_requests(self: InputProcessor, prompts, sampling_params=None,
     params = read_params(sampling_params, len(prompts), self.default_params)
     priorities = read_priorities(priority, len(prompts))
     for i, (prompt, p) in enumerate(zip(prompts, params)):
-        try: checked.append((*self.check(prompt, p), p, priorities[i]))
+        try:
+            checked.append((*self.check(prompt, p), p, priorities[i]))
+            self.make_mask(p)          # which may find that it cannot be made
         except ValueError as e: raise ValueError(f"prompts[{i}]: {e}") from None
     adapters = self.read_adapters(lora_request, len(prompts))
     return [self.make_request(*c, adapter) for c, adapter in zip(checked, adapters)]

@@ -19,7 +19,7 @@ from nano_vllm.llm import NEUTRAL_VALUES, status_of
 from nano_vllm.model_runner import LogitsProcessor, compare_rows
 from nano_vllm.prefix_cache import KVCacheManager
 from nano_vllm.sampler import LOGIT_STAGES, AllowedTokens, SamplingMetadata, pack_mask, run_stages, unpack_mask
-from nano_vllm.sampling_params import BeamSearchParams, RepetitionDetectionParams, RequestOutputKind, log_once, repeats
+from nano_vllm.sampling_params import BeamSearchParams, RepetitionDetectionParams, RequestOutputKind, StructuredOutputsParams, log_once, repeats
 from nano_vllm.scheduler import PriorityQueue, PriorityScheduler
 from nano_vllm.tokenizer import Detokenizer, Tokenizer
 from nano_vllm.workbench import fetch
@@ -55,7 +55,7 @@ VALUES = dict(
     stop_token_ids=[5], max_tokens=3, min_tokens=2, logprobs=1, prompt_logprobs=1, logit_bias={5: 1}, allowed_token_ids=[5], bad_words=["x"],
     output_kind=RequestOutputKind.DELTA, repetition_detection=RepetitionDetectionParams(3, 1, 2), extra_args={"a": 1}, stream_interval=2,
     logprob_token_ids=[1], prompt_logprob_token_ids=[[1]], prompt_logprob_start=2, thinking_token_budget=9, routed_experts_prompt_start=2,
-    trace_decode_token_ids=[1], output_text_buffer_length=2, structured_outputs={"regex": "a"},
+    trace_decode_token_ids=[1], output_text_buffer_length=2, structured_outputs=StructuredOutputsParams(regex="a"),
     tokenizer="x", dtype="half", quantization="int8", tensor_parallel_size=1, chat_template="{{ 1 }}", gpu_memory_utilization=.5,
     logits_processors=[LogitsProcessor], kv_cache_memory_bytes=2**20, kv_cache_dtype="float32", block_size=8, max_model_len=64, max_num_seqs=3,
     max_num_batched_tokens=99, long_prefill_token_threshold=9, attention_backend="torch", load_format="dummy", max_logprobs=5,
@@ -154,10 +154,7 @@ def test_outputs(llm, where):
     assert out.outputs[0].finished()
 
 
-LATER = {"StructuredOutputsParams", "LoRARequest"}      # with the chapters that make them
-
-
-@pytest.mark.parametrize("path, name", [(p, n) for p, names in FACTS["modules"].items() for n in names if n not in LATER])
+@pytest.mark.parametrize("path, name", [(p, n) for p, names in FACTS["modules"].items() for n in names])
 def test_module_paths(path, name):
     module = __import__(f"nano_vllm.{path}".rstrip("."), fromlist=[name])
     found = getattr(module, name, None)
@@ -582,9 +579,7 @@ def test_metrics(llm):
     assert all(m.value == 0 for m in llm.get_metrics() if type(m).__name__ == "Gauge")
 
 
-def test_later_chapters_turn_names_on(monkeypatch):
-    "A chapter that teaches a refused name takes it out of the table, and nothing else is to be done."
-    monkeypatch.delitem(sampling_params.REFUSED, "structured_outputs")
+def test_a_form_changes_logits_and_depends_on_what_was_said():
     p = SamplingParams(structured_outputs={"regex": "a"})
     assert p.edits_logits and p.depends_on_output and status_of("SamplingParams", "structured_outputs")[0] == "works"
 
@@ -593,6 +588,6 @@ def test_aliases():
     p = SamplingParams(seed=-1, logprobs=True, prompt_logprobs=True, temperature=1e-4)
     assert (p.seed, p.logprobs, p.prompt_logprobs, p.temperature, p.skip_reading_prefix_cache) == (None, 1, 1, .01, True)
     for bad in (dict(temperature=2.1), dict(repetition_penalty=0), dict(logprobs=-2), dict(bad_words=[""]), dict(logit_bias={-1: 1}),
-                dict(output_kind="DELTA"), dict(extra_args=3), dict(repetition_detection={})):
+                dict(output_kind="DELTA"), dict(extra_args=3), dict(repetition_detection={"x": 1})):
         with pytest.raises(ValueError, match=re.escape(next(iter(bad)))): SamplingParams(**bad)
     assert nano_vllm.SamplingParams is SamplingParams

@@ -4,15 +4,17 @@ What holds for the notebooks of all chapters with solutions stands in test_exerc
 import asyncio
 import hmac
 import json
+import os
 import re
+from functools import reduce
 
 import pytest
 import torch
 
 from exercise_answers import Answers, assert_all_tried, checks_of, name_of, try_answer
-from solutions.checks import lora, replicas, routing, server, speculative
+from solutions.checks import lora, replicas, routing, server, speculative, structured_output
 
-MODULES = [server, speculative, lora, routing, replicas]
+MODULES = [server, structured_output, speculative, lora, routing, replicas]
 CHECKS = checks_of(MODULES)
 ANSWERS = Answers()
 right, wrong = ANSWERS.right, ANSWERS.wrong
@@ -386,6 +388,99 @@ def _(lives, prompts):
             return answers
         except replicas.LostReplica: continue
     return answers
+
+
+# ---- structured output
+
+def continuations(texts, said): return [t.removeprefix(said) for t in texts if t.startswith(said)]
+
+
+right(structured_output.check_allowed_tokens)(
+    lambda texts, said, vocabulary: [any(c.startswith(t) for c in continuations(texts, said)) if t else "" in continuations(texts, said) for t in vocabulary])
+wrong(structured_output.check_allowed_tokens, "expected [False, True")(
+    lambda texts, said, vocabulary: [any(c.startswith(t) for c in continuations(texts, said)) for t in vocabulary])
+wrong(structured_output.check_allowed_tokens, "expected [")(lambda texts, said, vocabulary: [said + t in texts for t in vocabulary])
+wrong(structured_output.check_allowed_tokens, "expected [")(
+    lambda texts, said, vocabulary: [said in texts if not t else any(t in c for c in continuations(texts, said)) for t in vocabulary])
+
+
+@right(structured_output.check_forced)
+def _(texts, said):
+    "A letter at a time."
+    made = ""
+    while True:
+        rest = continuations(texts, said + made)
+        letters = {r[:1] for r in rest}
+        if len(letters) != 1 or "" in letters: return made
+        made += letters.pop()
+
+
+wrong(structured_output.check_forced, "only 'yes' begins so")(lambda texts, said: os.path.commonprefix(texts)[len(said):])
+wrong(structured_output.check_forced, "expected 'es'")(lambda texts, said: said + os.path.commonprefix(continuations(texts, said)))
+
+
+@wrong(structured_output.check_forced, "the answer may end here")
+def _(texts, said):
+    "Forgets that the answer may end."
+    rest = [c for c in continuations(texts, said) if c]
+    return os.path.commonprefix(rest)
+
+
+class Counting:
+    "Brackets as a text that is looked at anew."
+    def __init__(self, text=b""): self.text = text
+
+    @property
+    def is_complete(self): return bool(self.text) and self.text.count(b"[") == self.text.count(b"]")
+
+    def after(self, byte):
+        text = self.text + bytes([byte])
+        fits = byte in b"[]" and not self.is_complete and text.count(b"[") >= text.count(b"]")
+        return type(self)(text) if fits else None
+
+
+right(structured_output.check_brackets)(Counting)
+
+
+@wrong(structured_output.check_brackets, "there is one outer list")
+class _(Counting):
+    "Goes on behind the end."
+    def after(self, byte):
+        text = self.text + bytes([byte])
+        return type(self)(text) if byte in b"[]" and text.count(b"[") >= text.count(b"]") else None
+
+
+@wrong(structured_output.check_brackets, "behind '', is_complete is True")
+class _(Counting):
+    @property
+    def is_complete(self): return self.text.count(b"[") == self.text.count(b"]")
+
+
+@wrong(structured_output.check_brackets, "after() changes the state")
+class _(Counting):
+    "One object for all states."
+    def after(self, byte):
+        made = super().after(byte)
+        if made is None: return None
+        self.text = made.text
+        return self
+
+
+@right(structured_output.check_at_most)
+def _(inner, n, then, either, EMPTY):
+    "From the outside: n options in a row."
+    return EMPTY if n == 0 else reduce(then, [either(inner, EMPTY)] * n)
+
+
+wrong(structured_output.check_at_most, "behind 0 of them the text may end")(lambda inner, n, then, either, EMPTY: reduce(then, [inner] * n, EMPTY))
+wrong(structured_output.check_at_most, "refuses 1 of them")(lambda inner, n, then, either, EMPTY: EMPTY)
+wrong(structured_output.check_at_most, "Is a `return` missing?")(lambda inner, n, then, either, EMPTY: None)
+
+
+@wrong(structured_output.check_at_most, "takes 1 of them")
+def _(inner, n, then, either, EMPTY):
+    "One too many."
+    return reduce(then, [either(inner, EMPTY)] * (n + 1))
 
 
 # ---- what holds for all

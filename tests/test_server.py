@@ -436,7 +436,12 @@ def test_metrics_have_vllms_names_and_count(server, client):
 
 # ---- what is refused
 
-CHAT = dict(messages=HI)
+CHAT, ASK = dict(messages=HI), dict(prompt="a")
+
+
+def schema_format(schema): return dict(type="json_schema", json_schema=dict(name="made", schema=schema))
+
+
 REFUSED = [  # (path, body, status, param, words of the message)
     ("completions", dict(), 400, "prompt", "prompt must be given"), ("completions", dict(prompt=""), 400, "prompt", "at least 1 token"),
     ("completions", dict(prompt="a", max_tokens=0), 400, "max_tokens", "at least 1, got 0"),
@@ -452,10 +457,17 @@ REFUSED = [  # (path, body, status, param, words of the message)
     ("chat/completions", dict(messages="Hi"), 400, "messages", "a list"), ("chat/completions", dict(messages=[1]), 400, "messages", "an object"),
     ("chat/completions", dict(messages=[dict(role="user", content=[dict(type="image_url", image_url={})])]), 400, "messages", "must be text"),
     ("chat/completions", CHAT | dict(logprobs=5), 400, "logprobs", "true or false"), ("chat/completions", CHAT | dict(top_logprobs=21), 400, "top_logprobs", "0 to 20"),
-    ("chat/completions", CHAT | dict(response_format=dict(type="json_object")), 400, "response_format", "one of text"),
+    ("chat/completions", CHAT | dict(response_format=dict(type="xml")), 400, "response_format", "one of text"),
+    ("chat/completions", CHAT | dict(response_format=dict(type="json_schema")), 400, "response_format", "schema must be a JSON schema, got None"),
+    ("chat/completions", CHAT | dict(response_format=schema_format({"type": "strin"})), 400, "response_format", "Invalid type: strin"),
+    ("chat/completions", CHAT | dict(structured_outputs=dict(regex="(")), 400, "structured_outputs", "unclosed group"),
+    ("chat/completions", CHAT | dict(structured_outputs=dict(regexp="a")), 400, "structured_outputs", "got 'regexp'"),
+    ("completions", ASK | dict(structured_outputs="a"), 400, "structured_outputs", "must be a StructuredOutputsParams"),
     ("chat/completions", CHAT | dict(response_format=dict(type=["x"])), 400, "response_format", "one of text"),
-    ("chat/completions", CHAT | dict(tool_choice="required"), 400, "tool_choice", "one of auto, none"),
-    ("chat/completions", CHAT | dict(tool_choice=dict(type="function")), 400, "tool_choice", "one of auto, none"),
+    ("chat/completions", CHAT | dict(tool_choice="always"), 400, "tool_choice", "one of auto, none"),
+    ("chat/completions", CHAT | dict(tool_choice="required"), 400, "tool_choice", "at least 1 entry"),
+    ("chat/completions", CHAT | dict(tool_choice=dict(type="function")), 400, "tool_choice", "must name one of the tools, got None"),
+    ("chat/completions", CHAT | dict(tool_choice=dict(type="function", function=dict(name="f")), tools=[3]), 400, "tools", "a function with a name each, got 3"),
     ("chat/completions", CHAT | dict(tools=[dict(type="function")]), 400, "tools", "no place for them"),
     ("chat/completions", CHAT | dict(chat_template="x"), 400, "chat_template", "not a field"),
     ("chat/completions", CHAT | dict(chat_template_kwargs=dict(tokenize=True)), 400, "chat_template_kwargs", "must not have tokenize"),
@@ -857,3 +869,45 @@ def test_tools_go_into_the_template_and_calls_come_back(tiny, tmp_path):
     for stream, key in ((True, "delta"), (False, "message")):
         made = Choice(Ask([], None, chat=True, stream=stream, tools=True), 0).fields_of(piece, out, None)
         assert made["finish_reason"] == "tool_calls" and made[key]["tool_calls"][0]["function"] == {"name": "add", "arguments": '{"a": 1}'}
+
+
+def adding(*names):
+    "Tools of these names, whose arguments are a number and a color."
+    schema = dict(type="object", properties=dict(a=dict(type="integer", minimum=0, maximum=99), color=dict(enum=["red", "blue"])),
+                  required=["a", "color"], additionalProperties=False)
+    return [dict(type="function", function=dict(name=name, parameters=schema)) for name in names]
+
+
+@pytest.mark.parametrize("choice, called", [("required", {"add", "sub"}), (dict(type="function", function=dict(name="sub")), {"sub"})])
+def test_a_call_that_is_asked_for_is_made(tiny, tmp_path, choice, called):
+    folder = shutil.copytree(tiny, tmp_path/"tools")
+    (folder/"chat_template.jinja").write_text("{% for t in tools %}{{ t.function.name }} {% endfor %}{{ messages[0].content }}")
+    llm, names = LLM(folder, num_kv_blocks=200), set()
+    for seed in range(8):
+        ask = read_chat(dict(messages=HI, tools=adding("add", "sub"), tool_choice=choice, seed=seed), llm.engine)
+        piece, = llm.generate(ask.prompts, ask.params, use_tqdm=False)
+        made = Choice(ask, 0).fields_of(piece, piece.outputs[0], None)
+        if made["finish_reason"] == "length": continue        # a tiny model may write spaces to the end
+        call, = made["message"]["tool_calls"]
+        assert made["message"]["content"] == "" and made["finish_reason"] == "tool_calls"
+        names.add(call["function"]["name"])
+        arguments = json.loads(call["function"]["arguments"])
+        assert set(arguments) == {"a", "color"} and arguments["color"] in ("red", "blue") and 0 <= arguments["a"] <= 99
+    assert names == called
+
+
+def test_an_answer_has_the_form_that_a_client_asks_for(client):
+    form, texts = schema_format(dict(enum=["red", "blue"])), set()
+    for seed in range(6):
+        made = client.chat.completions.create(model=NAME, messages=HI, response_format=form, seed=seed).choices[0]
+        streamed = client.chat.completions.create(model=NAME, messages=HI, response_format=form, seed=seed, stream=True)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in streamed)
+        assert text == made.message.content and made.finish_reason == "stop"
+        assert json.loads(text) in ("red", "blue")
+        texts.add(text)
+    assert texts <= {'"red"', '"blue"'}
+    made = client.chat.completions.create(model=NAME, messages=HI, response_format=dict(type="json_object"), max_tokens=5)
+    assert made.choices[0].message.content.startswith("{")
+    for extra, allowed in ((dict(choice=["yes", "no"]), "yes|no"), (dict(regex="[0-9]{4}"), "[0-9]{4}")):
+        made = client.completions.create(model=NAME, prompt="Hi", max_tokens=20, extra_body=dict(structured_outputs=extra))
+        assert re.fullmatch(allowed, made.choices[0].text) and made.choices[0].finish_reason == "stop"
