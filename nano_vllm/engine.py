@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TOKEN_MASKS', 'ENGINE_LIMITS', 'DEFAULT_IS_NONE', 'ACCEPTED_ARGS', 'REFUSED_ARGS', 'OTHER_NAMES', 'NEUTRAL_VALUES',
-           'DTYPE_NAMES', 'UTILIZATION', 'OF_FREE_MEMORY', 'ADAPTERS', 'SPECULATORS', 'CompletionOutput', 'since',
-           'RequestMetrics', 'RequestOutput', 'Completion', 'Request', 'is_token_list', 'split_prompts', 'unwrap',
-           'read_prompt', 'read_params', 'read_priorities', 'read_default_params', 'InputProcessor', 'spell',
+           'DTYPE_NAMES', 'PLACEMENTS', 'UTILIZATION', 'OF_FREE_MEMORY', 'ADAPTERS', 'SPECULATORS', 'CompletionOutput',
+           'since', 'RequestMetrics', 'RequestOutput', 'Completion', 'Request', 'is_token_list', 'split_prompts',
+           'unwrap', 'read_prompt', 'read_params', 'read_priorities', 'read_default_params', 'InputProcessor', 'spell',
            'with_text', 'OutputProcessor', 'Engine', 'read_options', 'takes_all_names', 'EngineArgs', 'choose_dtype',
            'choose_device', 'EngineConfig', 'choose_kv_dtype', 'resolve_args', 'memory_budget', 'max_sampled',
            'kv_memory', 'count_blocks', 'make_group', 'rank_device', 'make_runner', 'serve_rank', 'load_tokenizer',
@@ -660,7 +660,8 @@ ENGINE_LIMITS = dict(
     compile=(bool, False, True), long_prefill_token_threshold=(int, 0, 2**30),
     max_logprobs=(int, -1, 2**30), skip_tokenizer_init=(bool, False, True),
     kv_cache_memory_bytes=(int, 1, 2**60), enable_lora=(bool, False, True),
-    max_loras=(int, 1, 2**10), max_lora_rank=(int, 1, 512))
+    max_loras=(int, 1, 2**10), max_lora_rank=(int, 1, 512),
+    enable_expert_parallel=(bool, False, True))
 DEFAULT_IS_NONE = ("block_size", "max_num_seqs", "max_num_batched_tokens",   # in vLLM
                    "enable_prefix_caching", "attention_backend")
 
@@ -735,6 +736,7 @@ class EngineArgs:
     enable_lora: bool = False             # requests may bring an adapter
     max_loras: int = 1                    # adapters that may be in use at a time
     max_lora_rank: int = 16               # the highest rank that there is room for
+    enable_expert_parallel: bool = False  # whole experts on each rank, if it has some
 
     def __post_init__(self):
         for name in DEFAULT_IS_NONE:
@@ -792,11 +794,18 @@ def choose_kv_dtype(args: EngineArgs, dtype: torch.dtype, device) -> torch.dtype
                      f"{device.type}, got {kv_dtype}")
 
 # %% ../nbs/14_engine.ipynb #b3fa6bef
+# "experts": a function of (ModelConfig, number of ranks) that gives each rank whole
+# experts; a later chapter adds it
+PLACEMENTS: dict[str, Callable] = {}
+
+
 def resolve_args(args: EngineArgs) -> EngineConfig:
     "ValueError names the field that cannot be had with this model and device."
     device, path = choose_device(args.device), resolve_model(args.model)
     model = ModelConfig.from_folder(path)
     shard_heads(model, TensorParallelGroup(0, args.tensor_parallel_size))
+    if args.enable_expert_parallel:
+        model = PLACEMENTS["experts"](model, args.tensor_parallel_size)
     dtype = choose_dtype("dtype", args.dtype, model.dtype)
     kv_dtype = choose_kv_dtype(args, dtype, device)
     longest = model.max_position

@@ -458,8 +458,8 @@ REFUSED_GROUPS = {
     "the environment says it: HF_TOKEN, HF_HOME": "hf_token download_dir",
     "change config.json in a copy of the folder": "hf_overrides disable_sliding_window",
     "tensor_parallel_size cuts a model over devices":
-        "pipeline_parallel_size decode_context_parallel_size enable_expert_parallel "
-        "nnodes worker_cls worker_extension_cls",
+        "pipeline_parallel_size decode_context_parallel_size nnodes worker_cls "
+        "worker_extension_cls",
     "quantization='int8' makes the weights smaller":
         "cpu_offload_gb offload_group_size offload_num_in_group offload_params "
         "offload_prefetch_step quantization_config",

@@ -2,6 +2,7 @@
 
 What holds for the notebooks of all chapters with solutions stands in test_exercises.py."""
 import math
+from collections import Counter
 import pickle
 from collections import deque
 
@@ -870,32 +871,16 @@ def _(x, experts, weights, run_expert):      # token by token
     return torch.stack([sum(w * run_expert(e, x[t:t + 1])[0] for e, w in zip(experts[t].tolist(), weights[t])) for t in range(len(x))])
 
 
-@right(moe.check_rank_part)
-def _(rank, x, gate_up, down, experts, weights):     # all of the rank's experts on all tokens
-    table = x.new_zeros(len(x), 4 * len(down)).scatter(1, experts, weights)[:, rank * len(down):(rank + 1) * len(down)]
-    return torch.einsum("enh,ne->nh", silu_and_mul(x @ gate_up.mT) @ down.mT, table)
+def sends(choices, num_experts, rank_of=lambda e, size: e // size, kinds=set):
+    size = num_experts // len(choices)
+    table = [Counter(r for experts in tokens for r in kinds(rank_of(e, size) for e in experts)) for tokens in choices]
+    return [[row[j] for j in range(len(choices))] for row in table]
 
 
-def own_part(rank, x, gate_up, down, experts, weights, first=lambda rank, size: rank * size, all_tokens=True):
-    out, size = torch.zeros_like(x), len(down)
-    local = experts - first(rank, size)
-    for e in range(size):
-        tokens, choices = (local == e).nonzero(as_tuple=True)
-        out.index_add_(0, tokens, silu_and_mul(x[tokens] @ gate_up[e].T) @ down[e].T * weights[tokens, choices, None])
-    return out if all_tokens else out[(local // size == 0).any(1)]
-
-
-right(moe.check_rank_part)(own_part)
-wrong(moe.check_rank_part, "the token has chosen the experts")(lambda *a: own_part(*a, first=lambda rank, size: 0))
-wrong(moe.check_rank_part, "all ranks' parts are added up")(lambda *a: own_part(*a, all_tokens=False))
-wrong(moe.check_rank_part, "raises IndexError")(
-    lambda rank, x, gate_up, down, experts, weights: torch.stack([sum(w * (down[e] @ silu_and_mul(gate_up[e] @ x[t])) for e, w in zip(experts[t], weights[t]))
-                                                                   for t in range(len(x))]))
-
-
-@wrong(moe.check_rank_part, "rank_part of rank 0, which has the experts 0 to 1,")
-def _(rank, x, gate_up, down, experts, weights):     # modulo: expert 2 is taken for expert 0
-    return own_part(rank, x, gate_up, down, experts % len(down) + rank * len(down), weights)
+right(moe.check_tokens_to_send)(sends)
+wrong(moe.check_tokens_to_send, "a token goes to a rank once")(lambda *a: sends(*a, kinds=list))
+wrong(moe.check_tokens_to_send, "each rank has 2 experts")(lambda choices, n: sends(choices, n, rank_of=lambda e, size: e % len(choices)))
+wrong(moe.check_tokens_to_send, "a rank without tokens")(lambda *a: [list(row) for row in zip(*sends(*a))])
 
 
 # ---- what holds for all

@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from greedy_reference import hf_greedy
-from helpers import assert_idle, logits_tolerance
+from helpers import assert_idle, logits_tolerance, rounding_tolerance
 from hypothesis import given, settings, strategies as st
 from nano_vllm import LLM, SamplingParams, engine
 from nano_vllm.layers import LAUNCHERS, Ops, TensorParallelGroup, silu_and_mul
 from nano_vllm.model import ModelConfig, weight_shards
-from nano_vllm.moe import Experts, MoE, grouped_linear, route
+from nano_vllm.moe import Experts, MoE, WholeExperts, grouped_linear, route
 from nano_vllm.workbench import fetch
 from safetensors.torch import load_file, save_file
 from test_model import make
@@ -89,9 +89,9 @@ def saved(tmp_path_factory):
     return get
 
 
-def make_llm(folder, size=1):
+def make_llm(folder, size=1, **options):
     return LLM(folder, tokenizer=fetch(), tensor_parallel_size=size, device="cpu", block_size=4, num_kv_blocks=64,
-               max_model_len=64, enable_prefix_caching=False)
+               max_model_len=64, enable_prefix_caching=False, **options)
 
 
 @pytest.fixture(scope="module", params=[(name, size) for name in FAMILIES for size in SIZES], ids=lambda p: f"{p[0]}-{p[1]}")
@@ -159,10 +159,11 @@ def test_answers_do_not_depend_on_companions(pair):
     for budget in (64, 9): assert greedy(llm, prompts, budget) == expected
 
 
-def test_a_mixture_in_processes_of_its_own(tmp_path):
-    "Each of 2 processes has a copy of the one KV head, and 5 or 6 of the 11 rows of every expert."
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_mixture_in_processes_of_its_own(tmp_path, whole):
+    "Each of 2 processes has a copy of the one KV head, and 5 or 6 of the 11 rows of every expert; or 3 or 4 of 7 whole experts."
     theirs = make_eager("Qwen3Moe", tmp_path, **SHAPE | EXPERTS | dict(num_key_value_heads=1))
-    llm = make_llm(tmp_path, 2)
+    llm = make_llm(tmp_path, 2, enable_expert_parallel=whole)
     assert greedy(llm, [IDS], 7) == [hf_greedy(theirs, IDS, NUM_TOKENS)]
     llm.engine.runner.group.close()
 
@@ -176,6 +177,50 @@ def test_the_window_is_what_the_config_says(saved):
     with torch.inference_mode(): a, b = (m(torch.tensor([IDS])).logits[0] for m in (theirs, plain))
     differ, tolerance = (a - b).abs().amax(-1), logits_tolerance(ModelConfig.from_folder(folder), len(IDS), a)
     assert differ[:WINDOW].max() < tolerance and differ[WINDOW:].min() > 10 * tolerance  # the same weights
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_whole_experts_on_each_rank_give_the_same_logits(saved, size):
+    theirs, folder = saved("Qwen3-MoE")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(LAUNCHERS, "processes", start_threads)
+        llm = make_llm(folder, size, enable_expert_parallel=True)
+    expected_answer = hf_greedy(theirs, IDS, NUM_TOKENS)
+    with torch.inference_mode(): expected = theirs(torch.tensor([IDS + expected_answer])).logits[0, :-1]
+    for budget in (64, 7, 1):
+        answer, logits = logits_of_all_positions(llm, IDS, budget)
+        assert answer == expected_answer
+        torch.testing.assert_close(logits, expected, rtol=0, atol=logits_tolerance(llm.engine.runner.model.config, len(logits), expected))
+    layer = llm.engine.runner.model.model.layers[0].mlp.experts
+    assert isinstance(layer, WholeExperts) and layer.gate_up_proj.shape == (7 // size, 22, llm.engine.runner.model.config.hidden_size)
+    if size > 1: llm.engine.runner.group.close()
+
+
+def test_whole_experts_need_experts(saved):
+    with pytest.raises(ValueError, match="enable_expert_parallel needs at least one expert for each of 1 ranks, the model has 0"):
+        make_llm(saved("Llama")[1], enable_expert_parallel=True)
+    with pytest.raises(ValueError, match="enable_expert_parallel must be bool"): make_llm(saved("Llama")[1], enable_expert_parallel="yes")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 9), st.integers(1, 4), st.data())
+def test_parts_of_whole_experts_add_up(num_tokens, num_experts, num_ranks, data):
+    "Also where a rank's experts are chosen by nobody, and for any way to share them."
+    num_ranks, top_k = min(num_ranks, num_experts), data.draw(st.integers(1, num_experts))
+    whole = random_layer(Experts, 8, 6, num_experts, TensorParallelGroup())
+    rng = torch.Generator().manual_seed(num_tokens)
+    x, favourites = torch.randn(num_tokens, 8, generator=rng), torch.randn(num_experts, generator=rng) * 5
+    chosen, weights = route(torch.randn(num_tokens, num_experts, generator=rng) + favourites, top_k, True)
+    values, total = whole.weight_shards("e"), 0
+    for rank in range(num_ranks):
+        part = WholeExperts(8, 6, num_experts, TensorParallelGroup(rank, num_ranks))
+        shards = part.weight_shards("e")
+        assert shards.keys() == values.keys() and sum(s.parameter.numel() > 0 for s in shards.values()) == 3 * len(part.down_proj)
+        for name, shard in shards.items(): shard.parameter.copy_(values[name].parameter[shard.index])
+        total = total + part(x, chosen, weights)
+    wanted = whole(x, chosen, weights)
+    tolerance = rounding_tolerance(8 + 6 + top_k, float(wanted.abs().max()) + 1)
+    torch.testing.assert_close(total, wanted, rtol=0, atol=tolerance)
 
 
 # ---- mixtures of experts

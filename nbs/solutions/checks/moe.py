@@ -83,29 +83,14 @@ def check_mixture(mixture):
 
 
 @exercise
-def check_rank_part(rank_part):
-    for name, (tokens, experts, chosen) in {"6 tokens, 2 of 8 experts, 4 ranks": (6, 8, 2), "1 token, 2 of 8 experts, 4 ranks": (1, 8, 2),
-                                            "10 tokens, 3 of 12 experts, 4 ranks": (10, 12, 3)}.items():
-        (x, gate_up, down, picks, weights), wanted = mixture_case(tokens, experts, chosen, seed=3)
-        size, whole = experts // 4, torch.zeros_like(wanted)
-        for rank in range(4):
-            mine = slice(rank * size, (rank + 1) * size)
-            case = f"{name}: rank_part of rank {rank}, which has the experts {rank * size} to {(rank + 1) * size - 1},"
-            got = attempt(case, rank_part, rank, x.clone(), gate_up[mine].clone(), down[mine].clone(), picks.clone(), weights.clone())
-            part = torch.zeros_like(wanted)
-            for t in range(tokens):
-                for e, w in zip(picks[t].tolist(), weights[t].double()):
-                    if e // size == rank: part[t] += w * (down[e].double() @ silu_and_mul(gate_up[e].double() @ x[t].double()))
-            require(torch.is_tensor(got), f"{case} gives {show(got)}, not a tensor", "Is a `return` missing?" if got is None else "")
-            require(got.shape == x.shape, f"{case} has shape {tuple(got.shape)}, expected {tuple(x.shape)}", "all ranks' parts are added up")
-            bad = ((got.double() - part).abs() > 1e-4 * wanted.abs().max()).any(1)
-            if bad.any():
-                t = int(bad.nonzero()[0])
-                raise WrongAnswer(f"{case} gives {show(got[t, :3])} ... for token {t}, expected {show(part[t, :3].float())} ...: "
-                                  f"the token has chosen the experts {picks[t].tolist()}")
-            whole += got
-        compare(f"{name}: the sum of all parts", whole, wanted, "the parts of all ranks together are the layer's result")
-    return "and the parts of all ranks add up to the layer"
+def check_tokens_to_send(tokens_to_send):
+    cases = {"two ranks, four experts": ([[[0, 1], [1, 3]], [[2, 0]]], 4, [[2, 1], [1, 1]]),
+             "a rank without tokens": ([[[0, 3], [2, 3], [3, 0]], []], 4, [[2, 3], [0, 0]]),
+             "three ranks, one expert a token": ([[[5], [0], [2]], [[1], [1]], [[3], [4], [5], [0]]], 6, [[1, 1, 1], [2, 0, 0], [1, 1, 2]]),
+             "all experts of a token on one rank": ([[[4, 5, 6, 7]], [[0, 1, 2, 3]]], 8, [[0, 1], [1, 0]]), "one rank": ([[[0, 1], [1, 0]]], 2, [[2]])}
+    for name, (choices, num_experts, wanted) in cases.items():
+        size = num_experts // len(choices)
+        expect(tokens_to_send, (choices, num_experts), wanted, f"{name}: each rank has {size} expert{'s' * (size > 1)}, and a token goes to a rank once")
 
 
 def uneven_load(experts=64, rows=2048):
