@@ -53,7 +53,7 @@ def cells(kind):
 
 
 CODE, MARKDOWN = cells("code"), cells("markdown")
-PAGE_NAMES = ["index.qmd", "api.qmd", "glossary.qmd", "references.qmd", "nbs/course/index.md", "nbs/course/questions.md"]
+PAGE_NAMES = ["index.qmd", "api.qmd", "glossary.qmd", "vllm_map.qmd", "references.qmd", "nbs/course/index.md", "nbs/course/questions.md"]
 PAGES = [(name, Cell("markdown", (ROOT/name).read_text(encoding="utf-8"), [])) for name in PAGE_NAMES]
 
 

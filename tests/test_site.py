@@ -157,3 +157,14 @@ def test_the_edition_of_a_chapter_stands_below_its_title():
     nb = load(CHAPTERS[0])
     nb["metadata"]["edition"] = dict(machine="AMD EPYC, 2 cores", commit="abc1234", date="2026-01-02", code="0")
     assert "**Edition:** AMD EPYC, 2 cores, commit abc1234, 2026-01-02" in quarto_filter.filtered(nb)["cells"][1]["source"]
+
+
+def test_the_map_names_what_is_here():
+    "Each name of ours on the map is defined in the module of the chapter that it links to, or of one before it."
+    text, of = (ROOT/"vllm_map.qmd").read_text(encoding="utf-8"), {c.path.name: c.module for c in chapters()}
+    links = re.findall(r"\[([^]]*`[^]]*)\]\(nbs/([\w.]+)\)", text)
+    assert len(links) > 12
+    for words, file in links:
+        source = (ROOT/f"nano_vllm/{of[file]}.py").read_text(encoding="utf-8")
+        for name in re.findall(r"`(?:\w+\.)?(\w+)`", words):
+            assert re.search(rf"^\s*(?:class|(?:async )?def) {name}\b", source, re.M), f"{name} is not in {of[file]}"
