@@ -442,7 +442,7 @@ def update(self: HybridInputBatch, output):
             if table[i] is not None: self.local_tables[row, :, i] = table[i]
         self.num_columns[row] = len(table)
 
-# %% ../nbs/34_sliding_windows.ipynb #ba31f0df
+# %% ../nbs/34_sliding_windows.ipynb #3deed6f5
 @patch
 def prepare(self: HybridInputBatch, output):
     "The batch of a step, with the slots and tables of all groups."
@@ -450,7 +450,7 @@ def prepare(self: HybridInputBatch, output):
     rows, positions = inputs.rows, batch.positions.numpy()
     block, within = np.divmod(positions, self.block_size)
     blocks = self.local_tables[np.repeat(rows, batch.query_lens), :, block]
-    slots = blocks.T * self.block_size + within
+    slots = np.ascontiguousarray(blocks.T) * self.block_size + within
     alike = rows[-1] == len(rows) - 1      # rows 0, 1, ...: a view will do
     tables = self.local_tables[slice(len(rows)) if alike else rows]
     tables = tables[:, :, :self.num_columns[rows].max()]

@@ -33,6 +33,7 @@ FAMILIES = {
     "Mistral": ("Mistral", dict(sliding_window=None)), "Mistral with a window": ("Mistral", dict(sliding_window=WINDOW)),
     "Qwen2": ("Qwen2", {}), "Qwen3": ("Qwen3", {}), "Qwen3-MoE": ("Qwen3Moe", EXPERTS),
     "Gemma3": ("Gemma3", GEMMA), "Gemma3 windows only": ("Gemma3", GEMMA | dict(layer_types=["sliding_attention"]*2, num_hidden_layers=2)),
+    "Gemma3 in whole vectors": ("Gemma3", GEMMA | dict(head_dim=16, intermediate_size=64)),
     "Gemma3 biases": ("Gemma3", GEMMA | dict(attention_bias=True, tie_word_embeddings=False)),
     "Qwen3-MoE raw weights": ("Qwen3Moe", EXPERTS | dict(norm_topk_prob=False, num_experts_per_tok=1, attention_bias=True)),
 }
