@@ -442,7 +442,7 @@ def update(self: HybridInputBatch, output):
             if table[i] is not None: self.local_tables[row, :, i] = table[i]
         self.num_columns[row] = len(table)
 
-# %% ../nbs/34_sliding_windows.ipynb #3deed6f5
+# %% ../nbs/34_sliding_windows.ipynb #644acc0b
 @patch
 def prepare(self: HybridInputBatch, output):
     "The batch of a step, with the slots and tables of all groups."
@@ -453,7 +453,7 @@ def prepare(self: HybridInputBatch, output):
     slots = np.ascontiguousarray(blocks.T) * self.block_size + within
     alike = rows[-1] == len(rows) - 1      # rows 0, 1, ...: a view will do
     tables = self.local_tables[slice(len(rows)) if alike else rows]
-    tables = tables[:, :, :self.num_columns[rows].max()]
+    tables = tables[:, :, :max(self.num_blocks)]
     return HybridBatch(**vars(batch), local_slots=torch.from_numpy(slots),
                        local_tables=torch.from_numpy(tables)), inputs
 
