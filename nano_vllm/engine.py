@@ -852,7 +852,8 @@ def max_chunk(args: EngineArgs) -> int:
 def block_counter(config: EngineConfig) -> Callable[[int, int], int]:
     "What tells how many KV blocks of a size a text of some length needs."
     layout = config.model.kv_layout
-    return blocks_needed if layout is None else layout.block_counter(max_chunk(config.args))
+    if layout is None: return blocks_needed
+    return layout.block_counter(max_chunk(config.args))
 
 
 def count_blocks(config: EngineConfig, kv_config: ModelConfig,

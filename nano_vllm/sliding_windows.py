@@ -70,7 +70,7 @@ class TwoRotaries(nn.Module):
         both = zip(self.full(positions), self.local(positions))
         return tuple(torch.stack(pair) for pair in both)
 
-# %% ../nbs/34_sliding_windows.ipynb #2cefd67c
+# %% ../nbs/34_sliding_windows.ipynb #be15f8cc
 class GroupedAttention:
     "An attention for each group of layers; `parts[0]` is that of those that see all."
     def __init__(self, parts: list): self.parts = parts
@@ -78,7 +78,8 @@ class GroupedAttention:
 
 def part_of(attention, group: int):
     "What attends for a group of layers; an attention without parts is for all."
-    return attention.parts[group] if isinstance(attention, GroupedAttention) else attention
+    has_parts = isinstance(attention, GroupedAttention)
+    return attention.parts[group] if has_parts else attention
 
 
 class GemmaAttention(Attention):
@@ -139,7 +140,7 @@ def make_layout(windows: tuple) -> KVLayout | None:
     if not (full and local): return None
     return KVLayout(full, local, windows[local[0]])
 
-# %% ../nbs/34_sliding_windows.ipynb #5bddfedf
+# %% ../nbs/34_sliding_windows.ipynb #eb7eb936
 class Gemma3(Decoder):
     "A decoder of the Gemma 3 kind."
     norm_class = GemmaRMSNorm
@@ -154,7 +155,7 @@ class Gemma3(Decoder):
     def make_layer(self, group: TensorParallelGroup, layer: int) -> nn.Module:
         "Layer number `layer`, without values."
         c = self.config
-        kv_group, index = (0, layer) if c.kv_layout is None else c.kv_layout.place(layer)
+        kv_group, index = c.kv_layout.place(layer) if c.kv_layout else (0, layer)
         kind = int(c.layer_windows[layer] is not None)
         return GemmaLayer(c, group, self.ops, kind, kv_group, index)
 
@@ -276,37 +277,6 @@ class HybridKVCacheManager(KVCacheManager):
         unseen = num_computed_tokens + 1 - self.sliding_window
         return max(0, unseen) // self.block_size
 
-# %% ../nbs/34_sliding_windows.ipynb #689a6a06
-@patch
-def num_missing_columns(self: HybridKVCacheManager, seq: Sequence, num_tokens: int,
-                        num_shared: int) -> int:
-    "How many columns `window_table` lacks for the next step of `seq`."
-    begins = not seq.block_table
-    start = num_shared * self.block_size if begins else seq.num_computed_tokens
-    held = num_shared if begins else len(seq.window_table)
-    end = min(num_tokens, start + self.max_chunk)
-    return max(0, blocks_needed(end, self.block_size) - held)
-
-# %% ../nbs/34_sliding_windows.ipynb #78bb94ce
-@patch
-def allocate_slots(self: HybridKVCacheManager, seq: Sequence, num_tokens: int,
-                   computed_blocks=(), watermark: int = 0) -> bool:
-    "What KVCacheManager does, with blocks of all groups."
-    held = len(seq.block_table) + len(computed_blocks)
-    missing = max(0, blocks_needed(num_tokens, self.block_size) - held)
-    columns = self.num_missing_columns(seq, num_tokens, len(computed_blocks))
-    if held and not (missing or columns or computed_blocks): return True
-    shared = [*computed_blocks, *chain(*self.shared_columns(computed_blocks))]
-    revived = sum(self.pool.ref_counts[b] == 0 for b in shared)
-    groups = self.num_local_groups
-    needed = missing + columns * groups + revived + watermark * (1 + groups)
-    if needed > len(self.pool.free_blocks): return False
-    if not seq.block_table: self.begin(seq, computed_blocks)
-    for _ in range(missing): seq.block_table.append(self.new_block())
-    for _ in range(columns):
-        seq.window_table.append([self.new_block() for _ in range(groups)])
-    return True
-
 # %% ../nbs/34_sliding_windows.ipynb #7843fb9e
 @patch
 def get_computed_blocks(self: HybridKVCacheManager, seq: Sequence) -> list[int]:
@@ -337,6 +307,37 @@ def begin(self: HybridKVCacheManager, seq: Sequence, computed_blocks):
     KVCacheManager.begin(self, seq, computed_blocks)
     seq.num_released_blocks = len(computed_blocks) - len(columns)
     seq.window_table = [None] * seq.num_released_blocks + columns
+
+# %% ../nbs/34_sliding_windows.ipynb #689a6a06
+@patch
+def num_missing_columns(self: HybridKVCacheManager, seq: Sequence, num_tokens: int,
+                        num_shared: int) -> int:
+    "How many columns `window_table` lacks for the next step of `seq`."
+    begins = not seq.block_table
+    start = num_shared * self.block_size if begins else seq.num_computed_tokens
+    held = num_shared if begins else len(seq.window_table)
+    end = min(num_tokens, start + self.max_chunk)
+    return max(0, blocks_needed(end, self.block_size) - held)
+
+# %% ../nbs/34_sliding_windows.ipynb #78bb94ce
+@patch
+def allocate_slots(self: HybridKVCacheManager, seq: Sequence, num_tokens: int,
+                   computed_blocks=(), watermark: int = 0) -> bool:
+    "What KVCacheManager does, with blocks of all groups."
+    held = len(seq.block_table) + len(computed_blocks)
+    missing = max(0, blocks_needed(num_tokens, self.block_size) - held)
+    columns = self.num_missing_columns(seq, num_tokens, len(computed_blocks))
+    if held and not (missing or columns or computed_blocks): return True
+    shared = [*computed_blocks, *chain(*self.shared_columns(computed_blocks))]
+    revived = sum(self.pool.ref_counts[b] == 0 for b in shared)
+    groups = self.num_local_groups
+    needed = missing + columns * groups + revived + watermark * (1 + groups)
+    if needed > len(self.pool.free_blocks): return False
+    if not seq.block_table: self.begin(seq, computed_blocks)
+    for _ in range(missing): seq.block_table.append(self.new_block())
+    for _ in range(columns):
+        seq.window_table.append([self.new_block() for _ in range(groups)])
+    return True
 
 # %% ../nbs/34_sliding_windows.ipynb #97c915de
 @patch
@@ -457,14 +458,13 @@ def prepare(self: HybridInputBatch, output):
     return HybridBatch(**vars(batch), local_slots=torch.from_numpy(slots),
                        local_tables=torch.from_numpy(tables)), inputs
 
-# %% ../nbs/34_sliding_windows.ipynb #a3a5995c
+# %% ../nbs/34_sliding_windows.ipynb #c4f75416
 def group_batches(batch: HybridBatch) -> list[Batch]:
     "The batch as each group of layers sees it: group 0, then those with a window."
     plain = {name: getattr(batch, name) for name in Batch.__dataclass_fields__}
-    locals_ = [Batch(**plain | dict(slot_mapping=slots, block_tables=tables))
-               for slots, tables in zip(batch.local_slots,
-                                        batch.local_tables.unbind(1))]
-    return [batch, *locals_]
+    places = zip(batch.local_slots, batch.local_tables.unbind(1))
+    return [batch, *(Batch(**plain | dict(slot_mapping=slots, block_tables=tables))
+                     for slots, tables in places)]
 
 
 @patch

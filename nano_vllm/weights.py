@@ -166,6 +166,6 @@ def resolve_model(name) -> Path:
     if os.path.isdir(name): return check_folder(Path(name))
     if name.endswith(".gguf") and os.path.isfile(name): return from_gguf(Path(name))
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name): return download(name)
-    raise ValueError(f"model is {quote(name)}, supported: {', '.join(map(repr, MODELS))}"
-                     ", the path of a model folder or GGUF file, or a hub name such as "
-                     "'org/name'")
+    aliases = ", ".join(map(repr, MODELS))
+    raise ValueError(f"model is {quote(name)}, supported: {aliases}, the path of a "
+                     "model folder or GGUF file, or a hub name such as 'org/name'")
