@@ -165,14 +165,14 @@ class Gemma3(Decoder):
         scale = torch.tensor(root, dtype=x.dtype, device="cpu").item()
         return self.ops.widen(x * scale)
 
-# %% ../nbs/34_sliding_windows.ipynb #d6f96b3d
+# %% ../nbs/34_sliding_windows.ipynb #1381d1d1
 def layer_windows(hf) -> tuple:
     "How many tokens each layer sees; None: all."
     known = dict(sliding_attention=hf.sliding_window, full_attention=None)
     kinds = hf.layer_types
     if len(kinds) != hf.num_hidden_layers or not set(kinds) <= set(known):
-        raise ValueError(f"layer_types is {kinds}, supported: one of {', '.join(known)} "
-                         f"for each of num_hidden_layers, {hf.num_hidden_layers}")
+        raise ValueError(f"layer_types is {kinds}, supported: one of {list(known)} for "
+                         f"each of num_hidden_layers, {hf.num_hidden_layers}")
     if "sliding_attention" in kinds and hf.sliding_window is None:
         raise ValueError("sliding_window is None, but layer_types has layers with one")
     return tuple(known[kind] for kind in kinds)
