@@ -260,7 +260,8 @@ def make_graphs(runner: ModelRunner, max_model_len: int,
     """Recorded decode steps; None if device, attention or model do not allow them.
 
     `recorder` stands in for a GPU's, on any device."""
-    if TritonAttention is None or runner.model.config.mlp is not None: return None
+    config = runner.model.config
+    if TritonAttention is None or config.mlp or config.kv_layout: return None
     if runner.group.size > 1: return None
     if not issubclass(runner.ops.attention, TritonAttention): return None
     if recorder is None and runner.device.type != "cuda": return None

@@ -9,9 +9,9 @@ __all__ = ['TOKEN_MASKS', 'ENGINE_LIMITS', 'DEFAULT_IS_NONE', 'ACCEPTED_ARGS', '
            'unwrap', 'read_prompt', 'read_params', 'read_priorities', 'read_default_params', 'InputProcessor', 'spell',
            'with_text', 'OutputProcessor', 'Engine', 'read_options', 'takes_all_names', 'EngineArgs', 'choose_dtype',
            'choose_device', 'EngineConfig', 'choose_kv_dtype', 'resolve_args', 'memory_budget', 'max_sampled',
-           'kv_memory', 'count_blocks', 'make_group', 'rank_device', 'make_runner', 'serve_rank', 'load_tokenizer',
-           'make_scheduler', 'count_in_flight', 'refuse_beside', 'make_speculator', 'Parts', 'make_parts',
-           'make_engine']
+           'kv_memory', 'max_chunk', 'block_counter', 'count_blocks', 'make_group', 'rank_device', 'make_runner',
+           'serve_rank', 'load_tokenizer', 'make_scheduler', 'count_in_flight', 'refuse_beside', 'make_speculator',
+           'Parts', 'make_parts', 'make_engine']
 
 # %% ../nbs/14_engine.ipynb #342515a2
 import os, time
@@ -309,6 +309,7 @@ class InputProcessor:
     logits_processors: list = ()                     # classes that check parameters
     num_made: int = 0
     adapters: object = None    # reads the adapters that requests name, if they may
+    blocks_needed: Callable = blocks_needed      # of a text's tokens and a block's size
 
 # %% ../nbs/14_engine.ipynb #005873cd
 @patch
@@ -334,7 +335,7 @@ def check(self: InputProcessor, prompt, params: SamplingParams) -> tuple:
     self.check_params(params)
     text, ids = read_prompt(prompt, self.tokenizer, self.vocab_size)
     check_fits(len(ids), params.max_tokens, self.max_model_len, self.num_blocks,
-               self.block_size)
+               self.block_size, self.blocks_needed)
     return text, ids
 
 # %% ../nbs/14_engine.ipynb #e1873097
@@ -842,7 +843,8 @@ def kv_memory(config: EngineConfig, group: TensorParallelGroup) -> int:
     sharers = on_one_host if config.device.type == "cpu" else 1
     num_rows = max_sampled(args)
     hidden_dtype = config.ops.hidden_dtype or config.dtype
-    slot_bytes = sum(kv_block_bytes(config.model, 1, dtype) // config.model.num_layers
+    layers = config.model.num_cache_layers
+    slot_bytes = sum(kv_block_bytes(config.model, 1, dtype) // layers
                      for dtype in {hidden_dtype, config.kv_dtype})
     workspace = config.ops.attention.workspace(num_rows, config.max_model_len,
                                                slot_bytes)
@@ -852,6 +854,19 @@ def kv_memory(config: EngineConfig, group: TensorParallelGroup) -> int:
     return memory_budget(config) // sharers - activations
 
 # %% ../nbs/14_engine.ipynb #0c17e9c6
+def max_chunk(args: EngineArgs) -> int:
+    "The most tokens of one sequence in a step."
+    budget = args.max_num_batched_tokens
+    return min(args.long_prefill_token_threshold or budget, budget)
+
+
+def block_counter(config: EngineConfig) -> Callable[[int, int], int]:
+    "What tells how many KV blocks of a size a text of some length needs."
+    layout = config.model.kv_layout
+    if layout is None: return blocks_needed
+    return layout.block_counter(max_chunk(config.args))
+
+
 def count_blocks(config: EngineConfig, kv_config: ModelConfig,
                  group: TensorParallelGroup) -> int:
     "How many KV blocks the engine gets; ValueError if memory has no room for one."
@@ -859,7 +874,8 @@ def count_blocks(config: EngineConfig, kv_config: ModelConfig,
     if args.num_kv_blocks is not None: return args.num_kv_blocks
     block_bytes = kv_block_bytes(kv_config, args.block_size, config.kv_dtype)
     room = (args.kv_cache_memory_bytes or kv_memory(config, group)) // block_bytes
-    most = args.max_num_seqs * blocks_needed(config.max_model_len, args.block_size)
+    longest = block_counter(config)(config.max_model_len, args.block_size)
+    most = args.max_num_seqs * longest
     if room >= 1: return min(room, most)
     raise ValueError(f"gpu_memory_utilization={args.gpu_memory_utilization} leaves no "
                      f"memory for a KV block of {block_bytes} bytes")
@@ -914,7 +930,9 @@ def load_tokenizer(config: EngineConfig) -> Tokenizer:
 def make_scheduler(config: EngineConfig, num_blocks: int) -> Scheduler:
     "The scheduler and its blocks."
     args = config.args
-    manager = KVCacheManager(num_blocks, args.block_size, config.model.sliding_window)
+    window, layout = config.model.sliding_window, config.model.kv_layout
+    if layout is None: manager = KVCacheManager(num_blocks, args.block_size, window)
+    else: manager = layout.manager(num_blocks, args.block_size, max_chunk(args))
     make = POLICIES[args.scheduling_policy]
     return make(manager, args.max_num_seqs, args.max_num_batched_tokens,
                 args.long_prefill_token_threshold,
@@ -990,6 +1008,7 @@ def make_engine(args: EngineArgs) -> Engine:
                             parts.num_blocks, args.block_size, eos, default_params,
                             args.enable_prefix_caching, Random(args.seed),
                             args.max_logprobs, args.logits_processors,
-                            adapters=parts.runner.adapters)
+                            adapters=parts.runner.adapters,
+                            blocks_needed=block_counter(config))
     return Engine(inputs, parts.scheduler, parts.runner,
                   OutputProcessor(tokenizer, eos), parts.num_in_flight, speculator)

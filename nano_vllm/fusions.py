@@ -217,7 +217,7 @@ def fused_rope_and_cache(attention_layer, qkv: Tensor, cos: Tensor, sin: Tensor,
 # %% ../nbs/26_fusions.ipynb #43322abb
 def fusion_ops(target: Target) -> Ops | None:
     "What suits without compile, with its small operations joined: compile."
-    if not target.compile: return None
+    if not target.compile or target.config.decoder is not None: return None
     _, ops = last_that_suits(replace(target, compile=False))
     return replace(ops, norm=compiled_norm, activation=compiled_activation,
                    rope_and_cache=fused_rope_and_cache)

@@ -41,7 +41,8 @@ class Sequence:
     speculates: bool = False          # must its tokens be known before the next step?
     spec_token_ids: list[int] = field(default_factory=list)  # guesses at what follows
     block_table: list[int] = field(default_factory=list)
-    num_released_blocks: int = 0      # of the table, from its start: behind a window
+    window_table: list = field(default_factory=list)  # of layers with a window alone
+    num_released_blocks: int = 0      # of a table, from its start: behind a window
     block_hashes: list[int] = field(default_factory=list)   # of its full blocks, and
     cache_entries: list[int] = field(default_factory=list)  # the prefix cache's names
 
@@ -59,8 +60,8 @@ class Sequence:
         "Back to the tokens alone: nothing is computed, no block is held."
         self.num_computed_tokens = self.num_output_placeholders = 0
         self.num_released_blocks, self.speculates = 0, False
-        for kept in (self.block_table, self.block_hashes, self.cache_entries,
-                     self.spec_token_ids):
+        for kept in (self.block_table, self.window_table, self.block_hashes,
+                     self.cache_entries, self.spec_token_ids):
             kept.clear()
 
 # %% ../nbs/04_kv_blocks.ipynb #b2e21ef1

@@ -41,9 +41,19 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     mlp: Callable | None = None         # makes a layer's MLP, if not the class `MLP`
+    decoder: Callable | None = None     # makes the model, if not the class `Decoder`
     sliding_window: int | None = None   # how many tokens one sees, itself included
+    layer_windows: tuple = ()           # the same for each layer, if they differ
+    local_rope: dict | None = None      # of layers with a window, if not `rope`
+    attention_scale: float | None = None   # of the scores, if not head_dim**-0.5
+    kv_layout: object = None            # which layers share a KV block, if not all
     dtype: torch.dtype = torch.float32  # of the weights in the checkpoint
     eos_token_ids: set = field(default_factory=set)  # each of them ends an answer
+
+    @property
+    def num_cache_layers(self) -> int:
+        "How many layers have their keys and values in one KV block."
+        return self.num_layers if self.kv_layout is None else self.kv_layout.group_size
 
     @classmethod
     def from_folder(cls, path) -> "ModelConfig":
@@ -100,6 +110,8 @@ def shard_heads(c: ModelConfig,
 # %% ../nbs/09_model.ipynb #64701340
 class Attention(nn.Module):
     "Projections and rotation around attention; `c.qk_norm` adds norms on q and k."
+    norm_class = RMSNorm
+
     def __init__(self, c: ModelConfig, group: TensorParallelGroup, layer: int,
                  ops: Ops = Ops()):
         super().__init__()
@@ -108,8 +120,8 @@ class Attention(nn.Module):
         parts = dict(q_proj=q, k_proj=kv, v_proj=kv)
         self.qkv_proj = ColumnParallelLinear(c.hidden_size, parts, c.qkv_bias, ops)
         self.o_proj = RowParallelLinear(q, c.hidden_size, group, c.o_bias, ops)
-        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, ops) if c.qk_norm else None
-        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, ops) if c.qk_norm else None
+        def norm(): return self.norm_class(c.head_dim, c.rms_norm_eps, ops)
+        self.q_norm, self.k_norm = (norm(), norm()) if c.qk_norm else (None, None)
         self.head_dim, self.layer, self.ops = c.head_dim, layer, ops
 
     def split_heads(self, qkv: Tensor) -> list[Tensor]:
@@ -165,6 +177,8 @@ class DecoderLayer(nn.Module):
 # %% ../nbs/09_model.ipynb #2aff97a4
 class Decoder(nn.Module):
     "A decoder of the Llama kind, or a rank's part of it; its parameters lack values."
+    norm_class = RMSNorm
+
     def __init__(self, config: ModelConfig,
                  group: TensorParallelGroup = TensorParallelGroup(), ops: Ops = Ops()):
         super().__init__()
@@ -173,20 +187,28 @@ class Decoder(nn.Module):
         # what this rank's KV cache is sized by
         self.kv_config = replace(c, num_kv_heads=shard_heads(c, group)[1].length)
         vocabulary = c.vocab_size, c.hidden_size, group, ops
-        layers = [DecoderLayer(c, group, i, ops) for i in range(c.num_layers)]
+        layers = [self.make_layer(group, i) for i in range(c.num_layers)]
         self.model = nn.ModuleDict(dict(
             embed_tokens=VocabParallelEmbedding(*vocabulary),
             layers=nn.ModuleList(layers),
-            norm=RMSNorm(c.hidden_size, c.rms_norm_eps, ops)))
+            norm=self.norm_class(c.hidden_size, c.rms_norm_eps, ops)))
         self.lm_head = None if c.tied else VocabParallelEmbedding(*vocabulary)
         self.rotary = Rotary(c.head_dim, c.rope, c.max_position)
+
+    def make_layer(self, group: TensorParallelGroup, layer: int) -> nn.Module:
+        "Layer number `layer`, without values."
+        return DecoderLayer(self.config, group, layer, self.ops)
+
+    def embed(self, token_ids):
+        "What the first layer is given, (N, hidden), for tokens (N,)."
+        return self.ops.widen(self.model.embed_tokens(token_ids))
 
     def forward(self, token_ids, positions, attention):
         """Hidden states (N, hidden) of tokens (N,) at positions (N,).
 
         `attention` stores each layer's keys and values, and mixes its queries with
         those that came before: `store(k, v, layer)`, then `attention(q, layer)`."""
-        residual = self.ops.widen(self.model.embed_tokens(token_ids))
+        residual = self.embed(token_ids)
         hidden_states = torch.zeros_like(residual)
         cos, sin = self.rotary(positions)
         hidden_states, residual = self.ops.run_layers(
@@ -286,6 +308,7 @@ def rope_settings(hf, head_dim: int) -> tuple[dict, int]:
     "(rotary settings, longest sequence), as transformers 4 or 5 spells them."
     given = getattr(hf, "rope_parameters", None) or getattr(hf, "rope_scaling", None)
     given = given or {}
+    given = given.get("full_attention", given)   # where layers differ: of most reach
     rope = dict(rope_theta=getattr(hf, "rope_theta", 10000.0),
                 rope_type=given.get("type", "default"),
                 original_max_position_embeddings=hf.max_position_embeddings) | given

@@ -38,8 +38,8 @@ from .weights import empty_model
 
 # %% ../nbs/11_model_runner.ipynb #1c9d4d80
 def kv_block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    "Bytes of one KV block: keys and values of `block_size` tokens in all layers."
-    token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    "Bytes of one KV block: keys and values of `block_size` tokens in its layers."
+    token = 2 * config.num_cache_layers * config.num_kv_heads * config.head_dim
     return token * block_size * dtype.itemsize
 
 # %% ../nbs/11_model_runner.ipynb #d3cd2413
@@ -129,7 +129,7 @@ def allocate_kv_cache(config: ModelConfig, num_blocks: int, block_size: int,
     """Zeros (num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim).
 
     Raises ValueError if free memory has no room for them."""
-    shape = (config.num_layers, 2, num_blocks, block_size,
+    shape = (config.num_cache_layers, 2, num_blocks, block_size,
              config.num_kv_heads, config.head_dim)
     block, free = kv_block_bytes(config, block_size, dtype), device_memory(device)[0]
     needed, gib = num_blocks * block, 2**30
@@ -423,21 +423,32 @@ class ModelRunner:
                  group: TensorParallelGroup = TensorParallelGroup()):
         config, weight = model.config, model.model.embed_tokens.weight
         self.model, self.ops, self.group = model, model.ops, group
-        self.device, self.scale = weight.device, config.head_dim ** -0.5
+        self.device = weight.device
+        self.scale = config.attention_scale or config.head_dim ** -0.5
         self.kv_cache = allocate_kv_cache(model.kv_config, num_blocks, block_size,
                                           kv_dtype or weight.dtype, weight.device)
         # several ranks are sent each batch from the host, whole
         rows_on = self.device if group.size == 1 else torch.device("cpu")
         longest = max_model_len or config.max_position
-        self.input_batch = InputBatch(max_num_seqs, longest, block_size, rows_on)
+        layout = config.kv_layout
+        make_rows = InputBatch if layout is None else layout.input_batch
+        self.input_batch = make_rows(max_num_seqs, longest, block_size, rows_on)
 
 # %% ../nbs/11_model_runner.ipynb #2dbaaa5d
+@patch
+def make_attention(self: ModelRunner, batch: Batch):
+    "What attends for the step of `batch`, in all layers."
+    config, backend = self.model.config, self.ops.attention
+    if config.kv_layout is None:
+        return backend(batch, self.kv_cache, self.scale, config.sliding_window)
+    return config.kv_layout.attention(backend, batch, self.kv_cache, self.scale)
+
+
 @patch
 def forward(self: ModelRunner, batch: Batch) -> Tensor:
     "Hidden states (N, hidden_size) of a batch on the device."
     with torch.cuda.device_of(self.kv_cache):
-        attention = self.ops.attention(batch, self.kv_cache, self.scale,
-                                       self.model.config.sliding_window)
+        attention = self.make_attention(batch)
         return self.model(batch.token_ids, batch.positions, attention)
 
 # %% ../nbs/11_model_runner.ipynb #1437b78d

@@ -31,7 +31,7 @@ def next_tokens(seq: Sequence, num_tokens: int, missing: int) -> ScheduledSequen
 
 # %% ../nbs/13_scheduler.ipynb #e0480ac3
 def check_fits(prompt_len: int, max_tokens: int | None, max_model_len: int,
-               num_blocks: int, block_size: int):
+               num_blocks: int, block_size: int, blocks_needed=blocks_needed):
     "Raise ValueError unless a request can finish, alone in the pool if need be."
     if prompt_len >= max_model_len:
         raise ValueError(f"the prompt has {prompt_len} tokens, but max_model_len is "

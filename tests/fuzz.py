@@ -14,6 +14,7 @@ from nano_vllm.kv_blocks import Sequence, blocks_needed
 from nano_vllm.prefix_cache import KVCacheManager
 from nano_vllm.sampling_params import SamplingParams
 from nano_vllm.scheduler import Scheduler, check_fits
+from nano_vllm.sliding_windows import KVLayout
 
 EOS = 0
 STRONG_HASH = prefix_cache.hash_block
@@ -82,6 +83,8 @@ class Workload:
         self.guesses = rng.choice([0, 0, 1, 3, 9])    # the most for a sequence in a step
         self.num_right = self.num_wrong = 0
 
+    count = staticmethod(blocks_needed)
+
     @property
     def pool(self): return self.manager.pool
 
@@ -92,12 +95,13 @@ class Workload:
         prompt = base[:rng.randint(1, len(base))] + [rng.randint(1, 3) for _ in range(rng.randint(0, 3))]
         params = SamplingParams(n=rng.choice([1, 1, 1, 3]), max_tokens=rng.randint(1, 20),
                                 prompt_logprobs=rng.choice([None, None, None, 0]))
-        try: check_fits(len(prompt), params.max_tokens, self.max_model_len, self.pool.num_blocks, self.pool.block_size)
+        sizes = self.max_model_len, self.pool.num_blocks, self.pool.block_size
+        try: check_fits(len(prompt), params.max_tokens, *sizes, self.count)
         except ValueError:
             self.refused += 1
             longest = min(len(prompt) + params.max_tokens, self.max_model_len)
             too_long = len(prompt) >= self.max_model_len
-            assert too_long or blocks_needed(longest - 1, self.pool.block_size) > self.pool.num_blocks
+            assert too_long or self.count(longest - 1, self.pool.block_size) > self.pool.num_blocks
             return
         salt = 0 if self.sharing else self.to_come + 1
         for i in range(params.n):
@@ -215,6 +219,73 @@ class Workload:
 
     def drain(self): "What is left to do when every sequence has ended: here nothing."
     def expected(self, seq): return expected_output(seq, self.max_model_len)
+
+
+class HybridWorkload(Workload):
+    "The same with layers in groups: one looks back to the beginning, the others over a window, all with blocks of one pool."
+
+    def __init__(self, seed):
+        super().__init__(seed)
+        rng, s = self.rng, self.scheduler
+        self.groups, self.window = rng.randint(1, 3), rng.randint(1, 20)
+        layout = KVLayout((0,), tuple(range(1, 1 + self.groups)), self.window)
+        self.manager = layout.manager(rng.randint(4, 40), self.pool.block_size, s.max_tokens_per_sequence)
+        self.count = layout.block_counter(s.max_tokens_per_sequence)
+        threshold = 0 if s.max_tokens_per_sequence == s.budget else s.max_tokens_per_sequence
+        self.scheduler = Scheduler(self.manager, s.max_running, s.budget, threshold)
+        self.kv = [None] * (self.pool.num_blocks * self.pool.block_size)
+
+    def slots(self, seq, group, positions):
+        "The slots of these positions in the cache of a group, 0 being the one that looks back to the beginning."
+        size = self.pool.block_size
+        blocks = {p: seq.window_table[p // size][group - 1] if group else seq.block_table[p // size] for p in positions}
+        return {p: block * size + p % size for p, block in blocks.items()}
+
+    def compute(self, scheduled):
+        "Write the KV of a step in all groups, and read what each of them sees."
+        seq, size, cache = scheduled.seq, self.pool.block_size, self.manager.cache
+        text = tuple(seq.tokens(0, scheduled.end)) + scheduled.spec_token_ids
+        for group in range(1 + self.groups):
+            first = self.first_seen(scheduled.start) if group else 0
+            slots = self.slots(seq, group, range(first, scheduled.end))
+            for p in range(scheduled.start, scheduled.end):
+                block = slots[p] // size
+                assert self.pool.ref_counts[block] == 1, "a shared block is written"
+                assert not cache.is_findable(block), "a findable block is written"
+                self.kv[slots[p]] = group, text[:p + 1]
+            for p, slot in slots.items(): assert self.kv[slot] == (group, text[:p + 1]), "wrong KV is read"
+
+    def check_pool(self):
+        pool, cache = self.pool, self.manager.cache
+        held = Counter(b for seq in self.live for b in seq.block_table)
+        for seq in self.live:
+            assert all(column is None for column in seq.window_table[:seq.num_released_blocks])
+            held.update(b for column in seq.window_table[seq.num_released_blocks:] for b in column)
+            steps = 2 * self.scheduler.max_tokens_per_sequence
+            most = blocks_needed(self.window + steps, pool.block_size) + 1
+            assert len(seq.window_table) - seq.num_released_blocks <= most, "more is kept than a window"
+        assert pool.ref_counts == [held[b] for b in range(pool.num_blocks)], "law 1: references"
+        assert set(pool.free_blocks) == set(range(pool.num_blocks)) - set(held), "law 1: partition"
+        findable = [cache.is_findable(b) for b in pool.free_blocks]
+        assert findable == sorted(findable), "a block that can be found is handed out before one that cannot"
+        assert all(cache.entries[b].hash == h for h, b in cache.block_of.items()), "cache out of step"
+        uids = {e.uid for e in cache.entries if e}
+        assert {uid for uid, _ in cache.local_blocks} <= uids, "a block is kept that nobody can find"
+        assert {b: name for b, name in enumerate(cache.names) if name} == {b: name for name, b in cache.local_blocks.items()}
+        assert not any(e and name for e, name in zip(cache.entries, cache.names)), "a block of two groups"
+        assert all(seq in self.scheduler.running for seq in self.manager.pending.values()), "pending owner is gone"
+        self.check_contents()
+
+    def check_contents(self):
+        size, cache = self.pool.block_size, self.manager.cache
+        texts = {}
+        for block, entry in enumerate(cache.entries):
+            held = self.kv[block * size:(block + 1) * size]
+            if not entry: continue
+            assert all(held) and [(group, text[-1]) for group, text in held] == [(0, t) for t in entry.tokens]
+            texts[entry.uid] = [text for _, text in held]
+        for (uid, group), block in cache.local_blocks.items():
+            assert self.kv[block * size:(block + 1) * size] == [(group + 1, text) for text in texts[uid]], "not what its name says"
 
 
 def run_workload(seed, kind=Workload):

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from exercise_answers import Answers, assert_all_tried, checks_of, name_of, try_answer
-from solutions.checks import lora, replicas, routing, server, speculative, structured_output
+from solutions.checks import lora, replicas, routing, server, sliding_windows, speculative, structured_output
 
-MODULES = [server, structured_output, speculative, lora, routing, replicas]
+MODULES = [server, structured_output, speculative, lora, sliding_windows, routing, replicas]
 CHECKS = checks_of(MODULES)
 ANSWERS = Answers()
 right, wrong = ANSWERS.right, ANSWERS.wrong
@@ -249,6 +249,44 @@ def _(x, slots, width, run):            # sorted, and not put back
     wanted = [s for s in slots.unique().tolist() if s >= 0]
     parts = [x.new_zeros(int((slots < 0).sum()), width)] + [run(s, x[slots == s]) for s in wanted]
     return torch.cat(parts)
+
+
+# ---- 34, sliding windows
+
+right(sliding_windows.check_share)(lambda full, local, window, length: (full + local * min(1, window / length)) / (full + local))
+wrong(sliding_windows.check_share, "the whole text if that is shorter")(
+    lambda full, local, window, length: (full * length + local * window) / ((full + local) * length))
+wrong(sliding_windows.check_share, "expected 0.21875")(lambda full, local, window, length: full / (full + local))
+
+
+@right(sliding_windows.check_blocks_in_sight)
+def _(start, end, window, size):
+    blocks = {p // size for q in range(start, end) for p in range(max(0, q - window + 1), q + 1)}
+    return min(blocks), len(blocks)
+
+
+wrong(sliding_windows.check_blocks_in_sight, "itself included")(
+    lambda start, end, window, size: (max(0, start - window) // size, (end - 1) // size - max(0, start - window) // size + 1))
+wrong(sliding_windows.check_blocks_in_sight, "expected (0, 5)")(     # the last token's window in place of the first one's
+    lambda start, end, window, size: (max(0, end - window) // size, (end - 1) // size - max(0, end - window) // size + 1))
+wrong(sliding_windows.check_blocks_in_sight, "expected (1, 3)")(lambda start, end, window, size: (max(0, start + 1 - window) // size, -(-window // size) + 1))
+
+
+@right(sliding_windows.check_longest_hit)
+def _(full, local, window, size):
+    best = 0
+    for n in range(1, len(full) + 1):
+        if not full[n - 1]: break
+        if all(local[i] for i in range(n) if (i + 1) * size > n * size + 1 - window): best = n
+    return best
+
+
+wrong(sliding_windows.check_longest_hit, "gives 4, expected")(lambda full, local, window, size: len(full) if all(full) else full.index(False))
+wrong(sliding_windows.check_longest_hit, "gives 0, expected")(     # both from the beginning on
+    lambda full, local, window, size: [*(a and b for a, b in zip(full, local)), False].index(False))
+wrong(sliding_windows.check_longest_hit, "itself included")(
+    lambda full, local, window, size: next(n for n in range(len(full), -1, -1)
+                                           if all(full[:n]) and all(local[max(0, n - max(1, window // size)):n])))
 
 
 # ---- 32, routing

@@ -25,11 +25,16 @@ SIZES = (1, 2, 3)
 SHAPE = dict(num_attention_heads=6, num_key_value_heads=3, head_dim=10, intermediate_size=43, vocab_size=97)  # 43, 97: primes
 EXPERTS = dict(num_experts=7, num_experts_per_tok=3, moe_intermediate_size=11, norm_topk_prob=True)
 WINDOW = 5
+GEMMA = dict(sliding_window=WINDOW, query_pre_attn_scalar=7, tie_word_embeddings=True, num_hidden_layers=5,
+             layer_types=["sliding_attention"]*2 + ["full_attention"] + ["sliding_attention"]*2)
 FAMILIES = {
     "Llama": ("Llama", {}), "Llama tied": ("Llama", dict(tie_word_embeddings=True)),
     "Llama biases": ("Llama", dict(attention_bias=True, mlp_bias=True)),
     "Mistral": ("Mistral", dict(sliding_window=None)), "Mistral with a window": ("Mistral", dict(sliding_window=WINDOW)),
     "Qwen2": ("Qwen2", {}), "Qwen3": ("Qwen3", {}), "Qwen3-MoE": ("Qwen3Moe", EXPERTS),
+    "Gemma3": ("Gemma3", GEMMA), "Gemma3 windows only": ("Gemma3", GEMMA | dict(layer_types=["sliding_attention"]*2, num_hidden_layers=2)),
+    "Gemma3 in whole vectors": ("Gemma3", GEMMA | dict(head_dim=16, intermediate_size=64)),
+    "Gemma3 biases": ("Gemma3", GEMMA | dict(attention_bias=True, tie_word_embeddings=False)),
     "Qwen3-MoE raw weights": ("Qwen3Moe", EXPERTS | dict(norm_topk_prob=False, num_experts_per_tok=1, attention_bias=True)),
 }
 IDS = [(7*i + i*i) % 97 for i in range(23)]

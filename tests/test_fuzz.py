@@ -3,10 +3,11 @@ import os
 from collections import Counter
 
 import pytest
-from fuzz import plant, run_workload
+from fuzz import HybridWorkload, plant, run_workload
 from nano_vllm.kv_blocks import BlockPool
 from nano_vllm.prefix_cache import KVCacheManager, PrefixCache
 from nano_vllm.scheduler import Scheduler
+from nano_vllm.sliding_windows import HybridKVCacheManager, HybridPrefixCache
 
 NUM_WORKLOADS = int(os.environ.get("NANO_VLLM_FUZZ", 1500))
 
@@ -19,9 +20,17 @@ def test_random_workloads():
     assert total["refused"] > NUM_WORKLOADS / 50  # the hard cases did occur
 
 
-def caught(seeds=60):
-    with pytest.raises((AssertionError, IndexError, KeyError, ValueError)):
-        for seed in range(seeds): run_workload(seed)
+def test_random_workloads_with_layers_in_groups():
+    total = Counter()
+    for seed in range(NUM_WORKLOADS // 3): total.update(run_workload(seed, HybridWorkload))
+    print(dict(total))
+    assert total["finished"] > NUM_WORKLOADS / 3 and total["preempted"] > NUM_WORKLOADS / 30
+    assert total["right"] > NUM_WORKLOADS / 30 and total["wrong"] > NUM_WORKLOADS / 30
+
+
+def caught(seeds=60, *kind):
+    with pytest.raises((AssertionError, IndexError, KeyError, ValueError, TypeError)):
+        for seed in range(seeds): run_workload(seed, *kind)
 
 
 # The fuzz bites: each of these plants one bug and expects it to be found.
@@ -116,3 +125,30 @@ def test_catches(monkeypatch, owner, name, old, new):
 def test_catches_nothing_where_nothing_is_planted(monkeypatch):
     for owner, name in {bug[:2] for bug in PLANTED.values()}: plant(monkeypatch, owner, name, f"def {name}", f"def {name}")
     for seed in range(60): run_workload(seed)
+
+
+HYBRID = {
+    "a token too few in sight": (HybridKVCacheManager, "num_unseen", "+ 1 - self", "+ 2 - self"),
+    "a block too many behind the window": (HybridKVCacheManager, "free_behind_window", "last = min(", "last = 1 + min("),
+    "columns behind the window are not noted": (HybridKVCacheManager, "free_behind_window", "num_released_blocks = i + 1", "num_released_blocks = i"),
+    "columns are kept when all ends": (HybridKVCacheManager, "free", "for block in column: self.release(block)", "pass"),
+    "columns behind the window are kept": (HybridKVCacheManager, "free_behind_window", "self.release(block)", "pass"),
+    "a hit without the window's blocks": (HybridKVCacheManager, "get_computed_blocks", "columns[i] is None]", "False]"),
+    "shared columns stay free": (HybridKVCacheManager, "begin", "self.pool.touch(block)", "pass"),
+    "revived columns count as free": (HybridKVCacheManager, "allocate_slots", "+ revived +", "+"),
+    "columns count as one block": (HybridKVCacheManager, "allocate_slots", "columns * groups", "columns"),
+    "a chunk too short": (HybridKVCacheManager, "num_missing_columns", "start + self.max_chunk", "start + self.max_chunk - 1"),
+    "columns of guesses are kept": (HybridKVCacheManager, "free_after", "self.release(block)", "pass"),
+    "named by the wrong block": (HybridPrefixCache, "cache_column", "(uid, group)\n", "(uid, 0)\n"),
+    "findable through nothing": (HybridPrefixCache, "evict", "if local is None: continue", "continue"),
+    "a name outlives its block": (HybridPrefixCache, "evict", "self.names[block] = None", "pass"),
+    "what nobody finds keeps its place": (HybridPrefixCache, "evict", "self.pool.put_first(local)", "pass"),
+    "named after what is gone": (HybridPrefixCache, "cache_column", "or entry.uid != uid", ""),
+    "findable columns are released as if they were not": (HybridKVCacheManager, "release", "is_findable(block)", "entries[block] is not None"),
+}
+
+
+@pytest.mark.parametrize("owner, name, old, new", HYBRID.values(), ids=HYBRID)
+def test_catches_in_groups(monkeypatch, owner, name, old, new):
+    plant(monkeypatch, owner, name, old, new)
+    caught(400, HybridWorkload)

@@ -42,7 +42,7 @@ def test_reset_leaves_what_cannot_be_made_anew_and_nothing_else():
     lasting = dict(request_id="r", prompt_token_ids=[1, 2], params=SamplingParams(), index=1, seed=2, cache_salt=4, max_len=9,
                    stop_token_ids=frozenset([3]), output_token_ids=[5], finish_reason="stop", stop_reason=3,
                    priority=1, bad_words_token_ids=[[1]], token_mask=AllowedTokens([1], 9), adapter=object())
-    made = dict(num_computed_tokens=2, num_output_placeholders=1, num_released_blocks=1, block_table=[0, 7],
+    made = dict(num_computed_tokens=2, num_output_placeholders=1, num_released_blocks=1, block_table=[0, 7], window_table=[None, [3]],
                 block_hashes=[6, 7], cache_entries=[8], speculates=True, spec_token_ids=[9])
     assert lasting.keys() | made.keys() == {f.name for f in fields(Sequence)}
     seq = Sequence(**lasting, **made)

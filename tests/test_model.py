@@ -37,6 +37,9 @@ CASES = {
 }
 
 
+CONFIGS = dict(Gemma3="Gemma3TextConfig")     # where it is not the family's name and Config
+
+
 def make(family, folder, rope=None, **changes):
     "A random `family` model of transformers, saved in `folder`."
     import transformers
@@ -44,7 +47,8 @@ def make(family, folder, rope=None, **changes):
     rope = dict(rope or ROPES["default"], rope_theta=10000.0)
     if int(transformers.__version__.split(".")[0]) >= 5: settings["rope_parameters"] = rope
     else: settings |= dict(rope_theta=rope.pop("rope_theta"), rope_scaling=rope if len(rope) > 1 else None)
-    config = getattr(transformers, f"{family}Config")(**settings)
+    if family == "Gemma3": settings["rope_parameters"] = dict(sliding_attention=rope, full_attention=rope | dict(rope_theta=1e6))
+    config = getattr(transformers, CONFIGS.get(family, f"{family}Config"))(**settings)
     torch.manual_seed(0)
     model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
     for name, p in model.named_parameters(): torch.nn.init.normal_(p, float("norm" in name), 0.2)
