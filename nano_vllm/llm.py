@@ -33,14 +33,13 @@ from .sampling_params import (BeamSearchParams, Logprob, RequestOutputKind,
 from .weights import resolve_model
 
 # %% ../nbs/15_llm.ipynb #6e25a389
-@contextmanager
 def exclusive(engine: Engine):
-    "A block in which no other thread uses `engine`; RuntimeError in a forked process."
+    "The lock for a `with` block that has `engine` for itself; RuntimeError after a fork."
     if os.getpid() != engine.pid:
         raise RuntimeError(f"this engine was made by process {engine.pid} and does not "
                            "survive os.fork(); start processes by 'spawn', with an LLM "
                            "in each")
-    with engine.lock: yield
+    return engine.lock
 
 
 # %% ../nbs/15_llm.ipynb #439615af
