@@ -34,7 +34,7 @@ from .weights import resolve_model
 
 # %% ../nbs/15_llm.ipynb #6e25a389
 def exclusive(engine: Engine):
-    "The lock for a `with` block that has `engine` for itself; RuntimeError after a fork."
+    "The lock of a block that has `engine` for itself; RuntimeError after a fork."
     if os.getpid() != engine.pid:
         raise RuntimeError(f"this engine was made by process {engine.pid} and does not "
                            "survive os.fork(); start processes by 'spawn', with an LLM "
