@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from .kv_blocks import ScheduledSequence
 from .sampler import to_device
+from .sampling_params import quote
 
 # %% ../nbs/06_attention_kernel.ipynb #5e3a0337
 @dataclass
@@ -299,7 +300,7 @@ def attention_backend(name: str, device_type: str = "cpu",
                       block_size: int = 16) -> type:
     "The backend called `name`; ValueError if there is none, or it cannot run so."
     if name not in list(BACKENDS):   # a list: `name` may be anything, even a dict
-        raise ValueError(f"attention_backend is {name!r}, must be one of "
+        raise ValueError(f"attention_backend is {quote(name)}, must be one of "
                          f"{['auto', *BACKENDS]}")
     backend = BACKENDS[name]
     backend.check(device_type, block_size)

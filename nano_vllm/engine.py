@@ -345,7 +345,7 @@ def spell(words: list[str], tokenizer: Tokenizer) -> list[list[int]]:
     spelled = []
     for word in words:
         bare, spaced = encode(word.lstrip()), encode(" " + word.lstrip())
-        if not bare: raise ValueError(f"bad_words: {word!r} has no tokens")
+        if not bare: raise ValueError(f"bad_words: {quote(word)} has no tokens")
         spelled.append(bare)
         if spaced[0] != bare[0] and len(spaced) == len(bare): spelled.append(spaced)
     return spelled
@@ -750,7 +750,7 @@ class EngineArgs:
         self.logits_processors = load_processors(self.logits_processors)
         if self.scheduling_policy not in POLICIES:
             raise ValueError(f"scheduling_policy must be one of {', '.join(POLICIES)}, "
-                             f"got {self.scheduling_policy!r}")
+                             f"got {quote(self.scheduling_policy)}")
 
 # %% ../nbs/14_engine.ipynb #a6eaf2e6
 DTYPE_NAMES = DTYPES | dict(float=torch.float32, half=torch.float16)   # as in vLLM
@@ -955,7 +955,7 @@ def refuse_beside(args: EngineArgs, where: str, *names: str):
     for name in names:
         value = getattr(args, name)
         if value and value != getattr(EngineArgs, name):
-            raise ValueError(f"{name} must be left out {where}, got {value!r}")
+            raise ValueError(f"{name} must be left out {where}, got {quote(value)}")
 
 
 def make_speculator(config: EngineConfig):
@@ -967,7 +967,7 @@ def make_speculator(config: EngineConfig):
     method = wanted.get("method") if isinstance(wanted, dict) else None
     if method in list(SPECULATORS): return SPECULATORS[method](config)
     raise ValueError("speculative_config must be a dict with a method of "
-                     f"{list(SPECULATORS)}, got {wanted!r}")
+                     f"{list(SPECULATORS)}, got {quote(wanted)}")
 
 # %% ../nbs/14_engine.ipynb #9d40b6e1
 class Parts(NamedTuple):

@@ -307,7 +307,7 @@ def last_that_suits(target: Target) -> tuple[str, Ops]:
 def named_ops(name: str, target: Target) -> Ops:
     "The Ops called `name`; ValueError if there are none, or they do not suit."
     if name not in list(OPS):   # a list: `name` may be anything, even a dict
-        raise ValueError(f"ops is {name!r}, must be one of {['auto', *OPS]}")
+        raise ValueError(f"ops is {quote(name)}, must be one of {['auto', *OPS]}")
     ops = OPS[name](target)
     if ops is not None: return ops
     raise ValueError(f"ops is {name!r}, which does not suit {target}; it is: "
@@ -337,7 +337,7 @@ def choose_ops(target: Target, name: str = "auto",
     that is unknown or does not suit."""
     if target.quantization not in QUANTIZATIONS:
         raise ValueError(f"quantization must be one of {list(QUANTIZATIONS)}, "
-                         f"got {target.quantization!r}")
+                         f"got {quote(target.quantization)}")
     if name == "auto": chosen, ops = last_that_suits(target)
     else: chosen, ops = name, named_ops(name, target)
     ops = with_attention(ops, attention_backend, target)

@@ -29,18 +29,17 @@ from .model_runner import (AdapterLogitsProcessor, BatchUpdate,
                                     LogitsProcessor, ModelRunner,
                                     process_dict_updates)
 from .sampling_params import (BeamSearchParams, Logprob, RequestOutputKind,
-                                       SamplingParams, log_once, settle)
+                                       SamplingParams, log_once, quote, settle)
 from .weights import resolve_model
 
 # %% ../nbs/15_llm.ipynb #6e25a389
-@contextmanager
 def exclusive(engine: Engine):
-    "A block in which no other thread uses `engine`; RuntimeError in a forked process."
+    "The lock of a block that has `engine` for itself; RuntimeError after a fork."
     if os.getpid() != engine.pid:
         raise RuntimeError(f"this engine was made by process {engine.pid} and does not "
                            "survive os.fork(); start processes by 'spawn', with an LLM "
                            "in each")
-    with engine.lock: yield
+    return engine.lock
 
 
 # %% ../nbs/15_llm.ipynb #439615af
@@ -327,7 +326,7 @@ class LLMEngine:
     def add_request(self, request_id: str, prompt, params: SamplingParams, priority=0):
         "Take a request; ValueError if it cannot be answered or its name is taken."
         if request_id in self.engine.requests:
-            raise ValueError(f"request_id must be new, got {request_id!r}")
+            raise ValueError(f"request_id must be new, got {quote(request_id)}")
         request, = self.engine.input_processor.make_requests([prompt], params, priority)
         rename(request, request_id)
         request.news = self.news

@@ -31,7 +31,7 @@ from .llm import PATHS
 from .model import Decoder, read_json
 from .moe import grouped_linear
 from .sampler import to_device
-from .sampling_params import check_number
+from .sampling_params import check_number, quote
 from .weights import is_finite, read_tensors
 
 # %% ../nbs/33_lora.ipynb #237d1a06
@@ -44,10 +44,10 @@ class LoRARequest:
 
     def __post_init__(self):
         if not isinstance(self.lora_name, str) or not self.lora_name:
-            raise ValueError(f"lora_name must be a text, got {self.lora_name!r}")
+            raise ValueError(f"lora_name must be a text, got {quote(self.lora_name)}")
         check_number("lora_int_id", self.lora_int_id, int, 1, math.inf)
         if not isinstance(self.lora_path, (str, Path)):
-            raise ValueError(f"lora_path must be a folder, got {self.lora_path!r}")
+            raise ValueError(f"lora_path must be a folder, got {quote(self.lora_path)}")
 
 # %% ../nbs/33_lora.ipynb #31d6b32a
 UNSUPPORTED = ("use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens",
@@ -60,12 +60,12 @@ def read_config(folder: Path) -> dict:
     config = read_json(folder/"adapter_config.json")
     for name, supported in dict(peft_type="LORA", bias="none").items():
         if (value := config.get(name, supported)) != supported:
-            raise ValueError(f"{name} is {value!r}, supported: {supported!r}")
+            raise ValueError(f"{name} is {quote(value)}, supported: {supported!r}")
     for name in UNSUPPORTED:
         if value := config.get(name):
-            raise ValueError(f"{name} is {value!r}, which is not supported")
+            raise ValueError(f"{name} is {quote(value)}, which is not supported")
     if not isinstance(alpha := config.get("lora_alpha"), (int, float)):
-        raise ValueError(f"lora_alpha is {alpha!r}, must be a number")
+        raise ValueError(f"lora_alpha is {quote(alpha)}, must be a number")
     return config
 
 # %% ../nbs/33_lora.ipynb #129b951a
@@ -443,7 +443,7 @@ def check(self: Adapters, name: str, pair: dict, config: dict) -> tuple[Tensor, 
 def get(self: Adapters, request: LoRARequest) -> Adapter:
     "The adapter that is asked for, read if need be; ValueError says what is wrong."
     if not isinstance(request, LoRARequest):
-        raise ValueError(f"lora_request must be a LoRARequest, got {request!r}")
+        raise ValueError(f"lora_request must be a LoRARequest, got {quote(request)}")
     adapter = self.known.get(request)
     if adapter is None: adapter = self.known[request] = self.read(request)
     return adapter

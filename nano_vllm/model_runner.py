@@ -33,7 +33,7 @@ from .model import Decoder, ModelConfig
 from .sampler import (NUMBERS, SamplingMetadata, compute_logprobs,
                                gather_logprobs, rows_at_once, to_device,
                                to_entries)
-from .sampling_params import Logprob
+from .sampling_params import Logprob, quote
 from .weights import empty_model
 
 # %% ../nbs/11_model_runner.ipynb #1c9d4d80
@@ -554,8 +554,8 @@ def load_processors(given) -> list[type]:
                for g in given or ()]
     for g, cls in zip(given or (), classes):
         if isinstance(cls, type) and hasattr(cls, "apply"): continue
-        raise ValueError(f"logits_processors: {g!r} is no class with the methods of "
-                         "LogitsProcessor, nor 'module:Class' of one")
+        raise ValueError(f"logits_processors: {quote(g)} is no class with the methods "
+                         "of LogitsProcessor, nor 'module:Class' of one")
     return classes
 
 # %% ../nbs/11_model_runner.ipynb #6df682cc

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .engine import PLACEMENTS
 from .layers import Linear, Ops, TensorParallelGroup, WeightShard, empty, shard
 from .model import ARCHITECTURES, MODEL_TYPES, ModelConfig, qwen3
+from .sampling_params import quote
 
 # %% ../nbs/28_mixture_of_experts.ipynb #ec2708b7
 def route(scores: Tensor, top_k: int, normalise: bool) -> tuple[Tensor, Tensor]:
@@ -93,7 +94,7 @@ def qwen3_moe(hf) -> dict:
     "Qwen3, with a mixture of experts in every layer; ValueError for other layouts."
     for name, supported in dict(decoder_sparse_step=1, mlp_only_layers=[]).items():
         if (value := getattr(hf, name)) != supported:
-            raise ValueError(f"{name} is {value!r}, supported: {supported!r}")
+            raise ValueError(f"{name} is {quote(value)}, supported: {supported!r}")
     num_experts, top_k = hf.num_experts, hf.num_experts_per_tok
     if (width := hf.moe_intermediate_size) < 1:
         raise ValueError(f"moe_intermediate_size is {width}, supported: from 1")

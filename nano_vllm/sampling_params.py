@@ -80,7 +80,7 @@ def check_bias(bias) -> dict[int, float] | None:
     if not bias and (bias is None or isinstance(bias, dict)): return None
     if not isinstance(bias, dict) or not all(map(is_token_id, bias)):
         raise ValueError("logit_bias must be a dict from token ids (integers of at "
-                         f"least 0) to numbers, got {bias!r}")
+                         f"least 0) to numbers, got {quote(bias)}")
     return {int(t): check_number(f"logit_bias[{t}]", b, float, -MAX_BIAS, MAX_BIAS)
             for t, b in bias.items()}
 
@@ -171,7 +171,7 @@ REFUSED = dict(
 def settle(name: str, value, accepted: dict, refused: dict):
     "ValueError for a name that is refused; a line in the log for one without effect."
     if name in refused: raise ValueError(f"{name} is refused: {refused[name]}")
-    log_once(f"{name}={value!r} has no effect here: {accepted[name]}", logging.WARNING)
+    log_once(f"{name} has no effect here: {accepted[name]}", logging.WARNING)
 
 # %% ../nbs/00_sampling_params.ipynb #ca1844ea
 def check_together(p):
@@ -183,7 +183,8 @@ def check_together(p):
     if p.n > 1 and p.greedy:
         raise ValueError(f"n must be 1 in greedy sampling (temperature 0), got {p.n}")
     if p.stop and not p.detokenize:
-        raise ValueError(f"stop must be empty if detokenize is False, got {p.stop!r}")
+        raise ValueError("stop must be empty if detokenize is False, got "
+                         f"{quote(p.stop)}")
     if p.allowed_token_ids == []:
         raise ValueError("allowed_token_ids must be None or have at least 1 id, got []")
     if p.structured_outputs is None: return

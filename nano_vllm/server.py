@@ -32,7 +32,7 @@ from .engine import (Engine, EngineArgs, Request, RequestOutput, make_engine,
                               split_prompts)
 from .latency import Timeline, check_options, under_load
 from .llm import GAUGES, rename
-from .sampling_params import SamplingParams, check_number
+from .sampling_params import SamplingParams, check_number, quote
 from .tokenizer import StopFilter, join_parts
 
 # %% ../nbs/30_server.ipynb #1e81c61d
@@ -209,7 +209,7 @@ def admit(self: AsyncLLM, requests: list[Request]) -> int:
     if self.errored: raise self.dead_error
     for r in requests:
         if r.request_id in self.readers:
-            raise ValueError(f"request_id must be new, got {r.request_id!r}")
+            raise ValueError(f"request_id must be new, got {quote(r.request_id)}")
     num = sum(len(r.completions) for r in requests)
     if self.num_open + num <= self.max_open: return num
     raise QueueFullError(f"{self.num_open} of {self.max_open} places are taken")
@@ -319,7 +319,7 @@ def read_fields(body: dict, known: set) -> dict:
             raise ValueError(f"{name[:100]} is not a field that this request can have")
         kind = FIELDS.get(name)
         if kind and type(value) is not kind:
-            raise ValueError(f"{name} must be {NOUNS[kind]}, got {value!r}")
+            raise ValueError(f"{name} must be {NOUNS[kind]}, got {quote(value)}")
     return given
 
 # %% ../nbs/30_server.ipynb #86381e04
@@ -364,7 +364,7 @@ def read_content(content, where: str) -> str:
     if not isinstance(content, list): return "" if content is None else content
     for part in content:
         if isinstance(part, dict) and isinstance(part.get("text"), str): continue
-        raise ValueError(f"{where}.content: a part must be text, got {part!r}")
+        raise ValueError(f"{where}.content: a part must be text, got {quote(part)}")
     return join_parts(content)
 
 # %% ../nbs/30_server.ipynb #536deea7
@@ -393,7 +393,7 @@ TOOL_CHOICES = {"auto": lambda tool_choice, tools: {},
 def choose(name: str, kind, table: dict):
     "The entry of `kind` in the table; ValueError lists what there is."
     if isinstance(kind, str) and kind in table: return table[kind]
-    raise ValueError(f"{name} must be one of {', '.join(table)}, got {kind!r}")
+    raise ValueError(f"{name} must be one of {', '.join(table)}, got {quote(kind)}")
 
 # %% ../nbs/30_server.ipynb #6e78ff27
 def read_form(given: dict) -> dict:
@@ -437,7 +437,7 @@ def read_chat(body: dict, engine: Engine) -> Ask:
     given = read_fields(body, CHAT_FIELDS)
     top, wanted = given.pop("top_logprobs", 0), given.pop("logprobs", False)
     if not isinstance(wanted, bool):
-        raise ValueError(f"logprobs must be true or false, got {wanted!r}")
+        raise ValueError(f"logprobs must be true or false, got {quote(wanted)}")
     check_number("top_logprobs", top, int, 0, 20)
     if wanted: given["logprobs"] = top
     if "max_completion_tokens" in given:

@@ -20,7 +20,7 @@ from .kv_blocks import (ScheduledSequence, SchedulerOutput, Sequence,
                                  blocks_needed)
 from .layers import TensorParallelGroup
 from .model_runner import ModelRunner, device_memory, kv_block_bytes
-from .sampling_params import SamplingParams, check_number
+from .sampling_params import SamplingParams, check_number, quote
 from .scheduler import num_missing
 
 # %% ../nbs/32_speculative_decoding.ipynb #7cc6e671
@@ -345,8 +345,8 @@ def read_fields(config: EngineConfig, *names: str) -> dict:
     given, known = config.args.speculative_config, ("method", "num_speculative_tokens")
     for name in given:
         if name in known + names: continue
-        raise ValueError(f"speculative_config: {name!r} must be one of "
-                         f"{[*known, *names]} where method is {given['method']!r}")
+        raise ValueError(f"speculative_config: {quote(name)} must be one of "
+                         f"{[*known, *names]} where method is {quote(given['method'])}")
     read_number(given, "num_speculative_tokens")
     return given
 

@@ -125,7 +125,8 @@ def load_model(path, config: ModelConfig, dtype: torch.dtype, device,
 
     load_format: "auto" reads the checkpoint, "dummy" draws random weights."""
     if load_format not in ("auto", "dummy"):
-        raise ValueError(f"load_format is {load_format!r}, supported: 'auto', 'dummy'")
+        raise ValueError(f"load_format is {quote(load_format)}, supported: 'auto', "
+                         "'dummy'")
     model = empty_model(config, dtype, device, group, ops)
     if load_format == "auto": load_weights(model, Path(path))
     else: fill_randomly(model, device)
@@ -142,8 +143,8 @@ def download(name: str) -> Path:
     try: return Path(snapshot_download(name, allow_patterns=PATTERNS,
                                        ignore_patterns=["*/*", "consolidated*"]))
     except Exception as e:
-        raise ValueError(f"model is {name!r}: there is no such folder, and asking the "
-                         f"Hugging Face hub for it failed: {e}") from e
+        raise ValueError(f"model is {quote(name)}: there is no such folder, and asking "
+                         f"the Hugging Face hub for it failed: {shorten(e)}") from e
 
 
 def check_folder(folder: Path) -> Path:

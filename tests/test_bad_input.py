@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import assert_idle
 from nano_vllm import LLM, SamplingParams
+from nano_vllm.sampling_params import log_once
 from safetensors.torch import load_file, save_file
 
 GOOD = "A good request, on either side of the bad one", SamplingParams(temperature=.7, seed=3, max_tokens=6, logprobs=1, ignore_eos=True)
@@ -402,3 +403,28 @@ def test_how_many_cases_there_are():
     tables = [m.args[1] for f in (test_prompts, test_sampling_params, test_lists_of_parameters, test_requests_that_can_never_fit, test_messages,
                                   test_engine_arguments) for m in f.pytestmark]
     assert sum(map(len, tables)) + len(FOLDERS) >= 200
+
+
+# ---- what is said stays short, and is said once
+
+LONG = "x" * 100_000
+
+
+@pytest.mark.parametrize("name, make", [
+    ("stop", lambda: SamplingParams(stop=LONG, detokenize=False)), ("logit_bias", lambda: SamplingParams(logit_bias=[LONG])),
+    ("structured_outputs", lambda: SamplingParams(structured_outputs=LONG)), ("output_kind", lambda: SamplingParams(output_kind=LONG)),
+    *((name, lambda name=name: LLM("smollm2-135m", device="cpu", num_kv_blocks=8, **{name: LONG}))
+      for name in ("scheduling_policy", "attention_backend", "ops", "quantization", "load_format", "speculative_config")),
+    ("logits_processors", lambda: LLM("smollm2-135m", logits_processors=[LONG])), ("model", lambda: LLM(LONG + "/y"))])
+def test_a_message_is_short_whatever_it_refuses(name, make):
+    with pytest.raises(ValueError, match=name) as e: make()
+    assert len(str(e.value)) < 1500
+
+
+def test_what_has_no_effect_is_said_once_whatever_the_value(caplog):
+    "Who asks for something else each time fills neither the log nor the memory of what has been said."
+    log_once.cache_clear()
+    with caplog.at_level("WARNING", "nano_vllm"):
+        for i in range(500): SamplingParams(stream_interval=i + 2, watermarking=f"{LONG} {i}")
+    assert len(caplog.records) == log_once.cache_info().currsize == 2
+    assert all(len(r.getMessage()) < 200 for r in caplog.records)
