@@ -5,26 +5,206 @@ import asyncio
 import hmac
 import json
 import os
+import queue
 import re
+import threading
+from concurrent.futures import Future
 from functools import reduce
 
 import pytest
 import torch
 
 from exercise_answers import Answers, assert_all_tried, checks_of, name_of, try_answer
-from solutions.checks import lora, replicas, routing, server, sliding_windows, speculative, structured_output
+from solutions.checks import (
+    async_llm, lora, replicas, routing, server, sliding_windows, speculative, structured_output)
 
-MODULES = [server, structured_output, speculative, lora, sliding_windows, routing, replicas]
+MODULES = [async_llm, server, structured_output, speculative, lora, sliding_windows, routing, replicas]
 CHECKS = checks_of(MODULES)
 ANSWERS = Answers()
 right, wrong = ANSWERS.right, ANSWERS.wrong
 
 
-# ---- 29, a server
+# ---- 29, an asynchronous engine
 
-right(server.check_share_lost)(lambda step, cores, n, chunk: 1 - step / (step + n * chunk / cores))
-wrong(server.check_share_lost, "of 41.6 ms in all")(lambda step, cores, n, chunk: n * chunk / cores / step)
-wrong(server.check_share_lost, "the step becomes 1.6 ms longer")(lambda step, cores, n, chunk: n * chunk / (step + n * chunk))
+right(async_llm.check_share_lost)(lambda step, cores, n, chunk: 1 - step / (step + n * chunk / cores))
+wrong(async_llm.check_share_lost, "of 41.6 ms in all")(lambda step, cores, n, chunk: n * chunk / cores / step)
+wrong(async_llm.check_share_lost, "the step becomes 1.6 ms longer")(lambda step, cores, n, chunk: n * chunk / (step + n * chunk))
+
+
+def evenly(num_tokens, interval): return [interval] * (num_tokens // interval) + [num_tokens % interval] * (num_tokens % interval > 0)
+
+
+@right(async_llm.check_pieces_sent)
+def _(num_tokens, interval):
+    sent, waiting = [], 0
+    for token in range(1, num_tokens + 1):
+        waiting += 1
+        if not sent or waiting == interval or token == num_tokens:
+            sent.append(waiting)
+            waiting = 0
+    return tuple(sent)
+
+
+wrong(async_llm.check_pieces_sent, "the first token is to be sent at once")(evenly)
+wrong(async_llm.check_pieces_sent, "no token may be lost")(lambda num_tokens, interval: [1] + [interval] * ((num_tokens - 1) // interval))
+wrong(async_llm.check_pieces_sent, "expected [1, 4, 4, 1]")(lambda num_tokens, interval: [1] * num_tokens)
+
+
+@right(async_llm.check_stepper)
+class WithList:
+    def __init__(self, step):
+        self.step, self.calls, self.lock, self.ended = step, [], threading.Lock(), False
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def ask(self, function):
+        future = Future()
+        with self.lock: self.calls.append((future, function))
+        return future
+
+    def take(self):
+        with self.lock: calls, self.calls = self.calls, []
+        return calls
+
+    def call(self, future, function):
+        try: future.set_result(function())
+        except Exception as error: future.set_exception(error)
+
+    def run(self):
+        while not self.ended:
+            self.step()
+            for call in self.take(): self.call(*call)
+        for call in self.take(): self.call(*call)
+
+    def close(self):
+        self.ended = True
+        self.thread.join()
+
+
+@wrong(async_llm.check_stepper, "in the asker's thread")
+class CallsAtOnce(WithList):
+    def ask(self, function):
+        future = Future()
+        self.call(future, function)
+        return future
+
+
+@wrong(async_llm.check_stepper, "after 5 seconds a function asked after one that raised has no result")
+class DiesOfAQuestion(WithList):
+    def call(self, future, function):
+        try: future.set_result(function())
+        except Exception as error:
+            future.set_exception(error)
+            self.ended = True
+
+
+@wrong(async_llm.check_stepper, "the thread is still alive")
+class NeverEnds(WithList):
+    def close(self):
+        while self.calls: pass
+        self.take = lambda: []
+        threading.Timer(1, setattr, (self, "ended", True)).start()      # long after it was looked at
+        threading.Event().wait(.05)
+
+
+@wrong(async_llm.check_stepper, "the thread waits for an ask")
+class StepsOnlyWhenAsked(WithList):
+    def __init__(self, step):
+        self.waiting = queue.SimpleQueue()
+        super().__init__(step)
+
+    def ask(self, function):
+        future = Future()
+        self.waiting.put((future, function))
+        return future
+
+    def run(self):
+        while (call := self.waiting.get()) is not None:
+            self.call(*call)
+            self.step()
+
+    def close(self):
+        self.waiting.put(None)
+        self.thread.join()
+
+
+class WithQueue:
+    def __init__(self): self.queue = asyncio.Queue()
+    def put(self, text): self.queue.put_nowait(text)
+    def close(self): self.queue.put_nowait(None)
+    def rest(self): return []
+
+    async def take(self):
+        found = [await self.queue.get(), *self.rest()]
+        return "".join(found) if None not in found else None
+
+
+@right(async_llm.check_box)
+class WithCondition:
+    def __init__(self): self.parts, self.open, self.waiter = [], True, None
+
+    def wake(self):
+        if self.waiter and not self.waiter.done(): self.waiter.set_result(None)
+
+    def put(self, text):
+        self.parts.append(text)
+        self.wake()
+
+    def close(self):
+        self.open = False
+        self.wake()
+
+    async def take(self):
+        if self.open and not self.parts:
+            self.waiter = asyncio.get_running_loop().create_future()
+            await self.waiter
+        parts, self.parts = self.parts, []
+        return "".join(parts) if parts else None
+
+
+wrong(async_llm.check_box, "take gives 'One,', expected 'One, two'")(WithQueue)
+
+
+@wrong(async_llm.check_box, "two takes give (None, None)")
+class ForgetsTheEnd(WithCondition):
+    async def take(self):
+        text = await super().take()
+        return text if self.open else None
+
+
+@wrong(async_llm.check_box, "it has to wait")
+class NeverWaits(WithCondition):
+    async def take(self):
+        parts, self.parts = self.parts, []
+        return "".join(parts)
+
+
+@wrong(async_llm.check_box, "what has been read is not given again")
+class Repeats(WithCondition):
+    async def take(self):
+        if not hasattr(self, "all"): self.all = ""
+        new = await super().take()
+        self.all += new or ""
+        return self.all if new else None
+
+
+@wrong(async_llm.check_box, "though there is something to give")
+class SleepsOn(WithCondition):
+    def wake(self): pass
+
+
+# ---- 30, a server
+
+@right(server.check_field_of)
+def _(message, names):
+    words = "".join(c if c.isalnum() or c == "_" else " " for c in message).split()
+    found = [w for w in words if w in names]
+    return found[0] if found else None
+
+
+wrong(server.check_field_of, "a part of a word is no word")(lambda message, names: min((n for n in names if n in message), key=lambda n: (message.find(n), -len(n)), default=None))
+wrong(server.check_field_of, "a bracket ends a word")(lambda message, names: next((w for w in message.replace(",", "").split() if w in names), None))
+wrong(server.check_field_of, "gives 'no', expected None")(lambda message, names: (re.findall(r"\w+", message) or [None])[0])
 
 
 @right(server.check_same_key)
@@ -70,72 +250,26 @@ wrong(server.check_parse_events, "waits for more before it yields")(
     lambda pieces: iter([json.loads(t) for t in re.findall(r"^data: ({.*})\r?$", b"".join(pieces).decode().split("\ndata: [DONE]")[0], re.M)]))
 
 
-class WithQueue:
-    def __init__(self): self.queue = asyncio.Queue()
-    def put(self, text): self.queue.put_nowait(text)
-    def close(self): self.queue.put_nowait(None)
-    def rest(self): return []
+def places(never=400, takes=False, least=0):
+    class Places:
+        def __init__(self, limit): self.limit, self.free = limit, limit
 
-    async def take(self):
-        found = [await self.queue.get(), *self.rest()]
-        return "".join(found) if None not in found else None
+        def enter(self, num):
+            status = never if num > self.limit else 429 if self.free - num < least else 200
+            if status == 200 or takes: self.free -= num
+            return status
 
-
-@right(server.check_box)
-class WithCondition:
-    def __init__(self): self.parts, self.open, self.waiter = [], True, None
-
-    def wake(self):
-        if self.waiter and not self.waiter.done(): self.waiter.set_result(None)
-
-    def put(self, text):
-        self.parts.append(text)
-        self.wake()
-
-    def close(self):
-        self.open = False
-        self.wake()
-
-    async def take(self):
-        if self.open and not self.parts:
-            self.waiter = asyncio.get_running_loop().create_future()
-            await self.waiter
-        parts, self.parts = self.parts, []
-        return "".join(parts) if parts else None
+        def leave(self, num): self.free += num
+    return Places
 
 
-wrong(server.check_box, "take gives 'One,', expected 'One, two'")(WithQueue)
+right(server.check_places)(places())
+wrong(server.check_places, "5 never fit into 4 places")(places(never=429))
+wrong(server.check_places, "who was refused has taken no place")(places(takes=True))
+wrong(server.check_places, "and one is free")(places(least=1))
 
 
-@wrong(server.check_box, "two takes give (None, None)")
-class ForgetsTheEnd(WithCondition):
-    async def take(self):
-        text = await super().take()
-        return text if self.open else None
-
-
-@wrong(server.check_box, "it has to wait")
-class NeverWaits(WithCondition):
-    async def take(self):
-        parts, self.parts = self.parts, []
-        return "".join(parts)
-
-
-@wrong(server.check_box, "what has been read is not given again")
-class Repeats(WithCondition):
-    async def take(self):
-        if not hasattr(self, "all"): self.all = ""
-        new = await super().take()
-        self.all += new or ""
-        return self.all if new else None
-
-
-@wrong(server.check_box, "though there is something to give")
-class SleepsOn(WithCondition):
-    def wake(self): pass
-
-
-# ---- 30, speculative decoding
+# ---- 32, speculative decoding
 
 @right(speculative.check_expected_tokens)
 def _(chance, num_guesses): return num_guesses + 1 if chance == 1 else (1 - chance**(num_guesses + 1)) / (1 - chance)

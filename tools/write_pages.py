@@ -7,7 +7,7 @@ from quarto_filter import settings
 
 PUBLIC = [("llm", "LLM"), ("engine", "EngineArgs"), ("sampling_params", "SamplingParams"), ("llm", "TextPrompt"), ("llm", "TokensPrompt"),
           ("engine", "RequestOutput"), ("engine", "CompletionOutput"), ("engine", "RequestMetrics"), ("sampling_params", "Logprob"),
-          ("lora", "LoRARequest"), ("llm", "LLMEngine"), ("server", "AsyncLLM")]
+          ("lora", "LoRARequest"), ("llm", "LLMEngine"), ("async_llm", "AsyncLLM")]
 HEAD = """# The interface {.unnumbered}
 
 What a program that uses the package needs; everything else is explained in the chapters, and may change. Names, defaults and meanings are vLLM's

@@ -1,17 +1,22 @@
 "Checks of the exercises of the chapter on the server. Nothing here opens a socket."
-import asyncio
 import json
-import threading
 
 from . import WrongAnswer, attempt, exercise, expect, require, show
 
 
 @exercise
-def check_share_lost(share_lost):
-    for step, cores, readers, chunk in ((.04, 2, 32, 1e-4), (.02, 2, 0, 1e-4), (.01, 1, 100, 1e-4), (.05, 16, 256, 5e-5)):
-        extra = readers * chunk / cores
-        expect(share_lost, (step, cores, readers, chunk), extra / (step + extra),
-               f"the step becomes {1e3*extra:.1f} ms longer, of {1e3*(step + extra):.1f} ms in all", tolerance=1e-9)
+def check_field_of(field_of):
+    names = {"prompt", "top_p", "p", "n", "max_tokens"}
+    for message, wanted, why in (
+            ("max_tokens must be at least 1, got 0", "max_tokens", "it is the first word"),
+            ("prompt[2]: token ids must be from 0 to 9", "prompt", "a bracket ends a word"),
+            ("top_p must be at most 1", "top_p", "a part of a word is no word"),
+            ("no news", None, "a part of a word is no word"), ("the body is not JSON", None, "no field is named"), ("", None, "no field is named"),
+            ("at least 1 token must be in prompt, n is 3", "prompt", "the first word that is a field counts"),
+            ("n must be 1 with top_p", "n", "the first word that is a field counts")):
+        case = f"field_of({message!r}, {sorted(names)})"
+        got = attempt(case, field_of, message, names)
+        require(got == wanted, f"{case} gives {show(got)}, expected {show(wanted)}", why)
 
 
 class Spied:
@@ -71,40 +76,13 @@ def check_parse_events(parse_events):
 
 
 @exercise
-def check_box(Box):
-    async def scenario():
-        box = Box()
-        for text in ("One,", " two"): box.put(text)
-        got = await asyncio.wait_for(box.take(), 1)
-        require(got == "One, two", f"after put('One,') and put(' two'), take gives {show(got)}, expected 'One, two'", "all that there is, at once")
-        waiting = asyncio.ensure_future(box.take())
-        await asyncio.sleep(.01)
-        require(not waiting.done(), f"nothing new is in the box, and take gives {show(waiting.done() and waiting.result())}; it has to wait")
-        box.put("!")
-        got = await asyncio.wait_for(waiting, 1)
-        require(got == "!", f"take, which waited, gives {show(got)} after put('!')", "what has been read is not given again")
-        box.put("end")
-        box.close()
-        got = await asyncio.wait_for(box.take(), 1), await asyncio.wait_for(box.take(), 1)
-        require(got == ("end", None), f"after put('end') and close(), two takes give {show(got)}, expected ('end', None)", "what is unread comes before the end")
-        box = Box()
-        waiting = asyncio.ensure_future(box.take())
-        await asyncio.sleep(.01)
-        box.close()
-        got = await asyncio.wait_for(waiting, 1)
-        require(got is None, f"take waits when the box is closed, and gives {show(got)}, expected None")
-    in_its_own_loop(scenario)
-
-
-def in_its_own_loop(scenario):
-    "Run the coroutine in another thread: a notebook's has a loop already."
-    failed = []
-    def run():
-        try: asyncio.run(scenario())
-        except WrongAnswer as error: failed.append(error)
-        except (TimeoutError, asyncio.TimeoutError): failed.append(WrongAnswer("take waits, though there is something to give"))
-        except Exception as error: failed.append(WrongAnswer(f"the box raises {type(error).__name__}: {error}"))
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if failed: raise failed[0]
+def check_places(Places):
+    calls = [("enter", 3, 200, ""), ("enter", 2, 429, "3 of 4 places are taken, and 2 more do not fit now"),
+             ("enter", 1, 200, "who was refused has taken no place, and one is free"), ("enter", 5, 400, "5 never fit into 4 places; to come back is of no use"),
+             ("leave", 3, None, ""), ("enter", 4, 429, "1 place is taken"), ("enter", 3, 200, "3 of 4 places are free"),
+             ("leave", 4, None, ""), ("enter", 4, 200, "all places are free")]
+    places, said = attempt("Places(4)", Places, 4), []
+    for name, num, status, why in calls:
+        said.append(f"{name}({num})")
+        got = attempt(", ".join(said), getattr(places, name), num)
+        require(status is None or got == status, f"after {', '.join(said[:-1]) or 'nothing'}, {name}({num}) gives {show(got)}, expected {status}", why)
