@@ -7,7 +7,7 @@ __all__ = ['joined', 'Reader', 'EngineDeadError', 'QueueFullError', 'AsyncLLM']
 
 # %% ../nbs/29_async_llm.ipynb #7305e205
 import asyncio, logging, queue, threading, uuid
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
@@ -82,9 +82,6 @@ class AsyncLLM:
         self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
         self.thread.start()
         return self
-
-    @classmethod
-    def from_engine_args(cls, args: EngineArgs): return cls(make_engine(args)).start()
 
     @property
     def errored(self) -> bool: return self.dead_error is not None
@@ -161,6 +158,20 @@ def run(self: AsyncLLM):
         except Exception as error: self.fail(error)
     if not self.errored: self.dead_error = EngineDeadError("the engine is shut down")
     self.tell(self.fail_readers, self.dead_error)
+
+# %% ../nbs/29_async_llm.ipynb #e2c02177
+@patch(cls_method=True)
+def from_engine_args(cls: AsyncLLM, args: EngineArgs, max_open: int = 2**20):
+    "One whose engine is made by the thread that will step it; raises what that raises."
+    made = Future()
+    def live():
+        try: llm = cls(make_engine(args), max_open)
+        except BaseException as error: return made.set_exception(error)
+        llm.thread = threading.current_thread()
+        made.set_result(llm)
+        llm.run()
+    threading.Thread(target=live, name="engine", daemon=True).start()
+    return made.result()
 
 # %% ../nbs/29_async_llm.ipynb #3077da2a
 @patch

@@ -26,8 +26,8 @@ from fastcore.basics import patch
 from .async_llm import AsyncLLM, EngineDeadError, QueueFullError
 from .benchmark import Workload, random_workload
 from .cli import (BENCHES, COMMANDS, SERVE_OPTIONS, add_options, chosen,
-                           make_llm, report, throughput_arguments)
-from .engine import Engine, Request, RequestOutput
+                           report, throughput_arguments)
+from .engine import Engine, EngineArgs, Request, RequestOutput
 from .latency import Timeline, check_options, under_load
 from .llm import GAUGES
 from .sampling_params import SamplingParams, check_number, quote
@@ -767,8 +767,10 @@ def serve(args):
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
     access_log.setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    engine, name = make_llm(args).engine, args.served_model_name or str(args.model)
-    llm = AsyncLLM(engine, engine.scheduler.max_running + args.max_queue).start()
+    name = args.served_model_name or str(args.model)
+    print(f"loading {args.model} ...", file=sys.stderr, flush=True)
+    llm = AsyncLLM.from_engine_args(EngineArgs.from_cli_args(args))
+    llm.max_open = llm.engine.scheduler.max_running + args.max_queue
     server = make_server(API(llm, name), allowed_origins=args.allowed_origin,
                          **chosen(args, SERVER_OPTIONS))
     where = f"http://{server.config.host}:{server.config.port}"
