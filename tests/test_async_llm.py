@@ -141,7 +141,7 @@ def test_the_event_loop_neither_encodes_nor_steps(monkeypatch):
         for name in ("add", "abort", "step"): setattr(llm.engine, name, noted(name, getattr(llm.engine, name)))
 
         async def go():
-            params = SamplingParams(max_tokens=20, ignore_eos=True)
+            params = SamplingParams(max_tokens=200, ignore_eos=True)     # too long to be told in one piece
             async for _ in llm.generate([1, 2], params): break
             async for _ in llm.generate([1, 2], params): pass
         asyncio.run(go())
