@@ -1,5 +1,6 @@
 "What several test files need: an engine that has to be idle, and a tiny model in a folder of its own."
 import shutil
+import sys
 
 import torch
 from nano_vllm.model import weight_shards
@@ -51,3 +52,14 @@ def tiny_folder(folder, tokenizer=True, **changes):
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja") if tokenizer else ():
         shutil.copy(fetch()/name, folder/name)
     return folder
+
+
+class Tracing:
+    "Within the block, Python calls the method `trace` at every line that it runs, as `sys.settrace` says."
+
+    def __enter__(self):
+        self.before = sys.gettrace()
+        sys.settrace(self.trace)
+        return self
+
+    def __exit__(self, *_): sys.settrace(self.before)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 from fake_engine import assert_all_free, check_books, expected, fake_engine
-from helpers import assert_idle
+from helpers import Tracing, assert_idle
 from nano_vllm import LLM, SamplingParams, engine as module
 from nano_vllm.attention import TorchAttention
 from nano_vllm.layers import OPS, Linear, Ops
@@ -220,7 +220,7 @@ def test_nothing_is_held_once_an_interrupted_engine_has_no_requests(monkeypatch)
     assert_all_free(engine)
 
 
-class AtLine:
+class AtLine(Tracing):
     "Calls `function` before the line of number `at` that this package's code runs within the block, once; `left`: lines still to come."
 
     def __init__(self, at, function): self.left, self.function = at, function
@@ -231,13 +231,6 @@ class AtLine:
             self.left -= 1
             if self.left == 0: self.function()
         return self.trace
-
-    def __enter__(self):
-        self.before = sys.gettrace()
-        sys.settrace(self.trace)
-        return self
-
-    def __exit__(self, *_): sys.settrace(self.before)
 
 
 @pytest.mark.parametrize("stride", [31, pytest.param(1, marks=pytest.mark.slow)])

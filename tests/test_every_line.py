@@ -7,11 +7,11 @@ order. And nothing is left: no block, no row, no lock. A short choice of the lin
 import gc
 import linecache
 import random
-import sys
 from collections import Counter
 
 import pytest
 from fake_engine import Asker, check_books, fake_engine
+from helpers import Tracing
 from test_exactly_once import assert_nothing_is_left, asker, check_prefix, counted, finish
 from nano_vllm import LLM, SamplingParams
 from nano_vllm.engine import EngineArgs
@@ -25,7 +25,7 @@ ERRORS = MemoryError, KeyboardInterrupt
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
-class AtLine:
+class AtLine(Tracing):
     """Within the block, raises `error` before the `at`-th line of the engine's modules, once.
 
     `count`: how many lines there were; `first`: for each place in the source, when it was met first."""
@@ -53,13 +53,6 @@ class AtLine:
             self.first.setdefault((frame.f_code, frame.f_lineno), self.count)
             if self.count == self.at: raise self.error(f"line {frame.f_lineno} of {frame.f_code.co_name}")
         return self.trace
-
-    def __enter__(self):
-        self.before = sys.gettrace()
-        sys.settrace(self.trace)
-        return self
-
-    def __exit__(self, *_): sys.settrace(self.before)
 
     @property
     def was_raised(self): return self.count >= self.at

@@ -144,9 +144,9 @@ def logits_of_all_positions(llm, ids, budget):
     return answer, torch.stack([rows[p] for p in sorted(rows)])
 
 
-def test_logits_and_greedy_tokens_equal_transformers(pair, request):
-    "A whole prompt, one in chunks that straddle blocks and windows, one token by token; each then decodes."
-    (theirs, llm), worst = pair, 0
+def check_against_transformers(theirs, llm):
+    "A whole prompt, one in chunks that straddle blocks and windows, one token by token; each then decodes. (Largest logit, largest difference)."
+    worst = 0
     expected_answer = hf_greedy(theirs, IDS, NUM_TOKENS)
     with torch.inference_mode(): expected = theirs(torch.tensor([IDS + expected_answer])).logits[0, :-1]
     for budget in (64, 7, 1):
@@ -154,7 +154,12 @@ def test_logits_and_greedy_tokens_equal_transformers(pair, request):
         assert answer == expected_answer
         torch.testing.assert_close(logits, expected, rtol=0, atol=logits_tolerance(llm.engine.runner.model.config, len(logits), expected))
         worst = max(worst, float((logits - expected).abs().max()))
-    print(f"{request.node.callspec.id} ranks: largest logit {expected.abs().max():.1f}, largest difference {worst:.1e}")
+    return float(expected.abs().max()), worst
+
+
+def test_logits_and_greedy_tokens_equal_transformers(pair, request):
+    largest, worst = check_against_transformers(*pair)
+    print(f"{request.node.callspec.id} ranks: largest logit {largest:.1f}, largest difference {worst:.1e}")
 
 
 def test_answers_do_not_depend_on_companions(pair):
@@ -190,12 +195,7 @@ def test_whole_experts_on_each_rank_give_the_same_logits(saved, size):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(LAUNCHERS, "processes", start_threads)
         llm = make_llm(folder, size, enable_expert_parallel=True)
-    expected_answer = hf_greedy(theirs, IDS, NUM_TOKENS)
-    with torch.inference_mode(): expected = theirs(torch.tensor([IDS + expected_answer])).logits[0, :-1]
-    for budget in (64, 7, 1):
-        answer, logits = logits_of_all_positions(llm, IDS, budget)
-        assert answer == expected_answer
-        torch.testing.assert_close(logits, expected, rtol=0, atol=logits_tolerance(llm.engine.runner.model.config, len(logits), expected))
+    check_against_transformers(theirs, llm)
     layer = llm.engine.runner.model.model.layers[0].mlp.experts
     assert isinstance(layer, WholeExperts) and layer.gate_up_proj.shape == (7 // size, 22, llm.engine.runner.model.config.hidden_size)
     if size > 1: llm.engine.runner.group.close()
