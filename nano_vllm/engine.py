@@ -11,7 +11,7 @@ __all__ = ['TOKEN_MASKS', 'ENGINE_LIMITS', 'DEFAULT_IS_NONE', 'ACCEPTED_ARGS', '
            'choose_device', 'EngineConfig', 'choose_kv_dtype', 'resolve_args', 'memory_budget', 'max_sampled',
            'kv_memory', 'max_chunk', 'block_counter', 'count_blocks', 'make_group', 'rank_device', 'make_runner',
            'serve_rank', 'load_tokenizer', 'make_scheduler', 'count_in_flight', 'refuse_beside', 'make_speculator',
-           'Parts', 'make_parts', 'make_engine']
+           'Parts', 'make_parts', 'parts_maker', 'make_engine']
 
 # %% ../nbs/14_engine.ipynb #342515a2
 import os, time
@@ -652,7 +652,7 @@ def recover(self: Engine):
 # %% ../nbs/14_engine.ipynb #bb64c798
 ENGINE_LIMITS = dict(
     tensor_parallel_size=(int, 1, 2**10), data_parallel_size=(int, 1, 2**10),
-    block_size=(int, 1, 2**20),
+    pipeline_parallel_size=(int, 1, 2**10), block_size=(int, 1, 2**20),
     max_num_seqs=(int, 1, 2**20), max_num_batched_tokens=(int, 1, 2**30),
     gpu_memory_utilization=(float, 0.01, 1.0),
     num_kv_blocks=(int, 1, 2**40), max_model_len=(int, 2, 2**40),
@@ -707,7 +707,8 @@ class EngineArgs:
     dtype: str | torch.dtype = "auto"     # "auto" is the checkpoint's
     kv_cache_dtype: str | torch.dtype = "auto"   # of keys and values; "auto" is dtype
     device: str = "auto"                  # a GPU if there is one
-    tensor_parallel_size: int = 1         # processes that share the model
+    tensor_parallel_size: int = 1         # processes that share each layer
+    pipeline_parallel_size: int = 1       # stages that share the layers
     data_parallel_size: int = 1           # engines that share the requests
     block_size: int = 16                  # tokens in a KV block
     max_model_len: int | None = None      # longest prompt plus output
@@ -839,7 +840,8 @@ def max_sampled(args: EngineArgs) -> int:
 def kv_memory(config: EngineConfig, group: TensorParallelGroup) -> int:
     "Bytes for a KV cache: what may still be taken, less room for activations."
     args = config.args
-    on_one_host = group.size * args.data_parallel_size      # processes, at most
+    on_one_host = (group.size * args.pipeline_parallel_size
+                   * args.data_parallel_size)               # processes, at most
     sharers = on_one_host if config.device.type == "cpu" else 1
     num_rows = max_sampled(args)
     hidden_dtype = config.ops.hidden_dtype or config.dtype
@@ -927,13 +929,14 @@ def load_tokenizer(config: EngineConfig) -> Tokenizer:
     return (NoTokenizer if without else Tokenizer)(folder)
 
 # %% ../nbs/14_engine.ipynb #dc76e970
-def make_scheduler(config: EngineConfig, num_blocks: int) -> Scheduler:
-    "The scheduler and its blocks."
+def make_scheduler(config: EngineConfig, num_blocks: int,
+                   policies=POLICIES) -> Scheduler:
+    "The scheduler, one of the `policies`, and its blocks."
     args = config.args
     window, layout = config.model.sliding_window, config.model.kv_layout
     if layout is None: manager = KVCacheManager(num_blocks, args.block_size, window)
     else: manager = layout.manager(num_blocks, args.block_size, max_chunk(args))
-    make = POLICIES[args.scheduling_policy]
+    make = policies[args.scheduling_policy]
     return make(manager, args.max_num_seqs, args.max_num_batched_tokens,
                 args.long_prefill_token_threshold,
                 args.max_loras if args.enable_lora else 0)
@@ -963,7 +966,7 @@ def make_speculator(config: EngineConfig):
     wanted = config.args.speculative_config
     if wanted is None: return None
     refuse_beside(config.args, "with speculative_config", "logits_processors",
-                  "data_parallel_size")
+                  "data_parallel_size", "pipeline_parallel_size")
     method = wanted.get("method") if isinstance(wanted, dict) else None
     if method in list(SPECULATORS): return SPECULATORS[method](config)
     raise ValueError("speculative_config must be a dict with a method of "
@@ -992,6 +995,12 @@ def make_parts(config: EngineConfig) -> Parts:
                  count_in_flight(config, group))
 
 # %% ../nbs/14_engine.ipynb #18125c4f
+def parts_maker(args: EngineArgs) -> Callable[[EngineConfig], Parts]:
+    "What makes the parts: one engine's, several engines', or those of stages."
+    if args.data_parallel_size > 1: return LAUNCHERS["replicas"]
+    return make_parts if args.pipeline_parallel_size == 1 else LAUNCHERS["stages"]
+
+
 def make_engine(args: EngineArgs) -> Engine:
     "An engine and all its parts; ValueError, naming the field, if it cannot be had."
     config = resolve_args(args)
@@ -1001,8 +1010,7 @@ def make_engine(args: EngineArgs) -> Engine:
     default_params = read_default_params(folder, args.override_generation_config)
     tokenizer = load_tokenizer(config)
     eos = config.model.eos_token_ids | {tokenizer.eos_token_id} - {None}
-    make = make_parts if args.data_parallel_size == 1 else LAUNCHERS["replicas"]
-    parts = make(config)
+    parts = parts_maker(args)(config)
     if speculator: speculator.measure(parts.runner)
     inputs = InputProcessor(tokenizer, config.model.vocab_size, config.max_model_len,
                             parts.num_blocks, args.block_size, eos, default_params,

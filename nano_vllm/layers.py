@@ -376,8 +376,9 @@ class TensorParallelGroup:
         return nullcontext()
 
 # %% ../nbs/08_tp_layers.ipynb #51e02781
-# "processes": a function that makes a group of several ranks, and "replicas": one that
-# lets several engines share requests; later chapters add them
+# "processes": a function that makes a group of several ranks; "stages": one that makes
+# an engine cut by layers; "replicas": one that lets several engines share requests.
+# Later chapters add them
 LAUNCHERS: dict[str, Callable] = {}
 
 # %% ../nbs/08_tp_layers.ipynb #ece9212e

@@ -457,8 +457,7 @@ REFUSED_GROUPS = {
     "the environment says it: HF_TOKEN, HF_HOME": "hf_token download_dir",
     "change config.json in a copy of the folder": "hf_overrides disable_sliding_window",
     "tensor_parallel_size cuts a model over devices":
-        "pipeline_parallel_size decode_context_parallel_size nnodes worker_cls "
-        "worker_extension_cls",
+        "decode_context_parallel_size nnodes worker_cls worker_extension_cls",
     "quantization='int8' makes the weights smaller":
         "cpu_offload_gb offload_group_size offload_num_in_group offload_params "
         "offload_prefetch_step quantization_config",
@@ -476,8 +475,8 @@ for why, names in REFUSED_GROUPS.items():
 
 # %% ../nbs/15_llm.ipynb #405f0b95
 NEUTRAL_VALUES.update(
-    dict.fromkeys("pipeline_parallel_size nnodes decode_context_parallel_size "
-                  "offload_num_in_group offload_prefetch_step".split(), (1,)),
+    dict.fromkeys("nnodes decode_context_parallel_size offload_num_in_group "
+                  "offload_prefetch_step".split(), (1,)),
     runner=("auto", "generate"), convert=("auto", "none"), revision=("main",),
     tokenizer_revision=("main",), logprobs_mode=("raw_logprobs",),
     worker_cls=("auto",))

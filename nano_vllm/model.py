@@ -178,6 +178,7 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     "A decoder of the Llama kind, or a rank's part of it; its parameters lack values."
     norm_class = RMSNorm
+    elsewhere = frozenset()   # names of tensors that other processes hold, if any do
 
     def __init__(self, config: ModelConfig,
                  group: TensorParallelGroup = TensorParallelGroup(), ops: Ops = Ops()):
@@ -208,12 +209,14 @@ class Decoder(nn.Module):
 
         `attention` stores each layer's keys and values, and mixes its queries with
         those that came before: `store(k, v, layer)`, then `attention(q, layer)`."""
-        residual = self.embed(token_ids)
-        hidden_states = torch.zeros_like(residual)
+        states = self.run(self.embed(token_ids), positions, attention)
+        return self.model.norm(*states)[0]
+
+    def run(self, residual, positions, attention):
+        "(hidden_states, residual) after all layers, of what the first one is given."
         cos, sin = self.rotary(positions)
-        hidden_states, residual = self.ops.run_layers(
-            self.model.layers, hidden_states, residual, cos, sin, attention)
-        return self.model.norm(hidden_states, residual)[0]
+        return self.ops.run_layers(self.model.layers, torch.zeros_like(residual),
+                                   residual, cos, sin, attention)
 
     @property
     def head(self) -> VocabParallelEmbedding:

@@ -285,6 +285,11 @@ class RowInputs:
     sampled_rows: Tensor         # (R,) int64, on the device
     metadata: SamplingMetadata   # of these R
 
+    @property
+    def places(self) -> list[tuple[Sequence, int]]:
+        "(sequence, position) of each prompt token whose successor is to be rated."
+        return [(s.seq, p) for s in self.scheduled for p in prompt_positions(s)]
+
 # %% ../nbs/11_model_runner.ipynb #5b1d7e21
 def with_guesses(seq: Sequence, guesses: tuple[int, ...]) -> Sequence:
     "The sequence as if `guesses` had been said, if its next token depends on them."
@@ -421,7 +426,7 @@ class ModelRunner:
                  max_num_seqs: int = 256, max_model_len: int | None = None,
                  kv_dtype: torch.dtype | None = None,
                  group: TensorParallelGroup = TensorParallelGroup()):
-        config, weight = model.config, model.model.embed_tokens.weight
+        config, weight = model.config, next(model.parameters())
         self.model, self.ops, self.group = model, model.ops, group
         self.device = weight.device
         self.scale = config.attention_scale or config.head_dim ** -0.5
@@ -486,10 +491,9 @@ def compute(self: ModelRunner, batch: Batch, places=(), rated=None) -> Tensor:
 def compute_on_all(self: ModelRunner, batch: Batch, inputs: RowInputs,
                    rated: list) -> Tensor:
     "The wanted logits (R, vocab_size), float32; ratings of prompts go to `rated`."
-    places = [(s.seq, p) for s in inputs.scheduled for p in prompt_positions(s)]
     with self.group.collective_guard():
         self.group.broadcast(batch)
-        return self.compute(batch, places, rated)
+        return self.compute(batch, inputs.places, rated)
 
 
 @patch
@@ -580,24 +584,37 @@ def process_logits(self: ModelRunner, logits: Tensor, seqs: list[Sequence]) -> T
 
 # %% ../nbs/11_model_runner.ipynb #1b3450e9
 @patch
-@torch.inference_mode()
-def execute(self: ModelRunner, output: SchedulerOutput) -> StepHandle:
-    "Compute a scheduled step, and choose a token for each sequence that samples."
-    self.input_batch.update(output)
-    prompt_logprobs = []
-    if self.graphs and self.graphs.fits(output):
-        sampled, logits, ids = self.graphs.run(output)
-    else:
-        batch, inputs = self.input_batch.prepare(output)
-        if self.adapters: batch.adapters = self.adapters.plan(inputs.scheduled)
-        logits = self.compute_on_all(batch, inputs, prompt_logprobs)
-        edited, sampled = self.process_logits(logits, inputs.sampled), inputs.sampled
-        ids = self.ops.sample(edited, inputs.metadata)
-        self.input_batch.device.last_token[inputs.sampled_rows] = ids
+def make_handle(self: ModelRunner, output: SchedulerOutput, sampled: list[Sequence],
+                logits: Tensor, ids: Tensor, prompt_logprobs: list) -> StepHandle:
+    "The handle of a computed step, with the log-probabilities that are asked for."
     logprobs = {
         i: gather_logprobs(logits[i:i+1], ids[i:i+1], seq.params.logprobs)
         for i, seq in enumerate(sampled) if seq.params.logprobs is not None}
     return StepHandle(output, sampled, ids, logprobs, prompt_logprobs)
+
+
+@patch
+def choose(self: ModelRunner, output: SchedulerOutput, inputs: RowInputs,
+           logits: Tensor, prompt_logprobs: list) -> StepHandle:
+    "Choose a token for each row of the logits (R, vocab_size)."
+    edited = self.process_logits(logits, inputs.sampled)
+    ids = self.ops.sample(edited, inputs.metadata)
+    self.input_batch.device.last_token[inputs.sampled_rows] = ids
+    return self.make_handle(output, inputs.sampled, logits, ids, prompt_logprobs)
+
+
+@patch
+@torch.inference_mode()
+def execute(self: ModelRunner, output: SchedulerOutput) -> StepHandle:
+    "Compute a scheduled step, and choose a token for each sequence that samples."
+    self.input_batch.update(output)
+    if self.graphs and self.graphs.fits(output):
+        return self.make_handle(output, *self.graphs.run(output), [])
+    batch, inputs = self.input_batch.prepare(output)
+    if self.adapters: batch.adapters = self.adapters.plan(inputs.scheduled)
+    prompt_logprobs = []
+    logits = self.compute_on_all(batch, inputs, prompt_logprobs)
+    return self.choose(output, inputs, logits, prompt_logprobs)
 
 
 @patch
@@ -607,3 +624,4 @@ def clear(self: ModelRunner):
     self.processed = []
     if self.graphs: self.graphs.forget()
     if self.adapters: self.adapters.forget()
+

@@ -371,7 +371,7 @@ def retire(self: Fleet, name: int):
 def make_fleet(config: EngineConfig) -> Parts:
     "The scheduler and the runner of an engine whose steps are computed by replicas."
     refuse_beside(config.args, "where data_parallel_size is not 1", "enable_lora",
-                  "logits_processors")
+                  "logits_processors", "pipeline_parallel_size")
     fleet = Fleet(config)
     return Parts(fleet, fleet, min(a.num_blocks for a in fleet.actors.values()), 1)
 LAUNCHERS["replicas"] = make_fleet

@@ -91,12 +91,16 @@ class Scheduler:
             s.seq.num_output_placeholders += s.samples
         return output
 
+    def must_wait(self, seq: Sequence) -> bool:
+        "Must `seq` sit out this step?"
+        return waits_for_token(seq)
+
     def schedule_running(self) -> list[ScheduledSequence]:
         "Oldest first, as many missing tokens as the budget allows."
         scheduled, budget = [], self.budget
         for i, seq in enumerate(list(self.running)):
             if seq not in self.running: break           # preempted, as all after it
-            if waits_for_token(seq): continue
+            if self.must_wait(seq): continue
             missing = num_missing(seq)
             if not self.preempt_until_fits(seq, seq.num_computed_tokens + missing):
                 break
@@ -135,7 +139,7 @@ class Scheduler:
         scheduled, room = [], self.max_running - len(self.running)
         for seq in list(islice(self.waiting, room)):
             if budget == 0: break
-            if not self.has_adapter_slot(seq): continue
+            if self.must_wait(seq) or not self.has_adapter_slot(seq): continue
             computed = []
             if not seq.params.skip_reading_prefix_cache:
                 computed = self.manager.get_computed_blocks(seq)

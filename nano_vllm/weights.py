@@ -84,7 +84,8 @@ def load_weights(model: Decoder, path: Path):
         parameter.copy_(tensor[index])
         if not is_finite(parameter):
             raise ValueError(f"{name}: some of its numbers are NaN or infinite")
-    surplus = [name for name in surplus if not is_harmless(name, model.config)]
+    surplus = [name for name in surplus
+               if name not in model.elsewhere and not is_harmless(name, model.config)]
     for kind, names in (("missing", missing), ("surplus", surplus)):
         if names: raise ValueError(f"model folder {path}: {len(names)} tensors are "
                                    f"{kind}: {some(names)}")
