@@ -161,12 +161,12 @@ class Prophet:
 
 
 def fake_engine(num_blocks=30, block_size=4, max_num_seqs=6, max_num_batched_tokens=16, max_model_len=60, window=None,
-                num_in_flight=1, threshold=0, own_tables=False, guesses=0, **inputs):
+                num_in_flight=1, threshold=0, own_tables=False, guesses=0, scheduler=Scheduler, **inputs):
     "The engine; `inputs` go to its InputProcessor. `guesses`: the most for a sequence in a step."
     tokenizer = LetterTokenizer()
     manager = KVCacheManager(num_blocks, block_size, window)
     return Engine(InputProcessor(tokenizer, VOCAB, max_model_len, num_blocks, block_size, {EOS}, **inputs),
-                  Scheduler(manager, max_num_seqs, max_num_batched_tokens, threshold),
+                  scheduler(manager, max_num_seqs, max_num_batched_tokens, threshold),
                   FakeRunner(num_blocks, block_size, max_num_seqs, max_model_len, window, own_tables),
                   OutputProcessor(tokenizer, {EOS}), num_in_flight, Speculator(Prophet(guesses), guesses, 100) if guesses else None)
 

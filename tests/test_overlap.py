@@ -49,14 +49,17 @@ class Watch:
         assert all(x.num_tokens <= s.max_tokens_per_sequence for x in scheduled)
         for x in scheduled: self.check_writes(x)
         for seq in set(s.running) - working:
-            waits = (seq.params.depends_on_output or seq.speculates) and seq.num_output_placeholders or seq.num_output_placeholders > 1
-            assert waits or seq.num_computed_tokens == seq.max_len - 1, "law 5: a resident sequence stalls"
+            assert self.waits(seq) or seq.num_computed_tokens == seq.max_len - 1, "law 5: a resident sequence stalls"
         preempted = s.num_preemptions - before
         assert working <= set(s.running) and (preempted or set(residents) <= set(s.running))
         admitted = {x.seq for x in output.admitted}
         assert admitted == set(s.running) - set(residents) and admitted <= set(was_waiting)
         assert scheduled or self.engine.in_flight or not self.engine.requests, "law 4: nobody moves"
         return output
+
+    def waits(self, seq):
+        "Must it sit out a step?"
+        return (seq.params.depends_on_output or seq.speculates) and seq.num_output_placeholders or seq.num_output_placeholders > 1
 
     def check_writes(self, x):
         "What a step may write: slots of its own, of blocks that nobody can find; not its last token's."
@@ -72,16 +75,19 @@ class Watch:
 class Workload:
     "One random engine and those who ask it, watched."
 
+    watch, scheduler = Watch, Scheduler
+    most_guesses = 2, 6
+
     def __init__(self, seed, num_in_flight):
         rng = self.rng = random.Random(seed)
         self.max_model_len, self.penalties = rng.randint(4, 60), rng.choice([0, 0.3, 0.8])
         self.engine = fake_engine(
             rng.randint(2, rng.choice([12, 30])), rng.choice([1, 2, 3, 4, 8]), rng.randint(1, 6), rng.choice([1, 2, 5, 16, 64]),
             self.max_model_len, rng.choice([None, None, rng.randint(1, 20)]), num_in_flight, rng.choice([0, 0, 0, 1, 3, 10]),
-            rng.random() < 0.5, rng.choice([0, 0, 2, 6]),
+            rng.random() < 0.5, rng.choice([0, 0, *self.most_guesses]), self.scheduler,
             enable_prefix_caching=rng.random() < 0.8, random=rng)
         self.prompts = [[rng.randint(1, 3) for _ in range(rng.randint(1, 40))] for _ in range(3)]
-        self.to_come, self.askers, self.seen = rng.randint(1, 8), [], Watch(self.engine).seen
+        self.to_come, self.askers, self.seen = rng.randint(1, 8), [], self.watch(self.engine).seen
 
     def some_prompt(self):
         base = self.rng.choice(self.prompts)
