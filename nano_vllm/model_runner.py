@@ -602,7 +602,7 @@ def choose(self: ModelRunner, output: SchedulerOutput, inputs: RowInputs,
     self.input_batch.device.last_token[inputs.sampled_rows] = ids
     return self.make_handle(output, inputs.sampled, logits, ids, prompt_logprobs)
 
-
+# %% ../nbs/11_model_runner.ipynb #d1899958
 @patch
 @torch.inference_mode()
 def execute(self: ModelRunner, output: SchedulerOutput) -> StepHandle:
@@ -624,4 +624,3 @@ def clear(self: ModelRunner):
     self.processed = []
     if self.graphs: self.graphs.forget()
     if self.adapters: self.adapters.forget()
-

@@ -295,6 +295,6 @@ def launch_group(size: int, device_type: str, target: str, payload) -> Distribut
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1: return StartedGroup(size, device_type, target, payload)
     if world == size: return join_group(device_type)
-    raise ValueError(f"tensor_parallel_size x pipeline_parallel_size is {size}, must be "
-                     f"1 or the number of processes that torchrun has started, {world}")
+    raise ValueError(f"tensor_parallel_size x pipeline_parallel_size is {size}, must "
+                     f"be 1 or the number of processes that torchrun started, {world}")
 LAUNCHERS["processes"] = launch_group

@@ -16,9 +16,9 @@ import torch
 
 from exercise_answers import Answers, assert_all_tried, checks_of, name_of, try_answer
 from solutions.checks import (
-    async_llm, lora, replicas, routing, server, sliding_windows, speculative, structured_output)
+    async_llm, lora, pipeline, replicas, routing, server, sliding_windows, speculative, structured_output)
 
-MODULES = [async_llm, server, structured_output, speculative, lora, sliding_windows, routing, replicas]
+MODULES = [async_llm, server, structured_output, speculative, lora, sliding_windows, routing, replicas, pipeline]
 CHECKS = checks_of(MODULES)
 ANSWERS = Answers()
 right, wrong = ANSWERS.right, ANSWERS.wrong
@@ -653,6 +653,63 @@ wrong(structured_output.check_at_most, "Is a `return` missing?")(lambda inner, n
 def _(inner, n, then, either, EMPTY):
     "One too many."
     return reduce(then, [either(inner, EMPTY)] * (n + 1))
+
+
+# ---- 37, pipeline parallelism
+
+@right(pipeline.check_pipeline_time)
+def _(num_steps, num_stages, seconds):
+    "Played: when each stage has ended with each step."
+    ends = [0] * num_stages
+    for _ in range(num_steps):
+        for stage in range(num_stages): ends[stage] = max(ends[stage], ends[stage - 1] if stage else 0) + seconds
+    return [ends[-1], 1 - num_steps * seconds / ends[-1]]
+
+
+wrong(pipeline.check_pipeline_time, "after it one step leaves the last stage")(lambda n, p, t: (n * p * t, 1 - 1 / p))
+wrong(pipeline.check_pipeline_time, "a stage works 8 of 11 s")(lambda n, p, t: ((n + p - 1) * t, (p - 1) / p))
+
+right(pipeline.check_crowd)(lambda memory, weights, kv, n: [n * (max(memory - weights, 0) // kv), max(n * memory - weights, 0) // kv])
+wrong(pipeline.check_crowd, "expected [256, 304]")(lambda memory, weights, kv, n: (n * int((memory - weights) / kv), n * int((memory - weights / 1) / kv)))
+wrong(pipeline.check_crowd, "a cache is not divided among replicas")(lambda memory, weights, kv, n: (max(0, int(n * (memory - weights) / kv)), max(0, int((n * memory - weights) / kv))))
+wrong(pipeline.check_crowd, "(24, 30, 1, 2) gives")(lambda memory, weights, kv, n: (n * int((memory - weights) // kv), int((n * memory - weights) // kv)))
+
+
+@right(pipeline.check_next_turn)
+def _(sequences, num_stages):
+    "One at a time, the one with the oldest turn."
+    left, chosen = [s for s in sequences if not s[2]], []
+    while left and len(chosen) * num_stages < len(sequences):
+        chosen.append(min(left, key=lambda s: s[1]))
+        left.remove(chosen[-1])
+    return [name for name, *_ in chosen]
+
+
+wrong(pipeline.check_next_turn, "an old one reads a long prompt")(lambda seqs, p: [name for name, _, waits in seqs if not waits][:-(-len(seqs) // p)])
+wrong(pipeline.check_next_turn, "those that wait included")(
+    lambda seqs, p: [n for _, n in sorted((t, n) for n, t, w in seqs if not w)][:-(-sum(not w for *_, w in seqs) // p)])
+wrong(pipeline.check_next_turn, "all wait")(lambda seqs, p: [n for n, _, w in sorted(seqs, key=lambda s: (s[2], s[1]))][:-(-len(seqs) // p)])
+
+
+@right(pipeline.check_best_split)
+def _(weights, num_stages):
+    "Every limit in turn: fill the stages greedily, and see if they suffice."
+    def fill(limit):
+        lengths, room = [0], limit
+        for i, w in enumerate(weights):
+            needed = num_stages - len(lengths)          # stages that must still get a layer
+            if lengths[-1] and (w > room or len(weights) - i == needed):
+                lengths.append(0)
+                room = limit
+            lengths[-1] += 1
+            room -= w
+        return lengths if len(lengths) == num_stages and pipeline.heaviest(weights, lengths) <= limit else None
+    return next(filter(None, map(fill, range(1, sum(weights) + 1))))
+
+
+wrong(pipeline.check_best_split, "whose heaviest stage weighs")(
+    lambda weights, p: [len(weights) * (i + 1) // p - len(weights) * i // p for i in range(p)])
+wrong(pipeline.check_best_split, "no cut of 4 layers into 2 stages")(lambda weights, p: [len(weights)] + [0] * (p - 1))
 
 
 # ---- what holds for all

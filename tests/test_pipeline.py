@@ -16,9 +16,10 @@ from fuzz import plant
 from helpers import assert_idle, logits_tolerance, tiny_folder
 from nano_vllm import LLM, SamplingParams, prefix_cache
 from nano_vllm.attention import make_batch
-from nano_vllm.kv_blocks import ScheduledSequence, Sequence
+from nano_vllm.kv_blocks import ScheduledSequence, SchedulerOutput, Sequence
 from nano_vllm.model import ModelConfig
-from nano_vllm.pipeline import (TURNS, StageRunner, TakesTurns, TurnScheduler, find_channels, head_in_layers,
+from nano_vllm.model_runner import InputBatch
+from nano_vllm.pipeline import (TURNS, PipelinedStep, StageRunner, TakesTurns, TurnScheduler, find_channels, head_in_layers,
                                 split_layers, stage_ranks)
 from nano_vllm.scheduler import Scheduler
 from nano_vllm.workbench import fetch
@@ -237,6 +238,21 @@ def test_every_rank_has_its_channels():
             assert sorted(r for ranks in stages for r in ranks) == list(range(num_stages * size)) and 0 in stages[-1]
             assert Counter(receiver for _, receiver in pairs) == Counter(range(num_stages * size))
             for before, after in zip(stages, stages[1:]): assert {(a, b) for a, b in pairs if b in after} == set(zip(before, after))
+
+
+def test_a_step_keeps_what_it_was_given():
+    "Rows change while it is on its way, and what `prepare` gives may be a view of them."
+    rows = InputBatch(4, 32, 4, torch.device("cpu"))
+    seqs = [Sequence(name, [1, 2], SamplingParams(temperature=t), seed=t, block_table=[t]) for name, t in zip("ab", (1, 2))]
+    output = SchedulerOutput(tuple(ScheduledSequence(seq, 0, 2, True) for seq in seqs), 2)
+    rows.update(output)
+    batch, inputs = rows.prepare(output)
+    step = PipelinedStep(None, output, batch, inputs)
+    rows.update(SchedulerOutput((), 0, (seqs[0],)))
+    for column in (rows.seeds, rows.prompt_lens, rows.block_tables, *rows.params.values()): column[:] = 7
+    assert batch.block_tables.tolist() != [[1], [2]] and inputs.metadata.temperature.tolist() != [1, 2]    # or nothing is tested
+    assert step.batch.block_tables.tolist() == [[1], [2]]
+    assert step.inputs.metadata.temperature.tolist() == step.inputs.metadata.seeds.tolist() == [1, 2]
 
 
 # ---- nothing is lost
