@@ -726,6 +726,7 @@ class EngineArgs:
     load_format: str = "auto"             # "dummy": random weights, for benchmarks
     quantization: str | None = None       # how the weights are held
     speculative_config: dict | None = None    # how to guess ahead: see `SPECULATORS`
+    kv_transfer_config: dict | None = None    # replicas that compute prompts alone
     seed: int = 0                         # of requests that bring none
     max_logprobs: int = 20                # most logprobs of a token; -1: all
     scheduling_policy: str = "fcfs"       # or "priority": see `POLICIES`
@@ -1004,6 +1005,8 @@ def parts_maker(args: EngineArgs) -> Callable[[EngineConfig], Parts]:
 def make_engine(args: EngineArgs) -> Engine:
     "An engine and all its parts; ValueError, naming the field, if it cannot be had."
     config = resolve_args(args)
+    if args.data_parallel_size == 1:
+        refuse_beside(args, "where data_parallel_size is 1", "kv_transfer_config")
     speculator = make_speculator(config)
     folder = dict(auto=config.model_path, vllm="").get(args.generation_config,
                                                        args.generation_config)

@@ -468,7 +468,7 @@ REFUSED_GROUPS = {
     "use torch.profiler around a call": "profiler_config",
     "attention_backend names one": "attention_config",
     "the KV cache stays on the device, num_kv_blocks says how large":
-        "kv_transfer_config kv_offloading_size",
+        "kv_offloading_size",
     "`del llm` gives all memory back": "enable_sleep_mode"}
 for why, names in REFUSED_GROUPS.items():
     REFUSED_ARGS.update(dict.fromkeys(names.split(), why))

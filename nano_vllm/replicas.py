@@ -127,7 +127,7 @@ def reserve(ray, kind: str, size: int):
                        f"{size} {kind} on one machine; it has in all {total:.0f}")
 
 # %% ../nbs/36_replicas.ipynb #3c211434
-def start_actor(ray, config: EngineConfig) -> tuple:
+def start_actor(ray, config: EngineConfig, replica_class=Replica) -> tuple:
     "A replica in a process of its own, and its room."
     size = config.args.tensor_parallel_size
     kind = "GPU" if config.device.type == "cuda" else "CPU"
@@ -135,14 +135,14 @@ def start_actor(ray, config: EngineConfig) -> tuple:
     place = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(room)
     options = dict(max_restarts=-1, scheduling_strategy=place)
     options[f"num_{kind.lower()}s"] = size
-    return ray.remote(Replica).options(**options).remote(config.args), room
+    return ray.remote(replica_class).options(**options).remote(config.args), room
 
 # %% ../nbs/36_replicas.ipynb #f1e8f132
 class Actor:
     "A replica elsewhere, which Ray starts again if it dies, and what it has to do."
-    def __init__(self, ray, config: EngineConfig):
+    def __init__(self, ray, config: EngineConfig, replica_class=Replica):
         self.ray = ray
-        self.handle, self.room = start_actor(ray, config)
+        self.handle, self.room = start_actor(ray, config, replica_class)
         self.sequences: dict[tuple, Sequence] = {}   # unfinished, there
         self.added: list[Sequence] = []              # what the next call tells
         self.aborted: list[tuple] = []
@@ -176,7 +176,7 @@ class Fleet:
     def __init__(self, config: EngineConfig):
         self.config, self.ray = config, start_ray()
         self.group = TensorParallelGroup()
-        self.router = Router("prefix")
+        self.router = self.make_router()
         self.actors: OrderedDict[int, Actor] = OrderedDict()   # longest not heard first
         self.close = weakref.finalize(self, end_actors, self.ray, self.actors)
         self.waiting: OrderedDict[Sequence, None] = OrderedDict()   # not sent yet
@@ -190,9 +190,13 @@ class Fleet:
             self.close()
             raise
 
+    def make_router(self): return Router("prefix")
+
+    def make_actor(self) -> Actor: return Actor(self.ray, self.config)
+
     def start(self):
         "One more replica; it gets requests when it has loaded the model."
-        self.actors[self.num_started] = Actor(self.ray, self.config)
+        self.actors[self.num_started] = self.make_actor()
         self.num_started += 1
 
 
@@ -372,7 +376,8 @@ def make_fleet(config: EngineConfig) -> Parts:
     "The scheduler and the runner of an engine whose steps are computed by replicas."
     refuse_beside(config.args, "where data_parallel_size is not 1", "enable_lora",
                   "logits_processors", "pipeline_parallel_size")
-    fleet = Fleet(config)
+    make = LAUNCHERS["disaggregated"] if config.args.kv_transfer_config else Fleet
+    fleet = make(config)
     return Parts(fleet, fleet, min(a.num_blocks for a in fleet.actors.values()), 1)
 LAUNCHERS["replicas"] = make_fleet
 

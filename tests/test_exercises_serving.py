@@ -16,9 +16,9 @@ import torch
 
 from exercise_answers import Answers, assert_all_tried, checks_of, name_of, try_answer
 from solutions.checks import (
-    async_llm, lora, pipeline, replicas, routing, server, sliding_windows, speculative, structured_output)
+    async_llm, kv_transfer, lora, pipeline, replicas, routing, server, sliding_windows, speculative, structured_output)
 
-MODULES = [async_llm, server, structured_output, speculative, lora, sliding_windows, routing, replicas, pipeline]
+MODULES = [async_llm, server, structured_output, speculative, lora, sliding_windows, routing, replicas, pipeline, kv_transfer]
 CHECKS = checks_of(MODULES)
 ANSWERS = Answers()
 right, wrong = ANSWERS.right, ANSWERS.wrong
@@ -560,6 +560,69 @@ def _(lives, prompts):
             return answers
         except replicas.LostReplica: continue
     return answers
+
+
+# ---- 38, disaggregated prefill
+
+right(kv_transfer.check_seconds_to_send)(
+    lambda n, size, layers, heads, dim, itemsize, bandwidth: (n - n % size) / bandwidth * (2 * layers) * (heads * dim * itemsize))
+wrong(kv_transfer.check_seconds_to_send, "96 of the 100 tokens are in full blocks")(
+    lambda n, size, layers, heads, dim, itemsize, bandwidth: n * 2 * layers * heads * dim * itemsize / bandwidth)
+wrong(kv_transfer.check_seconds_to_send, "a key and a value in each layer")(
+    lambda n, size, layers, heads, dim, itemsize, bandwidth: n // size * size * layers * heads * dim * itemsize / bandwidth)
+
+
+@right(kv_transfer.check_first_step)
+def _(prompt, block_size, known, arrived, free):
+    found, left = 0, prompt
+    while left >= block_size:
+        if found >= known:
+            if found >= arrived or not free: break
+            free -= 1
+        found, left = found + 1, left - block_size
+    return left + 1
+
+
+wrong(kv_transfer.check_first_step, "(100, 16, 0, 6, 100) gives 4, expected 5")(
+    lambda prompt, size, known, arrived, free: prompt - size * min(prompt // size, known + min(max(arrived - known, 0), free)))
+wrong(kv_transfer.check_first_step, "(100, 16, 2, 6, 1) gives 5, expected 53")(
+    lambda prompt, size, known, arrived, free: prompt + 1 - size * min(prompt // size, max(known, arrived)))
+wrong(kv_transfer.check_first_step, "(96, 16, 9, 0, 0) gives -47, expected 1: 97 tokens are known, and 6 blocks are found")(
+    lambda prompt, size, known, arrived, free: prompt + 1 - size * (known + min(max(arrived - known, 0), free)))
+
+
+def put(free, cache, hashes, hold=True, forget=True, reverse=True):
+    "By a table of who has what, turned round."
+    where = {block: name for name, block in cache.items()}
+    known = []
+    while len(known) < len(hashes) and hashes[len(known)] in cache: known.append(cache[hashes[len(known)]])
+    last = [block for block in known if block in free]
+    if hold: free[:] = [block for block in free if block not in last]
+    new, free[:] = free[:len(hashes) - len(known)], free[len(hashes) - len(known):]
+    for name, block in zip(hashes[len(known):], new):
+        if forget and block in where: cache.pop(where[block], None)
+        cache[name] = block
+    if not hold: free[:] = [block for block in free if block not in last]
+    free.extend((last + new)[::-1] if reverse else last + new)
+    return known + new
+
+
+right(kv_transfer.check_store)(put)
+wrong(kv_transfer.check_store, "are not given up for others of the same text")(lambda *args: put(*args, hold=False))
+wrong(kv_transfer.check_store, "what it held before is forgotten")(lambda *args: put(*args, forget=False))
+wrong(kv_transfer.check_store, "the text's last one first")(lambda *args: put(*args, reverse=False))
+
+
+@right(kv_transfer.check_num_producers)
+def _(num_replicas, prefill, decode):
+    best = 1
+    for p in range(2, num_replicas):
+        if max(prefill / p, decode / (num_replicas - p)) < max(prefill / best, decode / (num_replicas - best)): best = p
+    return best
+
+
+wrong(kv_transfer.check_num_producers, "requests a second are answered")(lambda n, prefill, decode: n // 2)
+wrong(kv_transfer.check_num_producers, "(2, 1.0, 9.0) gives 0, expected 1")(lambda n, prefill, decode: round(n * prefill / (prefill + decode)))
 
 
 # ---- structured output
