@@ -182,7 +182,7 @@ class LayerTable:
                     cache_size=keys.numel(), queries=ctypes.addressof(decodes.queries),
                     **{name: address(tensor) for name, tensor in tensors.items()})
         kv_heads, group = self.kv_size // self.head_dim, self.q_size // self.kv_size
-        # a backend without tiles has each token attend by itself, however many there are
+        # in a backend without tiles each token attends by itself, however many
         few = {} if isinstance(decodes, TiledQueries) else dict(FEW=ONE_BY_ONE)
         kernel = run_layers_kernel(self.head_dim, kv_heads, group, 8 * keys.itemsize,
                                    **few)

@@ -336,8 +336,9 @@ class LLMEngine:
     def step(self) -> list[RequestOutput]:
         "A step of the engine; the outputs of the requests that it brought forward."
         if self.engine.requests: self.engine.step()
-        news, completions = dict(self.news), [c for r in self.news for c in r.completions]
-        shown = [(c, c.num_shown_tokens, c.num_shown_chars) for c in completions]
+        news = dict(self.news)
+        shown = [(c, c.num_shown_tokens, c.num_shown_chars)
+                 for request in news for c in request.completions]
         try: return [self.take(request) for request in news]
         except BaseException:     # nothing has reached the caller: all is new still
             for c, *numbers in shown: c.num_shown_tokens, c.num_shown_chars = numbers
@@ -357,8 +358,8 @@ class LLMEngine:
     def get_num_unfinished_requests(self) -> int: return len(self.engine.requests)
     def has_unfinished_requests(self) -> bool:
         "Is there something to compute, or to tell of what was not aborted?"
-        reasons = (c.seq.finish_reason for r in self.news for c in r.completions)
-        return bool(self.engine.requests) or any(reason != "abort" for reason in reasons)
+        ends = {c.seq.finish_reason for r in self.news for c in r.completions}
+        return bool(self.engine.requests or ends - {"abort"})
 
     def get_tokenizer(self): return self.engine.input_processor.tokenizer.hf
 
