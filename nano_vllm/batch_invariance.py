@@ -23,7 +23,7 @@ from .quantization import int8_ops
 from .sampler import SamplingMetadata
 
 # %% ../nbs/39_batch_invariance.ipynb #4e1f6e21
-NUM_ROWS = 40   # more than two tiles have, and no multiple of one
+NUM_ROWS = 40   # several tiles of them
 
 
 def num_differing_cuts(product, x: Tensor) -> int:
