@@ -108,10 +108,9 @@ def tell(self: AsyncLLM, function, *args):
 @patch
 def hand_out(self: AsyncLLM):
     "Send what is new to the event loop: one message for a step, whoever reads."
-    requests = list(self.news)
-    self.news.clear()
-    pieces = [r.new_output() if r.streams else r.output() for r in requests
+    pieces = [r.new_output() if r.streams else r.output() for r in self.news
               if r.finished or r.has_new_text]
+    self.news.clear()
     if pieces: self.tell(self.receive, pieces)
 
 # %% ../nbs/29_async_llm.ipynb #765ec94b
@@ -132,7 +131,9 @@ def abort_all(self: AsyncLLM):
 def fail(self: AsyncLLM, error: Exception):
     "A step has failed: so do the requests in it. What comes later has a new start."
     logging.getLogger("nano_vllm").error("a step has failed", exc_info=error)
-    failed = list(self.engine.requests)
+    # one that has ended and was not told so is in the news only
+    failed = [*self.engine.requests, *(r.request_id for r in self.news)]
+    self.news.clear()
     try: self.abort_all()
     except Exception as e: self.dead_error = EngineDeadError(f"{error!r}, then {e!r}")
     self.tell(self.fail_readers, error, failed)

@@ -84,6 +84,8 @@ class AttentionBackend:
 
     kv_cache (layers, 2, num_blocks, block_size, kv_heads, head_dim); a query token sees
     the last `window` tokens of its text up to itself (None: all)."""
+    batch_invariant = False   # does what a token gets depend on nothing but its text?
+
     def __init__(self, batch: Batch, kv_cache: Tensor, scale: float,
                  window: int | None = None):
         self.batch, self.kv_cache = batch, kv_cache
@@ -119,6 +121,8 @@ def window_len(length, window: int | None):
 # %% ../nbs/06_attention_kernel.ipynb #46810137
 class ReferenceAttention(AttentionBackend):
     "Attention token by token and head by head, as the formula says: the oracle."
+    batch_invariant = True
+
     def __call__(self, q: Tensor, layer: int) -> Tensor:
         "Attend from `q` (N, heads, head_dim) to the cache of `layer`; q's shape."
         keys, values = slots_of(self.kv_cache, layer)

@@ -48,7 +48,8 @@ ENGINE_OPTIONS = dict(
     async_scheduling=(bool, "prepare a step while one is computed"),
     quantization=(str, "int8: matrices in eight bits, on a CPU"),
     tensor_parallel_size=(int, "processes that share the model"),
-    data_parallel_size=(int, "engines that share the requests"))
+    data_parallel_size=(int, "engines that share the requests"),
+    batch_invariant=(bool, "the same bits whoever shares a step; on a CPU"))
 
 # %% ../nbs/18_command_line.ipynb #c17934a5
 def add_options(parser, options: dict):

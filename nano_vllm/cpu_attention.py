@@ -146,7 +146,9 @@ static void attend_tile(Tile& t, const Queries* s, int64_t begin, int64_t end,
 PIECES = r"""
 #include <memory>
 #include <vector>
-constexpr int FEW = 4;   // tokens of a text that are not worth a block
+#ifndef FEW
+#define FEW 4   // tokens of a text that are not worth a block
+#endif
 // where pieces of texts begin, and where the last one ends
 static std::vector<int64_t> find_pieces(const Queries* s) {
   std::vector<int64_t> begins;

@@ -662,7 +662,7 @@ ENGINE_LIMITS = dict(
     max_logprobs=(int, -1, 2**30), skip_tokenizer_init=(bool, False, True),
     kv_cache_memory_bytes=(int, 1, 2**60), enable_lora=(bool, False, True),
     max_loras=(int, 1, 2**10), max_lora_rank=(int, 1, 512),
-    enable_expert_parallel=(bool, False, True))
+    enable_expert_parallel=(bool, False, True), batch_invariant=(bool, False, True))
 DEFAULT_IS_NONE = ("block_size", "max_num_seqs", "max_num_batched_tokens",   # in vLLM
                    "enable_prefix_caching", "attention_backend")
 
@@ -740,6 +740,7 @@ class EngineArgs:
     max_loras: int = 1                    # adapters that may be in use at a time
     max_lora_rank: int = 16               # the highest rank that there is room for
     enable_expert_parallel: bool = False  # whole experts on each rank, if it has some
+    batch_invariant: bool = False         # no token's bits depend on its company
 
     def __post_init__(self):
         for name in DEFAULT_IS_NONE:
@@ -815,7 +816,7 @@ def resolve_args(args: EngineArgs) -> EngineConfig:
     max_model_len = check_number("max_model_len", args.max_model_len or longest, int, 2,
                                  longest)
     target = Target(model, device, dtype, kv_dtype, args.quantization, args.compile,
-                    args.tensor_parallel_size, args.block_size)
+                    args.tensor_parallel_size, args.block_size, args.batch_invariant)
     ops = choose_ops(target, args.ops, args.attention_backend)
     return EngineConfig(args, path, model, device, dtype, kv_dtype, max_model_len, ops)
 

@@ -220,5 +220,5 @@ def fusion_ops(target: Target) -> Ops | None:
     if not target.compile or target.config.decoder is not None: return None
     _, ops = last_that_suits(replace(target, compile=False))
     return replace(ops, norm=compiled_norm, activation=compiled_activation,
-                   rope_and_cache=fused_rope_and_cache)
+                   rope_and_cache=fused_rope_and_cache, batch_invariant=False)
 OPS["fusions"] = fusion_ops

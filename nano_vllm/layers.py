@@ -6,7 +6,7 @@
 __all__ = ['ROPE_TYPES', 'ROPE_LIMITS', 'OPS', 'QUANTIZATIONS', 'LAUNCHERS', 'rms_norm', 'silu_and_mul', 'default_rope',
            'linear_rope', 'llama3_rope', 'yarn_attention_factor', 'yarn_rope', 'check_rope', 'rope_frequencies',
            'Rotary', 'rotate', 'qk_norm_rope', 'rope_and_cache', 'run_layers', 'Ops', 'empty', 'fixed', 'RMSNorm',
-           'Linear', 'Target', 'torch_ops', 'triton_ops', 'last_that_suits', 'named_ops', 'what_it_suits',
+           'Linear', 'Target', 'torch_ops', 'triton_ops', 'ops_for', 'last_that_suits', 'named_ops', 'what_it_suits',
            'with_attention', 'choose_ops', 'TensorParallelGroup', 'ShardRange', 'shard', 'WeightShard', 'whole_shards',
            'ColumnParallelLinear', 'RowParallelLinear', 'VocabParallelEmbedding']
 
@@ -180,7 +180,9 @@ class Ops:
         rope_and_cache and run_layers must do with any.
     sample(logits (R, V), metadata) -> ids (R,): what `sampler.sample` gives.
     max_mlp_tokens: an MLP takes more tokens than that in pieces; None: never.
-    hidden_dtype: of hidden states, norms and biases; None: the weights' own."""
+    hidden_dtype: of hidden states, norms and biases; None: the weights' own.
+    batch_invariant: a token's results depend on its text alone, bit for bit: neither on
+        the others of a step nor on how the text is cut into steps."""
     linear: Callable | None = None
     norm: Callable = rms_norm
     activation: Callable = silu_and_mul
@@ -190,6 +192,7 @@ class Ops:
     sample: Callable = sample
     max_mlp_tokens: int | None = None
     hidden_dtype: torch.dtype | None = None
+    batch_invariant: bool = False
 
     def widen(self, x: Tensor) -> Tensor:
         "`x` in the dtype of hidden states."
@@ -255,11 +258,13 @@ class Target:
     compile: bool = False
     tensor_parallel_size: int = 1
     block_size: int = 16
+    batch_invariant: bool = False
 
     def __str__(self) -> str:
         return (f"device {self.device.type!r}, {self.dtype}, quantization "
                 f"{self.quantization!r}, compile {self.compile}, tensor_parallel_size "
-                f"{self.tensor_parallel_size}")
+                f"{self.tensor_parallel_size}"
+                + ", batch_invariant True" * self.batch_invariant)
 
 # %% ../nbs/08_tp_layers.ipynb #4e46920c
 def torch_ops(target: Target) -> Ops | None:
@@ -293,11 +298,20 @@ if TritonAttention is not None: OPS["triton"] = triton_ops
 QUANTIZATIONS = (None, "int8")
 
 # %% ../nbs/08_tp_layers.ipynb #842fc81f
+def ops_for(name: str, target: Target) -> Ops | None:
+    "The Ops called `name`, if they give all that the target wants."
+    ops = OPS[name](target)
+    if ops is None or target.batch_invariant and not ops.batch_invariant: return None
+    return ops
+
+
 def last_that_suits(target: Target) -> tuple[str, Ops]:
     "(name, Ops) of the table's last entry that suits; ValueError if there is none."
-    for name, build in reversed(OPS.items()):
-        ops = build(target)
+    for name in reversed(OPS):
+        ops = ops_for(name, target)
         if ops is not None: return name, ops
+    if target.batch_invariant:
+        raise ValueError(f"batch_invariant is True, which no ops suit on {target}")
     if target.quantization is None:
         raise ValueError(f"compile is {target.compile}, which no ops suit on {target}")
     raise ValueError(f"quantization is {target.quantization!r}, supported on device "
@@ -308,7 +322,7 @@ def named_ops(name: str, target: Target) -> Ops:
     "The Ops called `name`; ValueError if there are none, or they do not suit."
     if name not in list(OPS):   # a list: `name` may be anything, even a dict
         raise ValueError(f"ops is {quote(name)}, must be one of {['auto', *OPS]}")
-    ops = OPS[name](target)
+    ops = ops_for(name, target)
     if ops is not None: return ops
     raise ValueError(f"ops is {name!r}, which does not suit {target}; it is: "
                      f"{what_it_suits(name)}")
@@ -323,10 +337,13 @@ def what_it_suits(name: str) -> str:
 def with_attention(ops: Ops, name: str, target: Target) -> Ops:
     "`ops` with the attention backend called `name` ('auto': as they are), checked."
     device_type, block_size = target.device.type, target.block_size
-    if name != "auto":
-        return replace(ops, attention=attention_backend(name, device_type, block_size))
-    ops.attention.check(device_type, block_size)
-    return ops
+    if name == "auto":
+        ops.attention.check(device_type, block_size)
+        return ops
+    backend = attention_backend(name, device_type, block_size)
+    if target.batch_invariant and not backend.batch_invariant:
+        raise ValueError(f"attention_backend is {name!r}, which is not batch_invariant")
+    return replace(ops, attention=backend)
 
 # %% ../nbs/08_tp_layers.ipynb #8b796c93
 def choose_ops(target: Target, name: str = "auto",

@@ -335,8 +335,15 @@ class LLMEngine:
 
     def step(self) -> list[RequestOutput]:
         "A step of the engine; the outputs of the requests that it brought forward."
-        self.engine.step()
-        return [self.take(request) for request in list(self.news)]
+        if self.engine.requests: self.engine.step()
+        news = dict(self.news)
+        shown = [(c, c.num_shown_tokens, c.num_shown_chars)
+                 for request in news for c in request.completions]
+        try: return [self.take(request) for request in news]
+        except BaseException:     # nothing has reached the caller: all is new still
+            for c, *numbers in shown: c.num_shown_tokens, c.num_shown_chars = numbers
+            self.news.update(news)
+            raise
 
     def take(self, request: Request) -> RequestOutput:
         "What `request` has to tell, in the form that it asked for."
@@ -349,7 +356,11 @@ class LLMEngine:
         for request_id in request_ids: self.engine.abort(request_id)
 
     def get_num_unfinished_requests(self) -> int: return len(self.engine.requests)
-    def has_unfinished_requests(self) -> bool: return len(self.engine.requests) > 0
+    def has_unfinished_requests(self) -> bool:
+        "Is there something to compute, or to tell of what was not aborted?"
+        ends = {c.seq.finish_reason for r in self.news for c in r.completions}
+        return bool(self.engine.requests or ends - {"abort"})
+
     def get_tokenizer(self): return self.engine.input_processor.tokenizer.hf
 
 

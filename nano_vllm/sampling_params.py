@@ -13,7 +13,7 @@ __all__ = ['MAX_N', 'MAX_BIAS', 'LIMITS', 'KINDS', 'OPTIONAL', 'FORMS', 'ACCEPTE
 import logging, math
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 from numbers import Integral, Real
 
 # %% ../nbs/00_sampling_params.ipynb #a2797dfe
@@ -147,7 +147,7 @@ class StructuredOutputsParams:
         self.form = given[0]
 
 # %% ../nbs/00_sampling_params.ipynb #17df9b15
-@cache
+@lru_cache(maxsize=1000)
 def log_once(message: str, level: int = logging.INFO):
     "Log `message`, the first time in this process."
     logging.getLogger("nano_vllm").log(level, message)

@@ -240,3 +240,17 @@ def test_vllms_paths_lead_here():
     from nano_vllm.v1.engine.async_llm import AsyncLLM as found
     from nano_vllm.v1.engine.exceptions import EngineDeadError as error
     assert (found, error) == (AsyncLLM, EngineDeadError)
+
+
+def test_who_has_ended_is_told_though_its_last_piece_could_not_be_made(monkeypatch):
+    "A step that ends one request and fails while the pieces are made: both readers learn it, none waits for ever."
+    async def main(llm):
+        requests = await llm.make_requests([[1, 2], [3]], [SamplingParams(max_tokens=n, ignore_eos=True) for n in (1, 30)])
+        broken = lambda: (_ for _ in ()).throw(ValueError("no piece"))
+        for r in requests: monkeypatch.setattr(r, "new_output", broken, raising=False)
+        readers = [asyncio.ensure_future(read(llm, [r])) for r in requests]
+        done, waiting = await asyncio.wait(readers, timeout=10)
+        for task in waiting: task.cancel()
+        assert not waiting and all(isinstance(task.exception(), ValueError) for task in done)
+
+    with fake_llm() as llm: asyncio.run(main(llm))

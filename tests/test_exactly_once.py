@@ -18,6 +18,7 @@ from nano_vllm.engine import Completion, Engine, OutputProcessor
 from nano_vllm.kv_blocks import Sequence
 from nano_vllm.llm import new_outputs, progress
 from nano_vllm.model_runner import InputBatch
+from nano_vllm.sampling_params import RequestOutputKind
 from nano_vllm.scheduler import Scheduler
 
 MODULES = {"nano_vllm.engine", "nano_vllm.scheduler", "nano_vllm.prefix_cache", "nano_vllm.kv_blocks",
@@ -496,3 +497,48 @@ def test_signals_bite(monkeypatch, num_in_flight):
     "With a recovery that does nothing."
     monkeypatch.setattr(Engine, "recover", lambda self: setattr(self, "is_consistent", True))
     with pytest.raises(AssertionError): signals(num_in_flight, 30)
+
+
+class AtTaking:
+    "Throws at the `after`-th line that `LLMEngine.step` and what it calls to hand out run within the block, once."
+    def __init__(self, after): self.after, self.count, self.thrown = after, 0, False
+
+    def trace(self, frame, event, arg):
+        if frame.f_code.co_name not in ("step", "take", "new_output", "output_from", "output_of") or frame.f_globals["__name__"] not in MODULES: return None
+        if frame.f_code.co_qualname == "step": return None             # the engine's own, which has its tests above
+        if event == "line" and not self.thrown:
+            self.count += 1
+            self.thrown = self.count >= self.after
+            if self.thrown: raise Injected(f"line {frame.f_lineno} of {frame.f_code.co_qualname}")
+        return self.trace
+
+    def __enter__(self):
+        self.before = sys.gettrace()
+        sys.settrace(self.trace)
+
+    def __exit__(self, *_): sys.settrace(self.before)
+
+
+def told_by_steps(after):
+    "({name: what LLMEngine's steps told of it}, whether a step was interrupted)."
+    engine, kinds = llm.LLMEngine(fake_engine()), [RequestOutputKind.DELTA, RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY]
+    for i, kind in enumerate(kinds):
+        engine.add_request(f"r{i}", {"prompt_token_ids": [1 + i, 2]}, SamplingParams(seed=i, max_tokens=3 + i, ignore_eos=True, output_kind=kind))
+    told, interrupt = {}, AtTaking(after)
+    while engine.has_unfinished_requests():
+        outs = []
+        try:
+            with interrupt: outs = engine.step()
+        except Injected: pass
+        for out in outs: told.setdefault(out.request_id, []).extend(out.outputs[0].token_ids)
+    return told, interrupt.thrown
+
+
+def test_a_step_of_llm_engine_that_is_interrupted_while_it_hands_out_loses_and_repeats_nothing():
+    wanted, _ = told_by_steps(10**9)
+    assert {name: len(ids) for name, ids in wanted.items()} == dict(r0=3, r1=4, r2=5)
+    for after in range(1, 400):
+        told, thrown = told_by_steps(after)
+        assert told == wanted, after
+        if not thrown: break
+    assert not thrown and after > 50

@@ -3,7 +3,9 @@
 What holds for the notebooks of all chapters with solutions stands in test_exercises.py."""
 import asyncio
 import hmac
+import itertools
 import json
+import math
 import os
 import queue
 import re
@@ -11,14 +13,16 @@ import threading
 from concurrent.futures import Future
 from functools import reduce
 
+import numpy as np
 import pytest
 import torch
 
 from exercise_answers import Answers, assert_all_tried, checks_of, name_of, try_answer
 from solutions.checks import (
-    async_llm, kv_transfer, lora, pipeline, replicas, routing, server, sliding_windows, speculative, structured_output)
+    async_llm, batch_invariance, kv_transfer, lora, pipeline, replicas, routing, server, sliding_windows, speculative, structured_output)
 
-MODULES = [async_llm, server, structured_output, speculative, lora, sliding_windows, routing, replicas, pipeline, kv_transfer]
+MODULES = [
+    async_llm, server, structured_output, speculative, lora, sliding_windows, routing, replicas, pipeline, kv_transfer, batch_invariance]
 CHECKS = checks_of(MODULES)
 ANSWERS = Answers()
 right, wrong = ANSWERS.right, ANSWERS.wrong
@@ -773,6 +777,54 @@ def _(weights, num_stages):
 wrong(pipeline.check_best_split, "whose heaviest stage weighs")(
     lambda weights, p: [len(weights) * (i + 1) // p - len(weights) * i // p for i in range(p)])
 wrong(pipeline.check_best_split, "no cut of 4 layers into 2 stages")(lambda weights, p: [len(weights)] + [0] * (p - 1))
+# ---- 39, batch invariance
+
+@right(batch_invariance.check_num_sums)
+def _(values):
+    "From one order to the next, with numpy's numbers."
+    found = set()
+    for order in itertools.permutations(values):
+        total = np.float32(0)
+        for value in order: total = np.float32(total + np.float32(value))
+        found.add(float(total))
+    return len(found)
+
+
+wrong(batch_invariance.check_num_sums, "gives 1, expected 2")(lambda values: len({sum(o) for o in itertools.permutations(values)}))
+wrong(batch_invariance.check_num_sums, "gives 3, expected 2")(lambda values: math.factorial(len(values)) // 2 or 1)
+wrong(batch_invariance.check_num_sums, "gives None")(lambda values: None)
+
+
+right(batch_invariance.check_ordered_sum)(lambda parts: reduce(torch.add, reversed(parts)))
+wrong(batch_invariance.check_ordered_sum, "is not the sum of all ranks")(lambda parts: sum(parts) / len(parts))
+wrong(batch_invariance.check_ordered_sum, "Is a `return` missing?")(lambda parts: None)
+
+
+@wrong(batch_invariance.check_ordered_sum, "its order of adding depends on the number of rows")
+def ring(parts):
+    pieces = [part.flatten().tensor_split(len(parts)) for part in parts]
+    sums = [reduce(torch.add, [pieces[(i + r) % len(parts)][i] for r in range(len(parts))]) for i in range(len(parts))]
+    return torch.cat(sums).view_as(parts[0])
+
+
+@right(batch_invariance.check_constant_tiles)
+def _(product, x, tile):
+    "The last rows are taken twice, and what is left of them is put at the end."
+    rows = []
+    for start in range(0, len(x), tile):
+        index = [min(i, len(x) - 1) for i in range(start, start + tile)]
+        rows.append(product(x[index])[:len(x) - start])
+    return torch.cat(rows)
+
+
+def filled(x, n): return torch.cat([x, x.new_zeros(n, x.shape[1])])
+
+
+wrong(batch_invariance.check_constant_tiles, "calls product with 1 rows")(lambda product, x, tile: torch.cat([product(p) for p in x.split(tile)]))
+wrong(batch_invariance.check_constant_tiles, "rows that were filled up are nobody's")(
+    lambda product, x, tile: torch.cat([product(p) for p in filled(x, -len(x) % tile).split(tile)]))
+wrong(batch_invariance.check_constant_tiles, "calls product 4 times, expected 1")(
+    lambda product, x, tile: torch.cat([product(filled(row[None], tile - 1))[:1] for row in x]))
 
 
 # ---- what holds for all

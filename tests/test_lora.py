@@ -493,3 +493,17 @@ def test_the_engine_salts_by_adapter(base, requests):
     made = llm.engine.input_processor.make_requests([[1, 2]] * 6, GREEDY, lora_request=[None, *requests, requests[0]])
     salts = [r.completions[0].seq.cache_salt for r in made]
     assert salts[0] == 0 and len(set(salts[:5])) == 5 and salts[5] == salts[1]
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_with_batch_invariance_a_request_gets_its_bits_whoever_brings_which_adapter(base, requests, dtype):
+    "The base and four adapters of different ranks: alone, together, in chunks."
+    options = dict(LIMITS, dtype=dtype, batch_invariant=True, enable_prefix_caching=False, enable_lora=True, max_loras=4)
+    params, wanted = SamplingParams(seed=3, max_tokens=8, ignore_eos=True, logprobs=0), [None, *requests]
+    def told(llm, which):
+        outs = llm.generate([PROMPTS[i] for i in which], params, use_tqdm=False, lora_request=[wanted[i] for i in which])
+        return [(o["token_ids"], str(o["logprobs"])) for o in outs]
+    llm = LLM(base, **options)
+    alone = [told(llm, [i])[0] for i in range(5)]
+    assert told(llm, range(5)) == alone == told(LLM(base, max_num_batched_tokens=6, **options), range(5))

@@ -120,7 +120,7 @@ def step_with_few(few, new, context):
     batch = make_batch([ScheduledSequence(seq, context - new, new, samples=True)], 16)
     g = torch.Generator().manual_seed(0)
     cache, q = torch.randn(1, 2, context // 16 + 1, 16, 3, 64, generator=g), torch.randn(new, 9, 64, generator=g)
-    library = load_library(ALL_SOURCE.replace("FEW = 4;", f"FEW = {few};"), HEAD_DIM=64, KV_HEADS=3, GROUP=3, CACHE_BITS=32)
+    library = load_library(ALL_SOURCE, HEAD_DIM=64, KV_HEADS=3, GROUP=3, CACHE_BITS=32, FEW=few)
     library.attend_all.argtypes = attention_kernel(64, 3, 3, 32).argtypes
     attention = TiledAttention(batch, cache, 0.125)
     attention.parts[0].kernel = lambda *sizes: library.attend_all
