@@ -17,5 +17,6 @@ from .lora import LoRARequest
 from .sampling_params import Logprob, SamplingParams
 
 llm.add_paths(__name__, llm.PATHS)   # nano_vllm.inputs and others, as in vLLM
+cli.refuse_names(__name__, cli.REFUSED_NAMES)
 __all__ = ["LLM", "SamplingParams", "RequestOutput", "CompletionOutput", "RequestMetrics", "Logprob", "EngineArgs",
            "LLMEngine", "TextPrompt", "TokensPrompt", "LoRARequest"]

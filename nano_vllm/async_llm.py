@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from .engine import (Engine, EngineArgs, Request, RequestOutput, make_engine,
                               split_prompts)
 from .llm import PATHS, rename
-from .sampling_params import quote
+from .sampling_params import RequestOutputKind, quote
 
 # %% ../nbs/29_async_llm.ipynb #1e81c61d
 def joined(old: RequestOutput, new: RequestOutput) -> RequestOutput:
@@ -73,6 +73,7 @@ class AsyncLLM:
         self.readers: dict[str, Reader] = {}      # of the event loop, by request id
         self.num_open = 0                         # their sequences
         self.loop, self.dead_error = None, None
+        self.is_paused_now = False                # the thread takes no steps
         self.asks = queue.SimpleQueue()           # calls that the thread is to make
         self.news: dict[Request, None] = {}       # filled by the engine's steps
         self.input_thread = ThreadPoolExecutor(1, "input")
@@ -91,7 +92,7 @@ class AsyncLLM:
 def take_asks(self: AsyncLLM) -> bool:
     "Make the calls asked for; with nothing to step, wait for one. False: the end."
     while True:
-        idle = not self.engine.requests and not self.news
+        idle = not self.news and (self.is_paused_now or not self.engine.requests)
         try: ask = self.asks.get(block=idle)
         except queue.Empty: return True
         if ask is None: return False
@@ -154,7 +155,7 @@ def run(self: AsyncLLM):
         try:
             going_on = self.take_asks()
             if not going_on: self.abort_all()
-            if self.engine.requests: self.engine.step()
+            if self.engine.requests and not self.is_paused_now: self.engine.step()
             self.hand_out()
         except Exception as error: self.fail(error)
     if not self.errored: self.dead_error = EngineDeadError("the engine is shut down")
@@ -162,8 +163,11 @@ def run(self: AsyncLLM):
 
 # %% ../nbs/29_async_llm.ipynb #e2c02177
 @patch(cls_method=True)
-def from_engine_args(cls: AsyncLLM, args: EngineArgs, max_open: int = 2**20):
+def from_engine_args(cls: AsyncLLM, args: EngineArgs, max_open: int = 2**20,
+                     start_engine_loop=True, usage_context=None, stat_loggers=None):
     "One whose engine is made by the thread that will step it; raises what that raises."
+    if stat_loggers: raise ValueError("stat_loggers is refused: read LLM.get_metrics, "
+                                      "or the server's /metrics")
     made = Future()
     def live():
         try: llm = cls(make_engine(args), max_open)
@@ -176,22 +180,24 @@ def from_engine_args(cls: AsyncLLM, args: EngineArgs, max_open: int = 2**20):
 
 # %% ../nbs/29_async_llm.ipynb #3077da2a
 @patch
-def check_requests(self: AsyncLLM, prompts, params) -> list[Request]:
+def check_requests(self: AsyncLLM, prompts, params, *options) -> list[Request]:
     "Requests for prompts, unless they are too many ever to be admitted; ValueError."
     num = len(split_prompts(prompts)) * getattr(params, "n", 1)
     if num > self.max_open:
         raise ValueError(f"n for each prompt must make at most {self.max_open} "
                          f"sequences, got {num}")
-    return self.engine.input_processor.make_requests(prompts, params)
+    return self.engine.input_processor.make_requests(prompts, params, *options)
 
 # %% ../nbs/29_async_llm.ipynb #a0a6593d
 @patch
-async def make_requests(self: AsyncLLM, prompts, params, request_id=None) -> list:
+async def make_requests(self: AsyncLLM, prompts, params, request_id=None,
+                        priority=None, lora_request=None) -> list[Request]:
     "Requests for checked prompts, made beside the event loop; ValueError as ever."
     if self.errored: raise self.dead_error
     self.loop = asyncio.get_running_loop()
     requests = await self.loop.run_in_executor(self.input_thread, self.check_requests,
-                                               prompts, params)
+                                               prompts, params, priority,
+                                               lora_request)
     base = request_id or uuid.uuid4().hex
     for i, r in enumerate(requests): rename(r, f"{base}-{i}" if i else base)
     return requests
@@ -230,13 +236,17 @@ async def follow(self: AsyncLLM, requests: list[Request], streams: bool):
 
 # %% ../nbs/29_async_llm.ipynb #189e62e4
 @patch
-async def generate(self: AsyncLLM, prompt, sampling_params=None, request_id=None):
-    "Iterate over RequestOutputs with all that there is so far, as vLLM's does."
-    requests = await self.make_requests([prompt], sampling_params, request_id)
-    total = None
-    async with aclosing(self.follow(requests, streams=True)) as pieces:
+async def generate(self: AsyncLLM, prompt, sampling_params=None, request_id=None, *,
+                   lora_request=None, priority=0):
+    "Iterate over RequestOutputs of the `output_kind` that the parameters ask for."
+    requests = await self.make_requests([prompt], sampling_params, request_id, priority,
+                                        lora_request)
+    kind, total = requests[0].completions[0].seq.params.output_kind, None
+    streams = kind is not RequestOutputKind.FINAL_ONLY
+    async with aclosing(self.follow(requests, streams)) as pieces:
         async for piece in pieces:
-            total = joined(total, piece) if total else piece
+            is_sum = total and kind is RequestOutputKind.CUMULATIVE
+            total = joined(total, piece) if is_sum else piece
             yield total
 
 # %% ../nbs/29_async_llm.ipynb #d72cdd7a
@@ -244,6 +254,45 @@ async def generate(self: AsyncLLM, prompt, sampling_params=None, request_id=None
 async def abort(self: AsyncLLM, request_id: str):
     "End a request before the next step; its reader gets what there is."
     self.asks.put(partial(self.engine.abort, request_id))
+
+# %% ../nbs/29_async_llm.ipynb #b8c15060
+@patch
+async def ask(self: AsyncLLM, function, *args):
+    "What the call gives, made by the thread between two steps; raises what it raises."
+    if self.errored: raise self.dead_error
+    done = Future()
+    def call():
+        try: done.set_result(function(*args))
+        except Exception as error: done.set_exception(error)
+    self.asks.put(call)
+    return await asyncio.wrap_future(done)
+
+
+@patch
+def set_paused(self: AsyncLLM, paused: bool, abort=False, clear_cache=False):
+    "By the thread: take no steps any more, or take them again."
+    self.is_paused_now = paused
+    if abort: self.abort_all()
+    if clear_cache: self.engine.recover()
+
+
+@patch
+async def pause_generation(self: AsyncLLM, *, mode="abort", clear_cache=True):
+    "Take no further steps; running requests end (`mode`: abort, wait) or stay (keep)."
+    if mode not in ("abort", "wait", "keep"):
+        raise ValueError(f"mode must be abort, wait or keep, got {quote(mode)}")
+    running = set(self.readers) if mode == "wait" else set()
+    while running & self.readers.keys(): await asyncio.sleep(0.01)
+    clear = clear_cache and mode != "keep"
+    await self.ask(self.set_paused, True, mode == "abort", clear)
+
+
+@patch
+async def resume_generation(self: AsyncLLM): await self.ask(self.set_paused, False)
+
+
+@patch
+async def is_paused(self: AsyncLLM) -> bool: return self.is_paused_now
 
 # %% ../nbs/29_async_llm.ipynb #310130da
 @patch
@@ -255,4 +304,6 @@ def shutdown(self: AsyncLLM):
 
 # %% ../nbs/29_async_llm.ipynb #6b96b299
 PATHS["v1.engine.async_llm"] = dict(AsyncLLM=AsyncLLM)      # as in vLLM
+PATHS["engine.async_llm_engine"] = dict(AsyncLLMEngine=AsyncLLM)
+PATHS["engine.arg_utils"]["AsyncEngineArgs"] = EngineArgs
 PATHS["v1.engine.exceptions"] = dict(EngineDeadError=EngineDeadError)

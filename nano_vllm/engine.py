@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['TOKEN_MASKS', 'ENGINE_LIMITS', 'DEFAULT_IS_NONE', 'ACCEPTED_ARGS', 'REFUSED_ARGS', 'OTHER_NAMES', 'NEUTRAL_VALUES',
-           'DTYPE_NAMES', 'PLACEMENTS', 'UTILIZATION', 'OF_FREE_MEMORY', 'ADAPTERS', 'SPECULATORS', 'CompletionOutput',
-           'since', 'RequestMetrics', 'RequestOutput', 'Completion', 'Request', 'is_token_list', 'split_prompts',
-           'unwrap', 'read_prompt', 'read_params', 'read_priorities', 'read_default_params', 'InputProcessor', 'spell',
-           'with_text', 'OutputProcessor', 'Engine', 'read_options', 'takes_all_names', 'EngineArgs', 'choose_dtype',
-           'choose_device', 'EngineConfig', 'choose_kv_dtype', 'resolve_args', 'memory_budget', 'max_sampled',
-           'kv_memory', 'max_chunk', 'block_counter', 'count_blocks', 'make_group', 'rank_device', 'make_runner',
-           'serve_rank', 'load_tokenizer', 'make_scheduler', 'count_in_flight', 'refuse_beside', 'make_speculator',
-           'Parts', 'make_parts', 'parts_maker', 'make_engine']
+           'SPEC_NAMES', 'DTYPE_NAMES', 'PLACEMENTS', 'UTILIZATION', 'OF_FREE_MEMORY', 'ADAPTERS', 'SPECULATORS',
+           'CompletionOutput', 'since', 'RequestMetrics', 'RequestOutput', 'Completion', 'Request', 'is_token_list',
+           'split_prompts', 'unwrap', 'read_prompt', 'read_params', 'read_priorities', 'read_default_params',
+           'InputProcessor', 'spell', 'with_text', 'OutputProcessor', 'Engine', 'read_options', 'takes_all_names',
+           'join_speculation', 'EngineArgs', 'choose_dtype', 'choose_device', 'EngineConfig', 'choose_kv_dtype',
+           'find_model', 'resolve_args', 'memory_budget', 'max_sampled', 'kv_memory', 'max_chunk', 'block_counter',
+           'count_blocks', 'own_replica', 'make_group', 'rank_device', 'load_part', 'make_runner', 'serve_rank',
+           'load_tokenizer', 'make_scheduler', 'count_in_flight', 'refuse_beside', 'make_speculator', 'Parts',
+           'make_parts', 'parts_maker', 'make_engine']
 
 # %% ../nbs/14_engine.ipynb #342515a2
 import os, time
@@ -31,16 +32,16 @@ from fastcore.basics import patch
 from .cuda_graphs import make_graphs
 from .kv_blocks import SchedulerOutput, Sequence, blocks_needed
 from .layers import LAUNCHERS, Ops, Target, TensorParallelGroup, choose_ops
-from .model import DTYPES, ModelConfig, read_json, shard_heads
+from .model import DTYPES, Decoder, ModelConfig, read_json, shard_heads
 from .model_runner import (ModelRunner, StepHandle, device_memory,
                                     kv_block_bytes, load_processors, profile_memory)
 from .prefix_cache import KVCacheManager
-from .sampler import AllowedTokens
+from .sampler import AllowedTokens, ForcedTokens
 from .sampling_params import (Logprob, SamplingParams, check_number, quote,
                                        repeats, settle)
 from .scheduler import POLICIES, Scheduler, check_fits
 from .tokenizer import Detokenizer, NoTokenizer, Tokenizer, has_tokenizer
-from .weights import load_model, resolve_model
+from .weights import load_model, resolve_model, with_overrides
 
 # %% ../nbs/14_engine.ipynb #2a2ec3a4
 @dataclass
@@ -318,11 +319,13 @@ def check_params(self: InputProcessor, params: SamplingParams):
     limit = self.vocab_size if self.max_logprobs == -1 else self.max_logprobs
     for name in ("logprobs", "prompt_logprobs"):
         asked = getattr(params, name)
+        if name == "logprobs" and params.logprob_token_ids: continue
         if (self.vocab_size if asked == -1 else asked or 0) > limit:
             raise ValueError(f"{name} must be at most max_logprobs={limit}, "
                              f"got {asked}")
     for processor in self.logits_processors: processor.validate_params(params)
-    for name in ("logit_bias", "allowed_token_ids"):
+    for name in ("logit_bias", "allowed_token_ids", "trace_decode_token_ids",
+                 "logprob_token_ids"):
         highest = max(getattr(params, name) or [0])
         if highest >= self.vocab_size:
             raise ValueError(f"{name} must have token ids from 0 to "
@@ -352,7 +355,8 @@ def spell(words: list[str], tokenizer: Tokenizer) -> list[list[int]]:
 
 # %% ../nbs/14_engine.ipynb #39401c42
 TOKEN_MASKS = dict(
-    allowed_token_ids=lambda ids, inputs: AllowedTokens(ids, inputs.vocab_size))
+    allowed_token_ids=lambda ids, inputs: AllowedTokens(ids, inputs.vocab_size),
+    trace_decode_token_ids=lambda ids, inputs: ForcedTokens(ids, inputs.vocab_size))
 
 
 @patch
@@ -513,6 +517,7 @@ class Engine:
         self.is_consistent = True    # False while something is changing
         self.is_busy = False         # True only while something is changing
         self.must_recover = False    # a call came amid a change of something else
+        self.asleep: set[str] = set()    # what has given its memory back: see `sleep`
         self.lock, self.pid = RLock(), os.getpid()    # who may call: see `exclusive`
 
 # %% ../nbs/14_engine.ipynb #9adc8115
@@ -527,8 +532,15 @@ def changing(self: Engine):
 
 # %% ../nbs/14_engine.ipynb #d38349f1
 @patch
+def check_awake(self: Engine):
+    "RuntimeError if the engine has given its memory back."
+    if self.asleep: raise RuntimeError("the engine sleeps until wake_up() is called")
+
+
+@patch
 def add(self: Engine, request: Request):
-    "Queue a request."
+    "Queue a request; RuntimeError if the engine sleeps."
+    self.check_awake()
     if not self.is_consistent:
         self.must_recover = True     # which queues it
         self.requests[request.request_id] = request
@@ -541,6 +553,7 @@ def add(self: Engine, request: Request):
 @patch
 def step(self: Engine):
     "Launch the next step; receive the oldest one once enough are in flight."
+    self.check_awake()
     if self.must_recover or not self.is_consistent: self.recover()
     with self.changing():
         if self.speculator: self.speculator.propose(self.scheduler.running)
@@ -698,12 +711,31 @@ def takes_all_names(cls):
     return cls
 
 # %% ../nbs/14_engine.ipynb #3cfb6c89
+SPEC_NAMES = dict(spec_method="method", spec_model="model",
+                  spec_tokens="num_speculative_tokens")
+
+
+def join_speculation(args):
+    "Put `spec_method` and its like where they belong, in `speculative_config`."
+    given = {entry: getattr(args, name) for name, entry in SPEC_NAMES.items()
+             if getattr(args, name) is not None}
+    config = args.speculative_config
+    if not given or (config or {}) | given == config: return
+    if both := sorted(given.keys() & (config or {}).keys()):
+        raise ValueError(f"speculative_config has {both[0]}, and so has a spec_ name")
+    args.speculative_config = (config or {}) | given
+
+
 @takes_all_names
 @dataclass
 class EngineArgs:
     "What an engine is made of; ValueError names a bad field, its value and the limit."
     model: str | Path                     # a folder, a hub id, or "smollm2-135m"
     tokenizer: str | Path | None = None   # a folder, if not the model's
+    revision: str | None = None           # of a hub model: a branch, tag or commit
+    hf_token: str | bool | None = None    # for the hub; default: what HF_TOKEN says
+    download_dir: str | Path | None = None    # its cache; default: what HF_HOME says
+    hf_overrides: dict | None = None      # entries in the place of config.json's
     dtype: str | torch.dtype = "auto"     # "auto" is the checkpoint's
     kv_cache_dtype: str | torch.dtype = "auto"   # of keys and values; "auto" is dtype
     device: str = "auto"                  # a GPU if there is one
@@ -727,10 +759,14 @@ class EngineArgs:
     quantization: str | None = None       # how the weights are held
     speculative_config: dict | None = None    # how to guess ahead: see `SPECULATORS`
     kv_transfer_config: dict | None = None    # replicas that compute prompts alone
+    spec_method: str | None = None        # its entry method,
+    spec_model: str | None = None         # model,
+    spec_tokens: int | None = None        # num_speculative_tokens
     seed: int = 0                         # of requests that bring none
     max_logprobs: int = 20                # most logprobs of a token; -1: all
     scheduling_policy: str = "fcfs"       # or "priority": see `POLICIES`
     skip_tokenizer_init: bool = False     # ids in, ids out
+    profiler_config: dict | None = None   # where `start_profile` puts its traces
     chat_template: str | Path | None = None      # in place of the tokenizer's
     kv_cache_memory_bytes: int | None = None     # in place of gpu_memory_utilization
     generation_config: str | Path = "auto"       # the model's; "vllm": none; a folder's
@@ -751,6 +787,7 @@ class EngineArgs:
             if value is None and getattr(EngineArgs, name) is None: continue
             setattr(self, name, check_number(name, value, *limits))
         self.logits_processors = load_processors(self.logits_processors)
+        join_speculation(self)
         if self.scheduling_policy not in POLICIES:
             raise ValueError(f"scheduling_policy must be one of {', '.join(POLICIES)}, "
                              f"got {quote(self.scheduling_policy)}")
@@ -803,9 +840,15 @@ def choose_kv_dtype(args: EngineArgs, dtype: torch.dtype, device) -> torch.dtype
 PLACEMENTS: dict[str, Callable] = {}
 
 
+def find_model(args: EngineArgs) -> Path:
+    "The folder of the model, with another config if `hf_overrides` asks for one."
+    hub = dict(revision=args.revision, token=args.hf_token, cache_dir=args.download_dir)
+    return with_overrides(resolve_model(args.model, **hub), args.hf_overrides)
+
+
 def resolve_args(args: EngineArgs) -> EngineConfig:
     "ValueError names the field that cannot be had with this model and device."
-    device, path = choose_device(args.device), resolve_model(args.model)
+    device, path = choose_device(args.device), find_model(args)
     model = ModelConfig.from_folder(path)
     shard_heads(model, TensorParallelGroup(0, args.tensor_parallel_size))
     if args.enable_expert_parallel:
@@ -885,16 +928,28 @@ def count_blocks(config: EngineConfig, kv_config: ModelConfig,
                      f"memory for a KV block of {block_bytes} bytes")
 
 # %% ../nbs/14_engine.ipynb #3ab975d4
+def own_replica(args: EngineArgs) -> int | None:
+    "Which of `data_parallel_size` engines this script's is, if torchrun started all."
+    needed = args.data_parallel_size * args.tensor_parallel_size
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if args.data_parallel_size == 1 or started != needed: return None
+    return int(os.environ["RANK"]) // args.tensor_parallel_size
+
+
 def make_group(args: EngineArgs, device: torch.device) -> TensorParallelGroup:
     "The processes that compute the model; each other one runs `serve_rank`."
     if args.tensor_parallel_size == 1: return TensorParallelGroup()
+    shared = own_replica(args) is not None      # then torchrun has started them all
+    groups = dict(num_groups=args.data_parallel_size) if shared else {}
     return LAUNCHERS["processes"](args.tensor_parallel_size, device.type,
-                                  "nano_vllm.engine.serve_rank", args)
+                                  "nano_vllm.engine.serve_rank", args, **groups)
 
 # %% ../nbs/14_engine.ipynb #3fdf7cb6
-def rank_device(device: torch.device, group: TensorParallelGroup) -> torch.device:
-    "The device of this rank, if the engine is to run on `device`."
-    if group.size == 1 or device.type == "cpu": return device
+def rank_device(device: torch.device, group: TensorParallelGroup,
+                replica: int | None = None) -> torch.device:
+    "The device of this rank, or `replica`, if the engine is to run on `device`."
+    alone = group.size == 1 and replica is None
+    if alone or device.type == "cpu": return device
     return choose_device(f"cuda:{os.environ.get('LOCAL_RANK', group.rank)}")
 
 # %% ../nbs/14_engine.ipynb #b9855b78
@@ -903,18 +958,41 @@ def rank_device(device: torch.device, group: TensorParallelGroup) -> torch.devic
 ADAPTERS: dict[str, Callable] = {}
 
 
+def load_part(config: EngineConfig, group: TensorParallelGroup) -> Decoder:
+    "The model, or this rank's part."
+    args = config.args
+    device = rank_device(config.device, group, own_replica(args))
+    return load_model(config.model_path, config.model, config.dtype, device,
+                      args.load_format, group, config.ops)
+
+
 def make_runner(config: EngineConfig, group: TensorParallelGroup) -> ModelRunner:
     "The model, or this rank's part, with as many KV blocks as all have room for."
-    args = config.args
-    model = load_model(config.model_path, config.model, config.dtype,
-                       rank_device(config.device, group), args.load_format, group,
-                       config.ops)
+    args, model = config.args, load_part(config, group)
     adapters = ADAPTERS["lora"](model, args) if args.enable_lora else None
     num_blocks = group.minimum(count_blocks(config, model.kv_config, group))
     runner = ModelRunner(model, num_blocks, args.block_size, args.max_num_seqs,
                          config.max_model_len, config.kv_dtype, group)
-    runner.adapters = adapters
+    runner.adapters, runner.config = adapters, config
     return runner
+
+
+@patch
+def update_config(self: ModelRunner, overrides: dict):
+    "Another `load_format` for `reload_weights`: {'load_config': {'load_format': ...}}."
+    load = overrides.get("load_config")
+    if list(overrides) != ["load_config"] or list(load or ()) != ["load_format"]:
+        raise ValueError("update_config takes {'load_config': {'load_format': ...}}, "
+                         f"got {quote(overrides)}")
+    self.config = replace(self.config, args=replace(self.config.args, **load))
+
+
+@patch
+def reload_weights(self: ModelRunner):
+    "Read the weights anew; ValueError with adapters, whose parts the model holds."
+    if self.adapters: raise ValueError("reload_weights needs enable_lora=False")
+    self.model = load_part(self.config, self.group)
+    if self.graphs: self.graphs = make_graphs(self, self.config.max_model_len)
 
 # %% ../nbs/14_engine.ipynb #20a91313
 def serve_rank(group: TensorParallelGroup, args: EngineArgs):
@@ -969,7 +1047,8 @@ def make_speculator(config: EngineConfig):
     if wanted is None: return None
     refuse_beside(config.args, "with speculative_config", "logits_processors",
                   "data_parallel_size", "pipeline_parallel_size")
-    method = wanted.get("method") if isinstance(wanted, dict) else None
+    default = "draft_model" if isinstance(wanted, dict) and "model" in wanted else None
+    method = wanted.get("method", default) if isinstance(wanted, dict) else None
     if method in list(SPECULATORS): return SPECULATORS[method](config)
     raise ValueError("speculative_config must be a dict with a method of "
                      f"{list(SPECULATORS)}, got {quote(wanted)}")
@@ -999,7 +1078,8 @@ def make_parts(config: EngineConfig) -> Parts:
 # %% ../nbs/14_engine.ipynb #18125c4f
 def parts_maker(args: EngineArgs) -> Callable[[EngineConfig], Parts]:
     "What makes the parts: one engine's, several engines', or those of stages."
-    if args.data_parallel_size > 1: return LAUNCHERS["replicas"]
+    shares = args.data_parallel_size > 1 and own_replica(args) is None
+    if shares: return LAUNCHERS["replicas"]
     return make_parts if args.pipeline_parallel_size == 1 else LAUNCHERS["stages"]
 
 
@@ -1022,5 +1102,7 @@ def make_engine(args: EngineArgs) -> Engine:
                             args.max_logprobs, args.logits_processors,
                             adapters=parts.runner.adapters,
                             blocks_needed=block_counter(config))
-    return Engine(inputs, parts.scheduler, parts.runner,
-                  OutputProcessor(tokenizer, eos), parts.num_in_flight, speculator)
+    engine = Engine(inputs, parts.scheduler, parts.runner,
+                    OutputProcessor(tokenizer, eos), parts.num_in_flight, speculator)
+    engine.config = config
+    return engine

@@ -388,6 +388,10 @@ class TensorParallelGroup:
         "What rank 0 broadcasts, on another rank."
         raise NotImplementedError("a group of one has no rank that receives")
 
+    def collect(self, message) -> list:
+        "On rank 0 what all ranks give, in their order."
+        return [message]
+
     def collective_guard(self):
         "A context in which all ranks take part."
         return nullcontext()

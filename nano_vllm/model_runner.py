@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SAMPLING_COPIES', 'RATING_COPIES', 'PROMPT_PIECE', 'PROMPT_LOGITS', 'kv_block_bytes', 'read_meminfo', 'device_memory',
-           'PeakMemory', 'NoAttention', 'prompt_piece', 'profile_memory', 'allocate_kv_cache', 'InputBatch',
-           'RowInputs', 'with_guesses', 'texts_before', 'prompt_indices', 'fetch_later', 'StepResult', 'StepHandle',
-           'ModelRunner', 'rate_prompts', 'BatchUpdate', 'LogitsProcessor', 'process_dict_updates',
-           'AdapterLogitsProcessor', 'load_processors', 'compare_rows']
+           'PeakMemory', 'NoAttention', 'prompt_piece', 'SilentGroup', 'profile_memory', 'allocate_kv_cache',
+           'InputBatch', 'RowInputs', 'with_guesses', 'texts_before', 'prompt_indices', 'fetch_later', 'StepResult',
+           'StepHandle', 'ModelRunner', 'rate_prompts', 'Call', 'BatchUpdate', 'LogitsProcessor',
+           'process_dict_updates', 'AdapterLogitsProcessor', 'load_processors', 'compare_rows']
 
 # %% ../nbs/11_model_runner.ipynb #1aa1b95b
 import mmap, os, pydoc, re
@@ -104,6 +104,11 @@ def prompt_piece(vocab_size: int) -> int:
     return min(PROMPT_PIECE, max(1, PROMPT_LOGITS // vocab_size))
 
 
+class SilentGroup(TensorParallelGroup):
+    "A rank that speaks to nobody; what it would gather has the right size."
+    def gather(self, x): return torch.cat([x] * self.size, -1) if self.size > 1 else x
+
+
 def profile_memory(config: ModelConfig, dtype: torch.dtype, num_tokens: int,
                    num_rows: int, group: TensorParallelGroup,
                    device_type: str = "cpu", workspace: int = 0) -> int:
@@ -112,7 +117,8 @@ def profile_memory(config: ModelConfig, dtype: torch.dtype, num_tokens: int,
     Two layers stand for all, as they take turns; on the meta device, which computes
     nothing but knows every size. `workspace`: bytes for the attention of a layer."""
     two_layers = replace(config, num_layers=min(2, config.num_layers))
-    model = empty_model(two_layers, dtype, "meta", group)
+    alone = SilentGroup(group.rank, group.size)
+    model = empty_model(two_layers, dtype, "meta", alone)
     at_once = rows_at_once(num_rows, config.vocab_size, device_type)
     with torch.device("meta"), torch.inference_mode(), PeakMemory() as memory:
         ids = torch.zeros(num_tokens, dtype=torch.int64)
@@ -487,6 +493,33 @@ def compute(self: ModelRunner, batch: Batch, places=(), rated=None) -> Tensor:
     return logits
 
 # %% ../nbs/11_model_runner.ipynb #b10b8ddc
+@dataclass(frozen=True)
+class Call:
+    "What every rank is to do: a method of its runner, or a function of the runner."
+    method: str | Callable
+    args: tuple = ()
+    kwargs: dict = field(default_factory=dict)
+
+    def make(self, runner):
+        "What it gives, or the exception that it raises."
+        named = isinstance(self.method, str)
+        try:
+            function = getattr(type(runner), self.method) if named else self.method
+            return function(runner, *self.args, **self.kwargs)
+        except Exception as error: return error
+
+
+@patch
+def call_on_all(self: ModelRunner, call: Call) -> list:
+    "The results of all ranks, in order; raises the first exception among them."
+    with self.group.collective_guard():
+        self.group.broadcast(call)
+        results = self.group.collect(call.make(self))
+    for result in results:
+        if isinstance(result, Exception): raise result
+    return results
+
+
 @patch
 def compute_on_all(self: ModelRunner, batch: Batch, inputs: RowInputs,
                    rated: list) -> Tensor:
@@ -497,9 +530,17 @@ def compute_on_all(self: ModelRunner, batch: Batch, inputs: RowInputs,
 
 
 @patch
+def follow(self: ModelRunner, batch: Batch):
+    "On other ranks than 0: this rank's part of a step."
+    self.compute(batch)
+
+
+@patch
 def worker_loop(self: ModelRunner):
-    "On other ranks than 0: compute each batch sent; the first other message."
-    while isinstance(message := self.group.receive(), Batch): self.compute(message)
+    "On other ranks than 0: compute what is sent, make calls; the first other message."
+    while isinstance(message := self.group.receive(), (Batch, Call)):
+        if isinstance(message, Batch): self.follow(message)
+        else: self.group.collect(message.make(self))
     return message
 
 # %% ../nbs/11_model_runner.ipynb #3ac09971
@@ -588,7 +629,8 @@ def make_handle(self: ModelRunner, output: SchedulerOutput, sampled: list[Sequen
                 logits: Tensor, ids: Tensor, prompt_logprobs: list) -> StepHandle:
     "The handle of a computed step, with the log-probabilities that are asked for."
     logprobs = {
-        i: gather_logprobs(logits[i:i+1], ids[i:i+1], seq.params.logprobs)
+        i: gather_logprobs(logits[i:i+1], ids[i:i+1], seq.params.logprobs,
+                           seq.params.logprob_token_ids)
         for i, seq in enumerate(sampled) if seq.params.logprobs is not None}
     return StepHandle(output, sampled, ids, logprobs, prompt_logprobs)
 

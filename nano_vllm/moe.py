@@ -8,13 +8,14 @@ __all__ = ['route', 'grouped_linear', 'Experts', 'MoE', 'qwen3_moe', 'WholeExper
 # %% ../nbs/28_mixture_of_experts.ipynb #95166429
 from dataclasses import replace
 from functools import partial
+from logging import WARNING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .engine import PLACEMENTS
 from .layers import Linear, Ops, TensorParallelGroup, WeightShard, empty, shard
 from .model import ARCHITECTURES, MODEL_TYPES, ModelConfig, qwen3
-from .sampling_params import quote
+from .sampling_params import log_once, quote
 
 # %% ../nbs/28_mixture_of_experts.ipynb #ec2708b7
 def route(scores: Tensor, top_k: int, normalise: bool) -> tuple[Tensor, Tensor]:
@@ -138,8 +139,11 @@ class WholeExperts(Experts):
 # %% ../nbs/28_mixture_of_experts.ipynb #d1343d7e
 def place_whole_experts(config: ModelConfig, num_ranks: int) -> ModelConfig:
     "The model with whole experts on each rank; ValueError if there are too few."
-    is_mixture = getattr(config.mlp, "func", None) is MoE
-    num_experts = config.mlp.keywords["num_experts"] if is_mixture else 0
+    if getattr(config.mlp, "func", None) is not MoE:
+        log_once("enable_expert_parallel has no effect here: the model has no experts",
+                 WARNING)
+        return config
+    num_experts = config.mlp.keywords["num_experts"]
     if num_experts < num_ranks:
         raise ValueError("enable_expert_parallel needs at least one expert for each of "
                          f"{num_ranks} ranks, the model has {num_experts}")

@@ -91,6 +91,7 @@ class ControlGroup(TensorParallelGroup):
         self.least = collective_options(dist.AllreduceOptions,
                                         reduceOp=dist.ReduceOp.MIN)
         self.from_0 = collective_options(dist.BroadcastOptions, rootRank=0)
+        self.to_0 = collective_options(dist.GatherOptions, rootRank=0)
 
     def minimum(self, n: int) -> int:
         "The least `n` of all ranks."
@@ -116,13 +117,23 @@ class ControlGroup(TensorParallelGroup):
         self.broadcast_tensor(data)
         return pickle.loads(data.numpy().tobytes())
 
+    def collect(self, message) -> list:
+        "On rank 0 what all ranks give, in their order; nothing elsewhere."
+        data = to_bytes(message)
+        longest = -self.minimum(-len(data))     # pickle reads no further than its end
+        mine = torch.frombuffer(bytearray(data.ljust(longest)), dtype=torch.uint8)
+        parts = [torch.empty_like(mine) for _ in range(self.size)]
+        into = [] if self.rank else [parts]
+        work = self.process_groups["control"].gather(into, [mine], self.to_0)
+        wait_for(work, self.limit)
+        return [] if self.rank else [pickle.loads(p.numpy().tobytes()) for p in parts]
+
 # %% ../nbs/27_ranks.ipynb #de4ef220
 class DistributedGroup(ControlGroup):
     "Ranks that also add up and gather tensors, by `torch.distributed`."
     def __init__(self, store, rank: int, size: int, device_type: str = "cpu"):
         super().__init__(store, rank, size)
         self.sum = collective_options(dist.AllreduceOptions)
-        self.to_0 = collective_options(dist.GatherOptions, rootRank=0)
         data, self.waits_on_host = self.process_groups["control"], device_type == "cpu"
         if device_type != "cpu":
             data = make_process_group(dist.ProcessGroupNCCL, store, "data", rank, size)
@@ -276,25 +287,26 @@ class StartedGroup(DistributedGroup):
 num_joined = 0   # engines of this script that ran under torchrun
 
 
-def join_group(device_type: str) -> DistributedGroup:
-    "The group of the processes that `torchrun` started for this script."
+def join_group(size: int, device_type: str) -> DistributedGroup:
+    "This process's group, of `size`, of those that `torchrun` started for the script."
     global num_joined
     num_joined += 1
-    store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(minutes=2)))
-    store = dist.PrefixStore(f"nano_vllm/{num_joined}", store)
-    group = DistributedGroup(store, rank, size, device_type)
+    store, rank, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=2)))
+    store = dist.PrefixStore(f"nano_vllm/{num_joined}/{rank // size}", store)
+    group = DistributedGroup(store, rank % size, size, device_type)
     group.shares_script = True
     return group
 
 # %% ../nbs/27_ranks.ipynb #1b51c2d7
-def launch_group(size: int, device_type: str, target: str, payload) -> DistributedGroup:
+def launch_group(size: int, device_type: str, target: str, payload,
+                 num_groups: int = 1) -> DistributedGroup:
     """The group for a model cut into `size` parts: joined under torchrun, else started.
 
     Each started process runs `target(group, payload)`. ValueError if torchrun has
-    started another number of processes."""
+    started another number of processes than `num_groups` groups need."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1: return StartedGroup(size, device_type, target, payload)
-    if world == size: return join_group(device_type)
+    if world == size * num_groups: return join_group(size, device_type)
     raise ValueError(f"tensor_parallel_size x pipeline_parallel_size is {size}, must "
                      f"be 1 or the number of processes that torchrun started, {world}")
 LAUNCHERS["processes"] = launch_group

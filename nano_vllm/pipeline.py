@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TURNS', 'TakesTurns', 'TurnScheduler', 'PriorityTurnScheduler', 'head_in_layers', 'split_layers', 'Elsewhere',
            'cut_stage', 'make_stage', 'stage_config', 'stage_ranks', 'find_channels', 'Channel', 'Pipeline',
-           'StageRunner', 'PipelinedStep', 'copy_tensors', 'make_stage_runner', 'serve_stage', 'check_stages',
-           'make_stages']
+           'StageRunner', 'PipelinedStep', 'copy_tensors', 'load_stage', 'make_stage_runner', 'serve_stage',
+           'check_stages', 'make_stages']
 
 # %% ../nbs/37_pipeline_parallelism.ipynb #0b76112a
 from collections import deque
@@ -25,7 +25,7 @@ from .engine import (EngineArgs, EngineConfig, Parts, count_blocks,
 from .kv_blocks import SchedulerOutput, Sequence
 from .layers import LAUNCHERS, ShardRange, TensorParallelGroup
 from .model import Decoder, ModelConfig, weight_shards
-from .model_runner import ModelRunner, RowInputs, StepHandle, StepResult
+from .model_runner import Call, ModelRunner, RowInputs, StepResult
 from .parallel import DistributedGroup, wait_for
 from .scheduler import PriorityScheduler, Scheduler
 from .weights import load_model
@@ -185,6 +185,7 @@ class Pipeline(TensorParallelGroup):
         self.feeds_rank_0 = (world.rank, 0) in pairs
 
     def minimum(self, n: int) -> int: return self.world.minimum(n)
+    def collect(self, message) -> list: return self.world.collect(message)
     def collective_guard(self): return self.world.collective_guard()
 
 # %% ../nbs/37_pipeline_parallelism.ipynb #a539253d
@@ -253,22 +254,23 @@ def pass_through(self: StageRunner, batch: Batch):
 
 
 @patch
-def worker_loop(self: StageRunner):
-    "On other ranks than 0: compute each batch sent; the first other message."
-    while isinstance(message := self.group.receive(), Batch):
-        if self.group.is_last: self.compute(message)
-        else: self.pass_through(message)
-    return message
+def follow(self: StageRunner, batch: Batch):
+    "On other ranks than 0: this stage's part of a step."
+    if self.group.is_last: self.compute(batch)
+    else: self.pass_through(batch)
 
 # %% ../nbs/37_pipeline_parallelism.ipynb #8a30a6e0
 class PipelinedStep:
     "A step on its way through the stages; who asks for its result waits for it."
     def __init__(self, runner: StageRunner, output: SchedulerOutput, batch: Batch,
                  inputs: RowInputs):
-        self.runner, self.output = runner, output
+        self.runner, self.output, self.handle = runner, output, None
         self.batch, self.inputs = deepcopy(batch), copy_tensors(inputs)
 
-    def result(self) -> StepResult: return self.runner.finish(self).result()
+    def result(self) -> StepResult:
+        "Its tokens."
+        if self.handle is None: self.runner.finish(self)
+        return self.handle.result()
 
 
 def copy_tensors(inputs: RowInputs) -> RowInputs:
@@ -293,42 +295,70 @@ def execute(self: StageRunner, output: SchedulerOutput) -> PipelinedStep:
 # %% ../nbs/37_pipeline_parallelism.ipynb #0c52f11d
 @patch
 @torch.inference_mode()
-def finish(self: StageRunner, step: PipelinedStep) -> StepHandle:
+def finish(self: StageRunner, step: PipelinedStep):
     "The last stage's part of the oldest step on the way, and the choice of tokens."
     rated = []
     with self.group.collective_guard():
         logits = self.compute(step.batch, step.inputs.places, rated)
         self.on_the_way.popleft()
-    return self.choose(step.output, step.inputs, logits, rated)
+    step.handle = self.choose(step.output, step.inputs, logits, rated)
 
-# %% ../nbs/37_pipeline_parallelism.ipynb #2f97c206
+# %% ../nbs/37_pipeline_parallelism.ipynb #0f107273
 @patch
-def clear(self: StageRunner):
-    "Forget all sequences, and let what is on the way run out."
-    ModelRunner.clear(self)
+def run_out(self: StageRunner):
+    "Finish all that is on the way."
     while self.on_the_way: self.finish(self.on_the_way[0])
 
-# %% ../nbs/37_pipeline_parallelism.ipynb #9922ba42
+
+@patch
+def clear(self: StageRunner):
+    "Forget all sequences, and what is on the way."
+    ModelRunner.clear(self)
+    self.run_out()
+
+
+@patch
+def call_on_all(self: StageRunner, call: Call) -> list:
+    "The results of all ranks, which are at the same step."
+    self.run_out()
+    return ModelRunner.call_on_all(self, call)
+
+# %% ../nbs/37_pipeline_parallelism.ipynb #4f3daf6d
+def load_stage(config: EngineConfig, group: Pipeline) -> Decoder:
+    "The layers of this process's stage."
+    parts = split_layers(config.model.num_layers, group.num_stages,
+                         head_in_layers(config.model))
+    layers = parts[group.stage]
+    model = load_model(config.model_path, stage_config(config.model, layers),
+                       config.dtype, rank_device(config.device, group.world),
+                       config.args.load_format, group.stage_group, config.ops)
+    model.model.layers = model.model.layers[layers.slice]     # those that are here
+    return model
+
+
+@patch
+def reload_weights(self: StageRunner):
+    "Read the weights anew."
+    self.model = load_stage(self.config, self.group)
+
+# %% ../nbs/37_pipeline_parallelism.ipynb #2947efcf
 def make_stage_runner(config: EngineConfig, world: DistributedGroup) -> StageRunner:
     "This process's layers, with as many KV blocks as all stages have room for."
     args = config.args
     group = Pipeline(world, args.pipeline_parallel_size, config.device.type)
-    layers = split_layers(config.model.num_layers, group.num_stages,
-                          head_in_layers(config.model))[group.stage]
-    model = load_model(config.model_path, stage_config(config.model, layers),
-                       config.dtype, rank_device(config.device, world),
-                       args.load_format, group.stage_group, config.ops)
-    model.model.layers = model.model.layers[layers.slice]
+    model = load_stage(config, group)
     num_blocks = group.minimum(count_blocks(config, model.kv_config, group.stage_group))
-    return StageRunner(model, num_blocks, args.block_size, args.max_num_seqs,
-                       config.max_model_len, config.kv_dtype, group)
+    runner = StageRunner(model, num_blocks, args.block_size, args.max_num_seqs,
+                         config.max_model_len, config.kv_dtype, group)
+    runner.config = config
+    return runner
 
 
 def serve_stage(world: DistributedGroup, args: EngineArgs):
     "What a process started for one of the stages runs: it follows rank 0."
     make_stage_runner(resolve_args(args), world).worker_loop()
 
-# %% ../nbs/37_pipeline_parallelism.ipynb #4e87dbf7
+# %% ../nbs/37_pipeline_parallelism.ipynb #18dc1e8e
 def check_stages(config: EngineConfig):
     "ValueError, naming the field, unless the model can be cut into stages."
     args, num_layers = config.args, config.model.num_layers
@@ -340,7 +370,7 @@ def check_stages(config: EngineConfig):
     raise ValueError("pipeline_parallel_size must be 1 for a model whose layers share "
                      f"KV blocks by kind, got {args.pipeline_parallel_size}")
 
-# %% ../nbs/37_pipeline_parallelism.ipynb #fdc9c245
+# %% ../nbs/37_pipeline_parallelism.ipynb #caacae62
 def make_stages(config: EngineConfig) -> Parts:
     "The parts of an engine whose model is cut into stages."
     check_stages(config)

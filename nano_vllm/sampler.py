@@ -6,9 +6,10 @@
 __all__ = ['ROUNDS', 'NUMBERS', 'PENALTIES', 'EDITS', 'LOGIT_STAGES', 'FILTERS', 'SAMPLING_STAGES', 'PIECE', 'signed', 'mix64',
            'make_keys', 'hash_bits', 'gumbel', 'gumbel_argmax', 'to_device', 'SamplingMetadata',
            'divide_by_temperature', 'keep_min_p', 'keep_top_k', 'keep_top_p', 'token_places', 'penalize',
-           'forbid_stop_tokens', 'pack_mask', 'unpack_mask', 'AllowedTokens', 'keep_allowed', 'add_bias', 'completed',
-           'forbid_bad_words', 'on_rows', 'edit_logits', 'run_stages', 'row_keys', 'random_sample', 'choose_tokens',
-           'rows_at_once', 'sample', 'gumbel_sample', 'gather_logprobs', 'to_entries', 'compute_logprobs']
+           'forbid_stop_tokens', 'pack_mask', 'unpack_mask', 'AllowedTokens', 'ForcedTokens', 'keep_allowed',
+           'add_bias', 'completed', 'forbid_bad_words', 'on_rows', 'edit_logits', 'run_stages', 'row_keys',
+           'random_sample', 'choose_tokens', 'rows_at_once', 'sample', 'gumbel_sample', 'rate_tokens',
+           'gather_logprobs', 'to_entries', 'compute_logprobs']
 
 # %% ../nbs/03_sampling.ipynb #d7725d29
 import math
@@ -212,6 +213,17 @@ class AllowedTokens:
         return self.mask
 
 
+class ForcedTokens:
+    "The mask that allows, at each step of an answer, only its token of `ids`."
+    def __init__(self, ids: list[int], vocab_size: int):
+        self.ids, self.vocab_size = ids, vocab_size
+
+    def bits(self, output_token_ids) -> Tensor:
+        "The same; after the last of `ids`, where nobody will look, the last again."
+        at = min(len(output_token_ids), len(self.ids) - 1)
+        return AllowedTokens(self.ids[at:at + 1], self.vocab_size).mask
+
+
 def keep_allowed(x, m):
     "-inf for the tokens that the rows' masks do not allow."
     masks = torch.stack([s.token_mask.bits(s.output_token_ids) for s in m.sequences])
@@ -326,18 +338,28 @@ def gumbel_sample(x, temperatures, keys):
     return torch.where(temperatures < GREEDY_BELOW, x.argmax(-1), drawn)
 
 # %% ../nbs/03_sampling.ipynb #39364677
-def gather_logprobs(logits, token_ids, num_logprobs):
+def rate_tokens(logprobs, ids):
+    "(ids, values, ranks), each (B, n): log-probabilities (B, V) of the rows' `ids`."
+    values = logprobs.gather(1, ids)
+    ranks = [(logprobs > value[:, None]).sum(-1) + 1 for value in values.T]
+    return ids, values, torch.stack(ranks, 1)
+
+
+def gather_logprobs(logits, token_ids, num_logprobs, wanted=None):
     """(ids, values, ranks), all (B, 1 + num_logprobs): the given tokens, then the best.
 
-    logits (B, V) of any float dtype, token_ids (B,); the values: log_softmax."""
+    logits (B, V) of any float dtype, token_ids (B,); the values: log_softmax. `wanted`:
+    ids that stand in the place of the best."""
     logprobs = logits.float().log_softmax(-1)
     given = torch.as_tensor(token_ids, device=logits.device).view(-1, 1)
+    if wanted is not None:
+        named = torch.tensor([wanted] * len(given), device=logits.device)
+        return rate_tokens(logprobs, torch.cat([given, named], 1))
     best = logprobs.topk(min(num_logprobs, logits.shape[1])).indices
     ids = torch.cat([given, best], 1)
-    values = logprobs.gather(1, ids)
-    rank = (logprobs > values[:, :1]).sum(-1, keepdim=True) + 1
+    rank = rate_tokens(logprobs, given)[2]
     ranks = torch.cat([rank, torch.ones_like(best).cumsum(-1)], 1)
-    return ids, values, ranks
+    return ids, logprobs.gather(1, ids), ranks
 
 
 def to_entries(ids, values, ranks) -> list[dict[int, Logprob]]:

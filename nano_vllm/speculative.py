@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['FREE_ROWS', 'PAST_CORNER', 'PRIOR', 'LEARN', 'FORGET', 'TWIN_FIELDS', 'DRAFT_SHARE', 'MAX_GUESSES', 'step_seconds',
            'NgramIndex', 'NgramGuesser', 'StepPrices', 'measure_prices', 'learn', 'plan_guesses', 'SpecDecodingStats',
-           'Speculator', 'twin', 'count_draft_blocks', 'DraftModel', 'draft_config', 'read_fields', 'read_number',
-           'with_guesser', 'ngram_speculator', 'draft_speculator', 'self_speculator']
+           'count_guesses', 'Speculator', 'twin', 'count_draft_blocks', 'DraftModel', 'draft_config', 'read_fields',
+           'read_number', 'with_guesser', 'ngram_speculator', 'draft_speculator', 'self_speculator']
 
 # %% ../nbs/32_speculative_decoding.ipynb #9c6eb950
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from weakref import WeakKeyDictionary
 from fastcore.basics import patch
 from .cuda_graphs import make_graphs
@@ -19,6 +19,7 @@ from .engine import (SPECULATORS, EngineConfig, make_runner, make_scheduler,
 from .kv_blocks import (ScheduledSequence, SchedulerOutput, Sequence,
                                  blocks_needed)
 from .layers import TensorParallelGroup
+from .llm import MORE_METRICS, Counter, Vector
 from .model_runner import ModelRunner, device_memory, kv_block_bytes
 from .sampling_params import SamplingParams, check_number, quote
 from .scheduler import num_missing
@@ -170,6 +171,18 @@ class SpecDecodingStats:
         self.num_draft_tokens += num_guesses
         self.num_accepted_tokens += num_accepted
         for i in range(num_accepted): self.num_accepted_tokens_per_pos[i] += 1
+
+
+def count_guesses(engine) -> list:
+    "The stats of an engine that guesses, for `LLM.get_metrics`."
+    if not engine.speculator: return []
+    named = asdict(engine.speculator.stats)
+    return [Vector(f"vllm:spec_decode_{name}", value) if isinstance(value, list)
+            else Counter(f"vllm:spec_decode_{name}", value)
+            for name, value in named.items() if name != "num_spec_tokens"]
+
+
+MORE_METRICS.append(count_guesses)
 
 # %% ../nbs/32_speculative_decoding.ipynb #40730b2d
 @patch(as_prop=True)
@@ -325,8 +338,9 @@ def restart(self: DraftModel):
 def draft_config(config: EngineConfig, model, **changes) -> EngineConfig:
     "How a draft model is run beside the engine of `config`."
     args = replace(config.args, model=model, tokenizer=None, speculative_config=None,
-                   tensor_parallel_size=1, max_model_len=None, ops="auto",
-                   attention_backend="auto", compile=False, **changes)
+                   spec_method=None, spec_model=None, spec_tokens=None, revision=None,
+                   hf_overrides=None, tensor_parallel_size=1, max_model_len=None,
+                   ops="auto", attention_backend="auto", compile=False, **changes)
     try: draft = resolve_args(args)
     except ValueError as e: raise ValueError(f"speculative_config: {e}") from None
     size, wanted = draft.model.vocab_size, config.model.vocab_size
@@ -346,7 +360,8 @@ def read_fields(config: EngineConfig, *names: str) -> dict:
     for name in given:
         if name in known + names: continue
         raise ValueError(f"speculative_config: {quote(name)} must be one of "
-                         f"{[*known, *names]} where method is {quote(given['method'])}")
+                         f"{[*known, *names]} where method is "
+                         f"{quote(given.get('method'))}")
     read_number(given, "num_speculative_tokens")
     return given
 

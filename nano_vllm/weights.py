@@ -4,9 +4,12 @@
 
 # %% auto #0
 __all__ = ['FLOATS', 'PATTERNS', 'MODELS', 'weight_files', 'is_file_name', 'some', 'read_tensors', 'is_finite', 'load_weights',
-           'is_harmless', 'empty_model', 'fill_randomly', 'load_model', 'download', 'check_folder', 'resolve_model']
+           'is_harmless', 'empty_model', 'fill_randomly', 'load_model', 'download', 'check_folder', 'resolve_model',
+           'with_overrides']
 
 # %% ../nbs/10_weights.ipynb #72e79f9b
+import hashlib
+import json
 import math
 import os
 import re
@@ -18,7 +21,7 @@ from torch import nn
 from .layers import Ops, TensorParallelGroup, fixed
 from .model import Decoder, ModelConfig, read_json, weight_shards
 from .sampling_params import quote, shorten
-from .workbench import MODEL_NAME, fetch, from_gguf
+from .workbench import MODEL_NAME, cache_dir, fetch, from_gguf, make_once
 
 # %% ../nbs/10_weights.ipynb #39c0de05
 def weight_files(path: Path) -> list[Path]:
@@ -138,10 +141,12 @@ def load_model(path, config: ModelConfig, dtype: torch.dtype, device,
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
-def download(name: str) -> Path:
-    "The folder of hub model `name`, from the hub or its local cache."
+def download(name: str, **options) -> Path:
+    """The folder of hub model `name`, from the hub or its local cache.
+
+    options: revision (branch, tag or commit), token, cache_dir, as the hub has them."""
     from huggingface_hub import snapshot_download
-    try: return Path(snapshot_download(name, allow_patterns=PATTERNS,
+    try: return Path(snapshot_download(name, allow_patterns=PATTERNS, **options,
                                        ignore_patterns=["*/*", "consolidated*"]))
     except Exception as e:
         raise ValueError(f"model is {quote(name)}: there is no such folder, and asking "
@@ -161,13 +166,28 @@ def check_folder(folder: Path) -> Path:
 MODELS = {MODEL_NAME: fetch}
 
 
-def resolve_model(name) -> Path:
-    "The folder of a model: an alias, a folder or GGUF file, or a hub id."
+def resolve_model(name, **options) -> Path:
+    "The folder of a model: alias, folder, GGUF file, or hub id (see `download`)."
     name = str(name)
     if name in MODELS: return MODELS[name]()
     if os.path.isdir(name): return check_folder(Path(name))
     if name.endswith(".gguf") and os.path.isfile(name): return from_gguf(Path(name))
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name): return download(name)
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name): return download(name, **options)
     aliases = ", ".join(map(repr, MODELS))
     raise ValueError(f"model is {quote(name)}, supported: {aliases}, the path of a "
                      "model folder or GGUF file, or a hub name such as 'org/name'")
+
+# %% ../nbs/10_weights.ipynb #99c77d64
+def with_overrides(folder: Path, overrides: dict | None) -> Path:
+    "A folder like `folder` whose config.json has the `overrides`; made once."
+    if not overrides: return folder
+    if not isinstance(overrides, dict):
+        raise ValueError(f"hf_overrides must be a dict, got {quote(overrides)}")
+    text = json.dumps(read_json(folder/"config.json") | overrides, sort_keys=True)
+    state = f"{folder.resolve()} {text}"
+    name = f"{folder.name[:40]}-{hashlib.sha256(state.encode()).hexdigest()[:12]}"
+    def fill(made):
+        for file in folder.iterdir(): (made/file.name).symlink_to(file.resolve())
+        (made/"config.json").unlink()
+        (made/"config.json").write_text(text)
+    return make_once(cache_dir()/name, fill)

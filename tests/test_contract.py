@@ -22,7 +22,7 @@ from nano_vllm.sampler import LOGIT_STAGES, AllowedTokens, SamplingMetadata, pac
 from nano_vllm.sampling_params import BeamSearchParams, RepetitionDetectionParams, RequestOutputKind, StructuredOutputsParams, log_once, repeats
 from nano_vllm.scheduler import PriorityQueue, PriorityScheduler
 from nano_vllm.tokenizer import Detokenizer, Tokenizer
-from nano_vllm.workbench import fetch
+from nano_vllm.workbench import fetch, recorded
 
 ROOT = Path(__file__).parent.parent
 FACTS = json.loads((ROOT/"nbs/data/vllm_0.32.json").read_text())
@@ -61,6 +61,7 @@ VALUES = dict(
     max_num_batched_tokens=99, long_prefill_token_threshold=9, attention_backend="torch", load_format="dummy", max_logprobs=5,
     scheduling_policy="priority", generation_config="vllm", override_generation_config={"top_k": 3}, num_gpu_blocks_override=7, pipeline_parallel_size=2,
     data_parallel_size=2, nnodes=2, decode_context_parallel_size=2, max_loras=2, max_lora_rank=64, offload_num_in_group=2, offload_prefetch_step=2,
+    hf_token="secret", download_dir="folder", hf_overrides={"x": 1}, profiler_config={"torch_profiler_dir": "x"}, spec_method="ngram", spec_model="x", spec_tokens=3,
     runner="pooling", convert="embed", revision="v2", tokenizer_revision="v2", logprobs_mode="processed_logits", worker_cls="mine")
 OFF = {"detokenize", "skip_special_tokens", "spaces_between_special_tokens"}    # True is the default
 
@@ -172,6 +173,14 @@ def test_the_book_shows_the_table():
     readme = (ROOT/"README.md").read_text()
     counts = [(sum(status_of(where, name)[0] == "works" for name in FACTS[where]), len(FACTS[where])) for where in ("SamplingParams", "LLM", "methods")]
     for works, total in counts: assert f"{works} of {total}" in readme, f"README should say {works} of {total}"
+
+
+def test_the_record_of_vllms_own_examples():
+    "What README says of them is what `tools/vllm_examples.py` has found."
+    entry, = recorded("vllm-examples")
+    states = [state for state, _ in entry["data"].values()]
+    assert set(states) == {"runs", "refused"} and all(message for state, message in entry["data"].values() if state == "refused")
+    assert f"Of the {len(states)} offline examples" in (ROOT/"README.md").read_text() and f"distribution {states.count('runs')} run" in (ROOT/"README.md").read_text()
 
 
 # ---- Logits of chosen tokens ----
@@ -313,6 +322,20 @@ def test_all_logprobs(llm):
     out, = ask(llm, "Hello there", greedy(max_tokens=1, logprobs=-1, prompt_logprobs=-1))
     assert len(out["logprobs"][0]) == llm.vocab_size and len(out.prompt_logprobs[-1]) == llm.vocab_size
     assert abs(sum(torch.tensor(e.logprob).exp().item() for e in out["logprobs"][0].values()) - 1) < 1e-3
+
+
+def test_logprobs_of_named_tokens(llm):
+    "Of these ids, whatever their place; more of them than max_logprobs would give."
+    every, = ask(llm, "Hello there", greedy(max_tokens=3, logprobs=-1))
+    wanted = [7, 49151, *range(100, 130)]
+    named, = ask(llm, "Hello there", greedy(max_tokens=3, logprob_token_ids=wanted))
+    assert named["token_ids"] == every["token_ids"]
+    for token, some, all_entries in zip(named["token_ids"], named["logprobs"], every["logprobs"]):
+        assert list(some) == [token, *(t for t in wanted if t != token)]
+        for t, entry in some.items(): assert entry.logprob == pytest.approx(all_entries[t].logprob, abs=1e-5) and abs(entry.rank - all_entries[t].rank) <= 1
+    for bad in (dict(logprob_token_ids=[]), dict(logprob_token_ids=[-1]), dict(logprob_token_ids=[1, 2], logprobs=3)):
+        with pytest.raises(ValueError, match="logprob"): greedy(**bad)
+    with pytest.raises(ValueError, match="logprob_token_ids must have token ids from 0 to 49151, got 49152"): ask(llm, "x", greedy(logprob_token_ids=[49152]))
 
 
 def test_max_logprobs(tiny):

@@ -395,3 +395,18 @@ def test_layers_of_several_windows_are_refused(tmp_path):
     make("Gemma3", tmp_path, num_hidden_layers=4, sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 2, query_pre_attn_scalar=10)
     with pytest.raises(ValueError, match="pipeline_parallel_size must be 1 for a model whose layers share KV blocks by kind, got 2"):
         LLM(tmp_path, pipeline_parallel_size=2, device="cpu", skip_tokenizer_init=True)
+
+
+def test_a_call_reaches_all_stages_while_steps_are_on_their_way(folder):
+    "Ranks that share the last stage with rank 0 wait for it in the middle of a step: it must be over before they can hear."
+    llm = LLM(folder, pipeline_parallel_size=2, tensor_parallel_size=2, device="cpu", num_kv_blocks=100)
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    whole = tokens(llm.generate(["Hello", "A b"], params, use_tqdm=False))
+    requests = llm.engine.input_processor.make_requests(["Hello", "A b"], params)
+    for request in requests: llm.engine.add(request)
+    for _ in range(3): llm.engine.step()
+    assert llm.engine.runner.on_the_way
+    assert llm.collective_rpc("reload_weights") == [None] * 4
+    while llm.engine.requests: llm.engine.step()
+    assert [r.output()["token_ids"] for r in requests] == whole
+    assert_idle(llm)
