@@ -302,7 +302,7 @@ def test_what_does_not_arrive_is_computed(tiny):
         assert_all_free(consumer)
 
 
-@pytest.mark.parametrize("num_kv_blocks", [6, 8, 12])
+@pytest.mark.parametrize("num_kv_blocks", [6, 12])
 def test_a_consumer_short_of_blocks_says_the_same(tiny, num_kv_blocks):
     "Ten texts at a time in a pool with room for one or two: blocks that have come are evicted, texts preempted."
     args = args_of(tiny)
