@@ -722,7 +722,7 @@ def _(inner, n, then, either, EMPTY):
     return reduce(then, [either(inner, EMPTY)] * (n + 1))
 
 
-# ---- 37, pipeline parallelism
+# ---- 35, pipeline parallelism
 
 @right(pipeline.check_pipeline_time)
 def _(num_steps, num_stages, seconds):
