@@ -145,9 +145,9 @@ PATHS["utils.network_utils"] = dict(get_open_port=get_open_port)
 
 # %% ../nbs/18_command_line.ipynb #79f299b3
 REFUSED_NAMES = {    # a name in a module, or a module (whose names are all refused)
-    "config.KVTransferConfig": "the KV cache stays on the device",
-    "config.kv_transfer": "the KV cache stays on the device",
-    "distributed.kv_transfer": "the KV cache stays on the device",
+    "config.KVTransferConfig": "kv_transfer_config is a dictionary here",
+    "config.kv_transfer": "kv_transfer_config is a dictionary here",
+    "distributed.kv_transfer": "kv_transfer_config is a dictionary here",
     "config.WeightTransferConfig":
         "collective_rpc('reload_weights') reads new weights from the folder",
     "distributed.weight_transfer":
