@@ -295,6 +295,7 @@ def join_group(size: int, device_type: str) -> DistributedGroup:
     store = dist.PrefixStore(f"nano_vllm/{num_joined}/{rank // size}", store)
     group = DistributedGroup(store, rank % size, size, device_type)
     group.shares_script = True
+    if not dist.is_initialized(): dist.init_process_group()    # the script may ask it
     return group
 
 # %% ../nbs/27_ranks.ipynb #1b51c2d7

@@ -356,12 +356,13 @@ def test_engines_come_and_go(folder):
 
 
 UNDER_TORCHRUN = '''
-import os, sys
+import os, sys, torch
 from nano_vllm import LLM, SamplingParams
 llm = LLM(sys.argv[2], pipeline_parallel_size=3, device="cpu", num_kv_blocks=64)
 params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 outs = llm.generate(["Hello", "A b"], params, use_tqdm=False)
 assert "".join(piece["text"] for piece in llm.stream("Hello", params)) == outs[0]["text"]
+assert str(torch.distributed.get_rank()) == os.environ["RANK"]     # as scripts of vLLM's do
 with open(f"{sys.argv[1]}/{os.environ['RANK']}", "w") as f: print([list(o["token_ids"]) for o in outs], file=f)
 '''
 

@@ -58,7 +58,7 @@ def write_small_model(folder):
     import transformers
     transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=49152, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4,
-        max_position_embeddings=4096, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True)).float().save_pretrained(folder)
+        max_position_embeddings=131072, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True)).float().save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"): (folder/name).symlink_to(fetch()/name)
 
 
@@ -70,7 +70,7 @@ def stand_in(hub, name):
     for made in (files, folder/"refs"): made.mkdir(parents=True)
     (folder/"refs"/"main").write_text(commit)
     if re.search("lora|sql", name): write_adapter(files)
-    elif name == "Qwen/Qwen3-0.6B": write_small_model(files)     # a script shares it by four
+    elif name in ("Qwen/Qwen3-0.6B", "meta-llama/Llama-3.1-8B"): write_small_model(files)     # scripts share them by four
     else:
         for file in fetch().iterdir(): (files/file.name).symlink_to(file)
 
