@@ -21,7 +21,7 @@ import torch
 import xxhash
 from fastcore.basics import patch
 from torch import Tensor
-from .engine import EngineArgs, EngineConfig, resolve_args
+from .engine import EngineArgs, EngineConfig, refuse_beside, resolve_args
 from .kv_blocks import SchedulerOutput, Sequence
 from .latency import Timeline
 from .layers import LAUNCHERS
@@ -350,6 +350,7 @@ class RoleRouter(Router):
 class DisaggregatedFleet(Fleet):
     "A fleet in which some replicas compute prompts, and others go on from there."
     def __init__(self, config: EngineConfig):
+        refuse_beside(config.args, "with kv_transfer_config", "tensor_parallel_size")
         self.transfer = read_transfer_config(config.args)
         self.transfer.make_connector()               # these two refuse what is bad
         kv_format(config)

@@ -78,7 +78,8 @@ def test_another_model_is_refused(tiny, tmp_path):
     (dict(kv_transfer_config=dict(TRANSFER, kv_connector_extra_config=dict(capacity=-1))), "capacity must be"),
     (dict(kv_transfer_config=dict(TRANSFER, kv_connector_extra_config=dict(speed=1))), "kv_connector_extra_config .*speed"),
     (dict(kv_transfer_config=dict(TRANSFER, kv_connector_extra_config=3)), "kv_connector_extra_config"),
-    (dict(enable_prefix_caching=False), "enable_prefix_caching must be True"), (dict(enable_lora=True), "enable_lora must be left out")], ids=str)
+    (dict(enable_prefix_caching=False), "enable_prefix_caching must be True"), (dict(enable_lora=True), "enable_lora must be left out"),
+    (dict(tensor_parallel_size=2), "tensor_parallel_size must be left out with kv_transfer_config")], ids=str)
 def test_bad_configurations_are_refused_before_any_replica_is_started(tiny, monkeypatch, options, match):
     pytest.importorskip("ray")
     def started(*_): raise AssertionError("a replica was started")
