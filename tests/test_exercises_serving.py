@@ -752,7 +752,7 @@ def _(sequences, num_stages):
     return [name for name, *_ in chosen]
 
 
-wrong(pipeline.check_next_turn, "an old one reads a long prompt")(lambda seqs, p: [name for name, _, waits in seqs if not waits][:-(-len(seqs) // p)])
+wrong(pipeline.check_next_turn, "one waits for its token")(lambda seqs, p: [name for name, _, waits in seqs if not waits][:-(-len(seqs) // p)])
 wrong(pipeline.check_next_turn, "those that wait included")(
     lambda seqs, p: [n for _, n in sorted((t, n) for n, t, w in seqs if not w)][:-(-sum(not w for *_, w in seqs) // p)])
 wrong(pipeline.check_next_turn, "all wait")(lambda seqs, p: [n for n, _, w in sorted(seqs, key=lambda s: (s[2], s[1]))][:-(-len(seqs) // p)])

@@ -148,7 +148,7 @@ def kv_memory(monkeypatch, free, total, share, device="cuda", group=TensorParall
         return ACTIVATIONS
     monkeypatch.setattr(engine, "device_memory", lambda device: (free, total))
     monkeypatch.setattr(engine, "profile_memory", profile)
-    args = SimpleNamespace(speculative_config=None, data_parallel_size=1, kv_cache_memory_bytes=None, gpu_memory_utilization=share, max_num_batched_tokens=64, max_num_seqs=256)
+    args = SimpleNamespace(speculative_config=None, data_parallel_size=1, pipeline_parallel_size=1, kv_cache_memory_bytes=None, gpu_memory_utilization=share, max_num_batched_tokens=64, max_num_seqs=256)
     model, ops = make_config(num_kv_heads=2, head_dim=8), SimpleNamespace(attention=TorchAttention, hidden_dtype=None)
     config = SimpleNamespace(args=args, device=torch.device(device), model=model, dtype=torch.float32, kv_dtype=torch.bfloat16,
                              max_model_len=5000, ops=ops)

@@ -28,6 +28,7 @@ CASES = {
     "nobody has been there": ([("a", 0, False), ("b", 0, False), ("c", 0, False)], 2, ["a", "b"]),
     "one waits for its token": ([("a", 5, True), ("b", 4, False), ("c", 3, False)], 3, ["c"]),
     "an old one reads a long prompt and could always go": ([("a", 9, False), ("b", 8, True), ("c", 7, False), ("d", 6, False)], 2, ["d", "c"]),
+    "two of four wait": ([("a", 5, True), ("b", 4, True), ("c", 2, False), ("d", 3, False)], 2, ["c", "d"]),
     "all wait": ([("a", 1, True), ("b", 2, True)], 2, []),
     "of those who rested equally long the oldest": ([("a", 3, False), ("b", 2, False), ("c", 2, False), ("d", 2, False)], 2, ["b", "c"]),
     "five share three stages": ([(name, 0, False) for name in "abcde"], 3, ["a", "b"]),
