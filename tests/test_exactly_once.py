@@ -37,8 +37,10 @@ class Interrupt:
 
     def __init__(self, after): self.after, self.count, self.thrown = after, 0, False
 
+    def watches(self, frame): return frame.f_globals.get("__name__") in MODULES
+
     def trace(self, frame, event, arg):
-        if frame.f_globals.get("__name__") not in MODULES: return None
+        if not self.watches(frame): return None
         if event == "line" and not self.thrown:
             self.count += 1
             if self.count >= self.after:
@@ -499,24 +501,13 @@ def test_signals_bite(monkeypatch, num_in_flight):
     with pytest.raises(AssertionError): signals(num_in_flight, 30)
 
 
-class AtTaking:
-    "Throws at the `after`-th line that `LLMEngine.step` and what it calls to hand out run within the block, once."
-    def __init__(self, after): self.after, self.count, self.thrown = after, 0, False
+class AtTaking(Interrupt):
+    "The same among the lines of `LLMEngine.step` and of what it calls to hand out."
 
-    def trace(self, frame, event, arg):
-        if frame.f_code.co_name not in ("step", "take", "new_output", "output_from", "output_of") or frame.f_globals["__name__"] not in MODULES: return None
-        if frame.f_code.co_qualname == "step": return None             # the engine's own, which has its tests above
-        if event == "line" and not self.thrown:
-            self.count += 1
-            self.thrown = self.count >= self.after
-            if self.thrown: raise Injected(f"line {frame.f_lineno} of {frame.f_code.co_qualname}")
-        return self.trace
-
-    def __enter__(self):
-        self.before = sys.gettrace()
-        sys.settrace(self.trace)
-
-    def __exit__(self, *_): sys.settrace(self.before)
+    def watches(self, frame):
+        code = frame.f_code      # the engine's own step has its tests above
+        named = code.co_name in ("step", "take", "new_output", "output_from", "output_of") and code.co_qualname != "step"
+        return named and super().watches(frame)
 
 
 def told_by_steps(after):

@@ -22,7 +22,7 @@ from nano_vllm.prefix_cache import KVCacheManager
 from nano_vllm.replicas import Replica
 from nano_vllm.routing import Arrival, Machine, Simulation, Traffic
 from test_replicas import (  # noqa: F401: ray and alone are fixtures
-    LIMITS, PARAMS, PROMPTS, alone, answers_of, assert_idle, kill, pids, ray, streamed)
+    LIMITS, PARAMS, PROMPTS, alone, answers_of, assert_idle, kill, pids, ray, streamed, wait_for_all)
 
 TRANSFER = dict(kv_connector="SharedMemoryConnector")
 
@@ -398,11 +398,6 @@ def apart(llm):
     assert not fleet.handles
     wait_for_all(llm)
     assert_nothing_is_left(llm)
-
-
-def wait_for_all(llm):
-    deadline, fleet = time.monotonic() + 60, llm.engine.scheduler
-    while any(a.starting for a in fleet.actors.values()) and time.monotonic() < deadline: fleet.hear()
 
 
 def assert_nothing_is_left(llm):

@@ -13,9 +13,9 @@ import pytest
 import torch
 from fake_engine import fake_engine
 from fuzz import plant
-from helpers import assert_idle, logits_tolerance, tiny_folder
+from helpers import assert_idle, tiny_folder
 from nano_vllm import LLM, SamplingParams, prefix_cache
-from nano_vllm.attention import make_batch
+from nano_vllm.cli import get_open_port
 from nano_vllm.kv_blocks import ScheduledSequence, SchedulerOutput, Sequence
 from nano_vllm.model import ModelConfig
 from nano_vllm.model_runner import InputBatch
@@ -25,7 +25,8 @@ from nano_vllm.scheduler import Scheduler
 from nano_vllm.workbench import fetch
 from test_model import make
 from test_overlap import Watch, Workload
-from test_tensor_parallel import GREEDY, LIMITS, PROMPTS, ROOT, alone, children, free_port, tokens, wait_until  # noqa: F401
+from test_tensor_parallel import (ROOT, alone, assert_logits_in_chunks, assert_tokens_of_the_demo_model, children, tokens,  # noqa: F401
+                                  wait_until)
 
 EXPERTS = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True)
 
@@ -36,40 +37,16 @@ EXPERTS = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=16, n
     ("Llama", 2, 1, {}, {}), ("Llama", 3, 1, dict(tie_word_embeddings=True), {}), ("Qwen3", 2, 2, dict(tie_word_embeddings=True), {}),
     ("Mistral", 5, 1, dict(sliding_window=5), {}), ("Qwen3Moe", 2, 2, EXPERTS, dict(enable_expert_parallel=True))])
 def test_logits_equal_transformers(family, stages, ranks, changes, options, tmp_path):
-    "In chunks of 5 and 7 tokens and in single ones."
     theirs = make(family, tmp_path, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2, **changes)
-    for name in ("tokenizer.json", "tokenizer_config.json"): (tmp_path/name).write_bytes((fetch()/name).read_bytes())
-    ids = [(7 * i + i * i) % 97 for i in range(16)]
-    with torch.inference_mode(): expected = theirs(torch.tensor([ids])).logits[0]
-    llm = LLM(tmp_path, pipeline_parallel_size=stages, tensor_parallel_size=ranks, block_size=4, num_kv_blocks=8, device="cpu", max_model_len=32,
-              **options)
-    seq, runner, start = Sequence("a", ids, SamplingParams(), block_table=[5, 0, 7, 2]), llm.engine.runner, 0
-    allowed = logits_tolerance(runner.model.config, len(ids), expected)
-    assert allowed <= 1e-4
-    for n in (5, 7, 1, 1, 2):
-        batch = make_batch([ScheduledSequence(seq, start, n, samples=True)], 4)
-        with runner.group.collective_guard():
-            runner.group.broadcast(batch)
-            logits = runner.compute(batch)
-        start += n
-        torch.testing.assert_close(logits[0], expected[start - 1], atol=allowed, rtol=0)
+    runner = assert_logits_in_chunks(theirs, tmp_path, pipeline_parallel_size=stages, tensor_parallel_size=ranks, **options)
     assert runner.kv_cache.shape[0] < 5
     runner.group.world.close()
 
 
 @pytest.mark.parametrize("stages, ranks", [(2, 1), (3, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
 def test_the_demo_model_gives_the_same_tokens(stages, ranks, alone):  # noqa: F811
-    "In small chunks, so that several steps of one prompt are on their way."
-    expected, seeded = alone
-    before = children()
-    llm = LLM("smollm2-135m", pipeline_parallel_size=stages, tensor_parallel_size=ranks, block_size=8, max_num_batched_tokens=16, **LIMITS)
-    assert len(children() - before) == stages * ranks - 1
-    assert tokens(llm.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected["greedy"]
-    assert tokens(llm.generate(PROMPTS, seeded, use_tqdm=False)) == expected["seeded"]
-    assert_idle(llm)
-    del llm
-    gc.collect()
-    assert children() == before
+    "The chunks are small, so that several steps of one prompt are on their way."
+    assert_tokens_of_the_demo_model(alone, stages * ranks, pipeline_parallel_size=stages, tensor_parallel_size=ranks)
 
 
 @pytest.fixture(scope="module")
@@ -370,7 +347,7 @@ with open(f"{sys.argv[1]}/{os.environ['RANK']}", "w") as f: print([list(o["token
 def test_torchrun_starts_the_stages(folder, tmp_path):
     (tmp_path/"script.py").write_text(UNDER_TORCHRUN)
     agent = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3", "--master-addr", "127.0.0.1",
-                              "--master-port", str(free_port()), tmp_path/"script.py", tmp_path, folder], cwd=ROOT)
+                              "--master-port", str(get_open_port()), tmp_path/"script.py", tmp_path, folder], cwd=ROOT)
     try: assert agent.wait(timeout=200) == 0
     finally: agent.kill()
     alone = LLM(folder, device="cpu", num_kv_blocks=64)  # noqa: F811

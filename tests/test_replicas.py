@@ -44,6 +44,12 @@ def alone(tiny):
     return answers_of(LLM(tiny, **LIMITS).generate(PROMPTS, PARAMS, use_tqdm=False))
 
 
+def wait_for_all(llm, seconds=60):
+    "Until no replica is starting any more."
+    deadline, fleet = time.monotonic() + seconds, llm.engine.scheduler
+    while any(a.starting for a in fleet.actors.values()) and time.monotonic() < deadline: fleet.hear()
+
+
 @pytest.fixture(scope="module")
 def llm(ray, tiny):
     llm = LLM(tiny, data_parallel_size=2, **LIMITS)
@@ -56,8 +62,7 @@ def both(llm):
     "The LLM with both its replicas there and the seeds it began with."
     llm.engine.input_processor.random.seed(0)
     fleet = llm.engine.scheduler
-    deadline = time.monotonic() + 60
-    while any(a.starting for a in fleet.actors.values()) and time.monotonic() < deadline: fleet.hear()
+    wait_for_all(llm)
     assert len(fleet.actors) == len(fleet.router.load) == 2
     yield llm
     assert_idle(llm)
@@ -230,8 +235,7 @@ def test_resizing_while_requests_run(both, alone):
         if i == 60: fleet.resize(1)
         if i == 100: fleet.resize(2)
     assert streamed(both, resize) == alone
-    deadline = time.monotonic() + 30
-    while any(a.starting for a in fleet.actors.values()) and time.monotonic() < deadline: fleet.hear()
+    wait_for_all(both, seconds=30)
     assert len(fleet.actors) == 2 and not any(a.draining for a in fleet.actors.values())
 
 

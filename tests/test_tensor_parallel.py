@@ -2,7 +2,6 @@
 import gc
 import os
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -17,6 +16,7 @@ import torch
 from helpers import assert_idle, logits_tolerance, tiny_folder
 from nano_vllm import LLM, SamplingParams
 from nano_vllm.attention import Batch, make_batch
+from nano_vllm.cli import get_open_port
 from nano_vllm.kv_blocks import ScheduledSequence, Sequence
 from nano_vllm.parallel import StartedGroup
 from nano_vllm.workbench import fetch
@@ -49,17 +49,12 @@ def alone():
             "seeded": tokens(llm.generate(PROMPTS, seeded, use_tqdm=False))}, seeded
 
 
-@pytest.mark.parametrize("family, heads, kv_heads, size, changes", [
-    ("Llama", 6, 3, 2, {}), ("Llama", 6, 3, 3, dict(tie_word_embeddings=False)), ("Llama", 8, 2, 4, dict(attention_bias=True, mlp_bias=True)),
-    ("Mistral", 4, 2, 2, dict(sliding_window=5)), ("Mistral", 6, 1, 3, dict(sliding_window=None)),
-    ("Qwen2", 6, 3, 2, {}), ("Qwen2", 3, 3, 3, dict(tie_word_embeddings=True)), ("Qwen3", 4, 2, 2, {}), ("Qwen3", 9, 3, 3, dict(attention_bias=True))])
-def test_logits_of_each_family_equal_transformers(family, heads, kv_heads, size, changes, tmp_path):
-    "In chunks of 5 and 7 tokens and in single ones; vocabulary and MLP do not divide by the number of ranks."
-    theirs = make(family, tmp_path, num_attention_heads=heads, num_key_value_heads=kv_heads, intermediate_size=43, vocab_size=97, **changes)
-    for name in ("tokenizer.json", "tokenizer_config.json"): (tmp_path/name).write_bytes((fetch()/name).read_bytes())
+def assert_logits_in_chunks(theirs, folder, **options):
+    "In chunks of 5 and 7 tokens and in single ones, the model in `folder` says what transformers' model says; the runner, still there."
+    for name in ("tokenizer.json", "tokenizer_config.json"): (folder/name).write_bytes((fetch()/name).read_bytes())
     ids = [(7 * i + i * i) % 97 for i in range(16)]
     with torch.inference_mode(): expected = theirs(torch.tensor([ids])).logits[0]
-    llm = LLM(tmp_path, tensor_parallel_size=size, block_size=4, num_kv_blocks=8, device="cpu", max_model_len=32)
+    llm = LLM(folder, block_size=4, num_kv_blocks=8, device="cpu", max_model_len=32, **options)
     seq, runner, start = Sequence("a", ids, SamplingParams(), block_table=[5, 0, 7, 2]), llm.engine.runner, 0
     allowed = logits_tolerance(runner.model.config, len(ids), expected)
     assert allowed <= 1e-4
@@ -71,21 +66,35 @@ def test_logits_of_each_family_equal_transformers(family, heads, kv_heads, size,
         start += n
         assert logits.shape == (1, 97)
         torch.testing.assert_close(logits[0], expected[start - 1], atol=allowed, rtol=0)
-    runner.group.close()
+    return runner
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_the_demo_model_gives_the_same_tokens(size, alone):
+@pytest.mark.parametrize("family, heads, kv_heads, size, changes", [
+    ("Llama", 6, 3, 2, {}), ("Llama", 6, 3, 3, dict(tie_word_embeddings=False)), ("Llama", 8, 2, 4, dict(attention_bias=True, mlp_bias=True)),
+    ("Mistral", 4, 2, 2, dict(sliding_window=5)), ("Mistral", 6, 1, 3, dict(sliding_window=None)),
+    ("Qwen2", 6, 3, 2, {}), ("Qwen2", 3, 3, 3, dict(tie_word_embeddings=True)), ("Qwen3", 4, 2, 2, {}), ("Qwen3", 9, 3, 3, dict(attention_bias=True))])
+def test_logits_of_each_family_equal_transformers(family, heads, kv_heads, size, changes, tmp_path):
+    "Vocabulary and MLP do not divide by the number of ranks."
+    theirs = make(family, tmp_path, num_attention_heads=heads, num_key_value_heads=kv_heads, intermediate_size=43, vocab_size=97, **changes)
+    assert_logits_in_chunks(theirs, tmp_path, tensor_parallel_size=size).group.close()
+
+
+def assert_tokens_of_the_demo_model(alone, num_processes, **options):
+    "In small chunks; afterwards nothing is left of the engine."
     expected, seeded = alone
     before = children()
-    llm = LLM("smollm2-135m", tensor_parallel_size=size, block_size=8, max_num_batched_tokens=16, **LIMITS)
-    assert len(children() - before) == size - 1
+    llm = LLM("smollm2-135m", block_size=8, max_num_batched_tokens=16, **options, **LIMITS)
+    assert len(children() - before) == num_processes - 1
     assert tokens(llm.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected["greedy"]
     assert tokens(llm.generate(PROMPTS, seeded, use_tqdm=False)) == expected["seeded"]
     assert_idle(llm)
     del llm
     gc.collect()
     assert children() == before
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_demo_model_gives_the_same_tokens(size, alone): assert_tokens_of_the_demo_model(alone, size, tensor_parallel_size=size)
 
 
 def test_a_killed_rank_ends_the_engine_with_its_name(tmp_path):
@@ -272,12 +281,6 @@ def test_the_second_interrupt_gets_through_a_stopped_rank(tmp_path):
     assert wait_until(lambda: not worker.is_running())
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 UNDER_TORCHRUN = '''
 import os, sys
 from nano_vllm import LLM, SamplingParams
@@ -298,7 +301,7 @@ with open(f"{sys.argv[1]}/{os.environ['RANK']}", "w") as f: print([list(o["token
 def test_torchrun_on_one_host_and_on_two(num_hosts, alone, tmp_path):
     "Two agents on the loopback stand for two hosts; every rank runs the same script and gets TP=1's tokens."
     (tmp_path/"script.py").write_text(f"PROMPTS = {PROMPTS!r}\n" + UNDER_TORCHRUN)
-    port = free_port()
+    port = get_open_port()
     agents = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes", str(num_hosts), "--node-rank", str(i),
                                 "--nproc-per-node", str(2 // num_hosts), "--master-addr", "127.0.0.1", "--master-port", str(port),
                                 tmp_path/"script.py", tmp_path], cwd=ROOT) for i in range(num_hosts)]
@@ -328,7 +331,7 @@ time.sleep(0 if rank else 2)
 
 def test_a_rank_may_end_right_after_a_message():
     "The group's thread lets go of its last tensor before Python ends, or the process would abort."
-    ports = [free_port() for _ in range(4)]
+    ports = [get_open_port() for _ in range(4)]
     ranks = [subprocess.Popen([sys.executable, "-c", LEAVES_AT_ONCE, str(rank), str(port)], cwd=ROOT)
              for port in ports for rank in range(2)]
     try: assert [p.wait(timeout=100) for p in ranks] == [0] * len(ranks)
