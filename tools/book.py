@@ -23,6 +23,7 @@ class Cell:
     kind: str      # "code", "markdown" or "raw"
     source: str
     outputs: list
+    id: str = ""
 
     @cached_property
     def directives(self) -> list[str]:
@@ -49,11 +50,15 @@ class Cell:
         return sum(any(kind.startswith("image/") for kind in o.get("data", {})) for o in self.outputs)
 
     @cached_property
+    def linked_prose(self) -> str:
+        "A markdown cell's text without code and formulas."
+        text = re.sub(r"^( *)(```|~~~).*?^ *\2 *$", "", self.source, flags=re.M | re.S)
+        return re.sub(r"(`+).*?\1|\$\$.*?\$\$|\$[^$\n]+\$", " x ", text, flags=re.S)
+
+    @cached_property
     def prose(self) -> str:
         "A markdown cell's text without code, formulas and link targets."
-        text = re.sub(r"^( *)(```|~~~).*?^ *\2 *$", "", self.source, flags=re.M | re.S)
-        text = re.sub(r"(`+).*?\1|\$\$.*?\$\$|\$[^$\n]+\$", " x ", text, flags=re.S)
-        return re.sub(r"\]\([^)]*\)", "]", text)
+        return re.sub(r"\]\([^)]*\)", "]", self.linked_prose)
 
 
 @dataclass
@@ -63,7 +68,7 @@ class Chapter:
     @cached_property
     def cells(self) -> list[Cell]:
         cells = json.loads(self.path.read_text(encoding="utf-8"))["cells"]
-        return [Cell(c["cell_type"], "".join(c["source"]), c.get("outputs", [])) for c in cells]
+        return [Cell(c["cell_type"], "".join(c["source"]), c.get("outputs", []), c.get("id", "")) for c in cells]
 
     @property
     def code(self) -> list[Cell]: return [c for c in self.cells if c.kind == "code"]
