@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 import check_export
+import check_numbers
 import count_lines
 import edition
 import make_venv
@@ -283,6 +284,38 @@ def test_outputs_come_from_the_code_above_them(chapter):
          if c.get("outputs") and "ran" in c["metadata"] and edition.digest("".join(c["source"])) != c["metadata"]["ran"])
 
 
+# ---- the numbers in the prose
+
+REVIEWED = {   # (cell, number): why it stands there although no output or record of the page gives it
+    ("b01fde53", "three milliseconds"): "of other machines, for comparison",
+    ("e7d7257e", "eight times"): "64 experts against the 8 that a token takes: a count",
+    ("a8e9dc07", "40 milliseconds"): "from the ledger of a step with 32 rows, whose verdict follows",
+    ("13fc0e57", "10 microseconds"): "an estimate, which the next cell checks",
+    ("73f0bba5", "five times"): "seven matrices of a layer against two, counted from their shapes",
+    ("17477b50", "101 %"): "of queues in general",
+    ("1ccf6e1e", "333 seconds"): "a million requests, 3,000 a second",
+    ("55d60dfb", "333 seconds"): "a million requests, 3,000 a second"}
+GLANCES = {"90df3973", "9d227705", "95e60af5"}   # cells whose times no sentence repeats, in chapters that record nothing
+CLAIMS = check_numbers.claims(CHAPTERS)
+UNGIVEN = {(c.page.cells[c.at].id, c.number.text): c for c in CLAIMS if not c.assumed and not c.support}
+UNRECORDED = {(c.page.cells[c.at].id, c.number.text): c for c in CLAIMS if not c.assumed and c.only_live}
+
+
+def test_every_measured_number_in_the_prose_stands_on_its_page():
+    none(f"{claim}" for key, claim in UNGIVEN.items() if key not in REVIEWED)
+    none(f"{key} needs no exception any more" for key in REVIEWED if key not in UNGIVEN | UNRECORDED)
+
+
+def test_what_the_prose_repeats_of_a_measurement_is_recorded():
+    none(f"printed, but not recorded: {claim}" for key, claim in UNRECORDED.items() if key not in REVIEWED)
+
+
+def test_chapters_that_print_a_time_record_it():
+    pages = [check_numbers.Page(c) for c in CHAPTERS if not any("record(" in cell.source for cell in c.code)]
+    none(f"{page.name}, cell {i} ({cell.id}) prints a time, and nothing in the chapter is recorded"
+         for page in pages for i, cell in page.live.items() if cell.id not in GLANCES)
+
+
 # ---- the exported code
 
 def imported(tree):
@@ -492,6 +525,55 @@ def test_renumber_refuses_what_would_lose_a_chapter_and_touches_nothing(tmp_path
                            ({"01_one": "03_x", "02_two": "03_x"}, "two chapters would have one name")]:
         with pytest.raises(ValueError, match=problem): renumber.renumber(book, names)
     assert before == {p: p.read_bytes() for p in book.rglob("*") if p.is_file()}
+
+
+def said_and_printed(tmp_path, text, *code_and_output):
+    "The numbers of `text`, in a chapter whose cells of code print what follows them."
+    write_notebook(tmp_path/"03_one.ipynb", "# One\n\n> It measures.", *code_and_output[::2], text)
+    nb = json.loads((tmp_path/"03_one.ipynb").read_text())
+    for cell, output in zip(nb["cells"][1:], code_and_output[1::2]):
+        cell["outputs"] = [{"output_type": "stream", "name": "stdout", "text": output}]
+    nb["cells"][-1]["cell_type"] = "markdown"
+    (tmp_path/"03_one.ipynb").write_text(json.dumps(nb))
+    return check_numbers.claims([Chapter(tmp_path/"03_one.ipynb")])
+
+
+@pytest.mark.parametrize("text, supported", [
+    ("A step takes 12.3 ms.", True), ("A step takes 12.4 ms.", False), ("A step takes 12.345 ms.", False),
+    ("A step takes 12 ms.", True), ("A step takes 13 ms.", False), ("A step takes 12.3 µs.", False), ("A step takes 0.012 s.", True),
+    ("Two steps take 8.2 and 12.3 ms.", True), ("Two steps take 8.2 and 12.5 ms.", False),
+    ("A step took eight milliseconds.", True), ("A step took nine milliseconds.", False),
+    ("It makes 86 tokens/s.", True), ("It makes 96 tokens a second.", False), ("It makes some 90 tokens a second.", True),
+    ("Decoding is 1.5 times as fast.", True), ("Decoding is 1.7 times as fast.", False), ("It is 33% faster, not 40%.", False),
+    ("It is 33% faster.", True), ("The 2 steps before took 16.4 ms.", False), ("2 steps of 8.2 ms take 16.4 ms.", True),
+    ("What takes 7 ms, 3 times, takes 21 ms.", False), ("It takes 8 to 9 ms.", True), ("It takes 9 to 11 ms.", False),
+    ("It is called 60 times a token.", None), ("It takes 16 bits.", None), ("A step should take 5 ms.", None)])
+def test_a_number_needs_what_rounds_to_it(tmp_path, text, supported):
+    shown = "show()", "before  12.31 ms\nafter    8.21 ms\n", "rate()", "86.4 tokens/s\n"
+    found = [c for c in said_and_printed(tmp_path, text, *shown) if not c.assumed]
+    assert bool(found) == (supported is not None)
+    assert all(c.support for c in found) == (supported is not False), [str(c) for c in found]
+
+
+def test_a_ratio_is_one_of_those_printed_where_some_are(tmp_path):
+    shown = "show()", "a loop 10.0 ms, 100%\nstreams 12.5 ms, 97%\n"
+    assert [bool(c.support) for c in said_and_printed(tmp_path, "Streams cost 3%.\n\nStreams cost 25%.", *shown)] == [True, False]
+
+
+def test_a_prediction_needs_no_support_and_may_be_repeated(tmp_path):
+    text = "**The prediction:** 5 ms a step, in all 0.5 s.\n\n**The verdict.** It is 7 ms and not 5 ms."
+    said = [(c.number.text, c.assumed, bool(c.support)) for c in said_and_printed(tmp_path, text, "show()", "7.2 ms\n")]
+    assert said == [("5 ms", True, False), ("0.5 s", True, False), ("7 ms", False, True), ("5 ms", False, True)]
+
+
+@pytest.mark.parametrize("code, live", [
+    ("t = timed(f)\nprint(t)", True), ("t = record('x', timed(f))\nprint(t)", False),
+    ("def run(): return perf_counter() - start\nprint([run() for _ in range(3)])", True),
+    ("t = {}\nt['a'] = timed(f)\n_ = record('x', t)\nfor k, v in t.items(): print(v)", False),
+    ("t = timed(f)\nt = 2\nprint(t)", False), ("print(sum(t for t in times))", False)])
+def test_times_that_no_record_holds_are_found(tmp_path, code, live):
+    claim, = said_and_printed(tmp_path, "It takes 3.1 ms.", code, "3.14 ms\n")
+    assert claim.only_live == live and bool(claim.page.live) == live
 
 
 def test_venv_is_made_anew_only_when_settings_change(tmp_path, monkeypatch):

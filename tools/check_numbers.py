@@ -43,7 +43,8 @@ COMPARED = r"\*{0,2} (?:as|the|slower|faster|too|what|that|those|more|less|longe
 MEASURED = (r"(?i)measur|verdict|predict|fast|slow|\btak(e|es|ing|en)\b|took|cost|long|short|\bsav|wait|speed|gain|busy|reach|"
             r"within|second|throughput|gap|lose")
 PREDICTION = r"\*\*(?:The |A |Your )?[Pp]redict[^*]*\*\*"
-ASSUMED = r"\b(should|would|could|let|suppose|say|if|imagine|guess|by hand)\b|\?[*)]*\s*$"
+ASSUMED = r"\b(should|would|could|let (us|it)|suppose|imagine|by hand|if)\b|, say\b|\bsay that|\?[*)]*\s*$"
+FOUND = r"verdict|measured|@fig-|was printed"       # a sentence with one of these supposes nothing
 SENTENCE = r"(?<=[.!?])[)*\"]*\s+(?=[*(\"\[]*[A-Z@`x])|\n(?=[-|] )"
 CLOCKS = {"timed", "timeit", "perf_counter", "perf_counter_ns", "monotonic", "process_time"}
 AROUND, CLOSE, LONG = 3, 4, 120      # cells of code around a number; outputs close to it; numbers in a record that are no samples
@@ -62,6 +63,10 @@ class Number:
     start: int = 0
     end: int = 0
     units: tuple = ()    # which units it may have, if none follows
+    reach: float = 0     # "8 to 9%": how far it is to the other end
+
+    @property
+    def one_digit(self) -> bool: return self.value/self.step < 9.999
 
 
 def number(text: str, roughly: bool, **rest) -> Number:
@@ -88,9 +93,11 @@ def numbers(text: str) -> list[Number]:
     found = {}
     for match in LIST.finditer(text):
         roughly = bool(re.search(ROUGHLY, text[:match.start()]))
-        for n in re.finditer(NUMBER, match["numbers"]):
-            start = match.start() + n.start()
-            found[start] = number(n[0], roughly, start=start, end=match.end(), **unit_of(match))
+        here = [number(n[0], roughly, start=match.start() + n.start(), end=match.end(), **unit_of(match))
+                for n in re.finditer(NUMBER, match["numbers"])]
+        if " to " in match["numbers"] and len(here) == 2 and here[0].value < here[1].value <= 1.5*here[0].value:
+            here[0].reach, here[1].reach = here[1].value - here[0].value, here[0].value - here[1].value
+        found |= {n.start: n for n in here}
     for match in re.finditer(DIGITS, text):
         found.setdefault(match.start(), number(match[0], False, start=match.start(), end=match.end()))
     return [found[start] for start in sorted(found)]
@@ -236,7 +243,9 @@ def live_cells(page: Page):
 # ---- what supports a number
 
 def fits(claim: Number, value: float) -> bool:
-    return abs(value - claim.value) <= claim.step/2 * (1 + 1e-9)
+    low, high = sorted((claim.value, claim.value + claim.reach))
+    half = claim.step/2 * (1 + 1e-9)
+    return low - half <= value <= high + half
 
 
 def readings(claim: Number, n: Number):
@@ -245,7 +254,7 @@ def readings(claim: Number, n: Number):
     if n.kind == claim.kind:
         yield n.value
         if percent: yield abs(n.value - 1)           # 1.08 times, or 92%, are 8% more or less
-    elif n.kind == "" and claim.kind == "ratio" and n.step < 1:
+    elif n.kind == "" and claim.kind == "ratio" and n.step < 1 and not claim.one_digit:
         yield n.value
         if percent: yield abs(n.value - 1)
     elif n.kind == "" and claim.kind == "time":
@@ -254,7 +263,11 @@ def readings(claim: Number, n: Number):
 
 
 def pairs(claim: Number, rows: list[list[Number]]):
-    "(description, value) of two numbers in a row; or in a column, if they are neighbours or one is the first."
+    """(description, value) of two numbers in a row; or in a column, if they are neighbours or one is the first.
+
+    Where ratios, or per cents, are printed, a ratio is one of these.
+    """
+    if claim.kind == "ratio" and any(n.scale == claim.scale and n.kind == "ratio" for n in sum(rows, [])): return
     couples = [couple for row in rows for couple in permutations(row[:12], 2)]
     for i in range(max(map(len, rows), default=0)):
         column = [row[i] for row in rows if len(row) > i]
@@ -264,7 +277,6 @@ def pairs(claim: Number, rows: list[list[Number]]):
         if a.unit != b.unit or not b.value or a.unit == a.kind == "other": continue
         text = f"{a.text} and {b.text}"
         if claim.kind == a.kind == "time": yield from ((text, a.value - b.value), (text, a.value + b.value))
-        if claim.unit == a.unit == "%": yield text, a.value - b.value
         if claim.kind == "ratio" and a.kind != "ratio" and min(a.value/a.step, b.value/b.step) >= 10:
             yield text, a.value/b.value
             if claim.scale == .01: yield text, abs(a.value/b.value - 1)
@@ -302,7 +314,7 @@ def from_code(n: Number, at: int, page: "Page"):
         for value in found:
             counts = value in range(13) and n.kind != "rate" and not (around and n.kind == "time") and i != at
             if not counts: yield "code", f"{value}", exact(n, value)
-            if around: yield "code", f"{value}", exact(n, value*n.scale)
+            if around and n.kind == "time": yield "code", f"{value}", exact(n, value*n.scale)
 
 
 def from_records(n: Number, page: "Page"):
@@ -314,20 +326,19 @@ def from_records(n: Number, page: "Page"):
 def evidence(claim: "Claim"):
     "(where, description, value) of all that might support a claim, what is nearest first; where: a cell's index, or a word."
     n, page, at = claim.number, claim.page, claim.at
-    one_digit = n.value/n.step < 9.999
     near = sorted(page.outputs, key=lambda i: abs(i - at))
     above = [i for i in near if i <= at][:2]
     if at in page.code: yield from from_output(n, at, table(printed(page.cells[at], ticks=True)))
-    for i in dict.fromkeys(claim.figures + (near[:CLOSE] if one_digit else near)): yield from from_output(n, i, page.outputs[i])
+    for i in dict.fromkeys(claim.figures + (near[:CLOSE] if n.one_digit else near)): yield from from_output(n, i, page.outputs[i])
     for i in dict.fromkeys(claim.figures + above):
         for text, value in pairs(n, page.outputs[i]): yield i, text, value
     for text, value in arithmetic(n, claim.before): yield "sentence", text, value
     for said in claim.said:
-        if said.kind == n.kind and said.value == n.value: yield "prediction", said.text, said.value
+        if said.kind == n.kind and said.value == n.value: yield "said before", said.text, said.value
     yield from from_code(n, at, page)
     for other in claim.linked:
         for rows in other.outputs.values(): yield from from_output(n, other.name, rows)
-    if n.kind == "ratio" or one_digit: return
+    if n.kind == "ratio" or n.one_digit: return
     for source in (page, *claim.linked): yield from from_records(n, source)
 
 
@@ -342,7 +353,7 @@ class Claim:
     before: list[Number]     # in the same sentence
     figures: list[int]       # cells of the figures that the paragraph refers to
     linked: list[Page]       # chapters to which the sentence links
-    said: list[Number]       # in predictions before
+    said: list[Number]       # before, in predictions and of other chapters
     assumed: bool            # a prediction, or a supposition, which needs no support
 
     @cached_property
@@ -388,13 +399,13 @@ def claims_of(page: Page, pages: dict[str, Page]):
         for sentence in filter(None, re.split(SENTENCE, text)):
             names = re.findall(r"\]\((\d\d_\w+)\.ipynb", sentence)
             linked = [pages[name] for name in names if name in pages and name != page.name]
-            supposed = by_hand or bool(re.search(ASSUMED, sentence, re.I))
+            supposed = by_hand or bool(re.search(ASSUMED, sentence, re.I)) and not re.search(FOUND, sentence, re.I)
             predicted = bool(re.search(PREDICTION, text)) and not linked
             found = measured(sentence)
             for n in found:
                 before = [other for other in numbers(sentence) if other.start < n.start]
                 yield Claim(page, at, sentence, n, before, figures, linked, said, predicted or supposed)
-            if predicted or supposed: said = said + found
+            if predicted or supposed or linked: said = said + found
 
 
 def claims(of: list[Chapter]) -> list[Claim]:
