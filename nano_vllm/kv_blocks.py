@@ -22,27 +22,27 @@ class Sequence:
     "One text in the making: the tokens we know, and how many have KV in the cache."
     request_id: str
     prompt_token_ids: list[int]
-    params: SamplingParams
+    params: SamplingParams            # what its user asked for
     index: int = 0                    # which of its request's `n` samples this is
     seed: int = 0                     # sampling noise depends on seed and position
     stop_token_ids: frozenset[int] = frozenset()  # tokens that end it, EOS included
     cache_salt: int = 0               # only sequences of equal salt share cached blocks
-    priority: int = 0                 # lower is more important, if the scheduler asks
+    priority: int = 0                 # lower goes first, if the scheduler looks at it
     bad_words_token_ids: list[list[int]] = field(default_factory=list)
     token_mask: object | None = None  # tells the sampler which tokens may come
-    max_len: int = 2**62              # its number of tokens when it must end
-    adapter: object = None            # what computes it beside the model, if anything
+    max_len: int = 2**62              # it ends when it has so many tokens
+    adapter: object = None            # its LoRA adapter, if any
     output_token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None  # "stop", "length" or "abort" once it has ended
     stop_reason: int | str | None = None  # the stop token or string that ended it
     # what follows can be made anew from the tokens at any time, see `reset`
     num_computed_tokens: int = 0      # tokens whose KV is in the cache or being written
     num_output_placeholders: int = 0  # tokens being sampled, which nobody knows yet
-    speculates: bool = False          # must its tokens be known before the next step?
+    speculates: bool = False          # are tokens guessed for it before each step?
     spec_token_ids: list[int] = field(default_factory=list)  # guesses at what follows
     block_table: list[int] = field(default_factory=list)
-    window_table: list = field(default_factory=list)  # of layers with a window alone
-    num_released_blocks: int = 0      # of a table, from its start: behind a window
+    window_table: list = field(default_factory=list)  # for sliding windows
+    num_released_blocks: int = 0      # the first so many were given back early
     block_hashes: list[int] = field(default_factory=list)   # of its full blocks, and
     cache_entries: list[int] = field(default_factory=list)  # the prefix cache's names
 
@@ -70,8 +70,8 @@ class ScheduledSequence(NamedTuple):
     seq: Sequence
     start: int
     num_tokens: int
-    samples: int           # after how many of the last of these a new token follows
-    spec_token_ids: tuple[int, ...] = ()   # guesses, which are the last of these
+    samples: int           # so many new tokens follow: 0 or 1, with guesses more
+    spec_token_ids: tuple[int, ...] = ()   # guesses, the last of its tokens
 
     @property
     def end(self) -> int: return self.start + self.num_tokens

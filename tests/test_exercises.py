@@ -308,6 +308,12 @@ wrong(kv_blocks.check_answers_that_fit, "6 full blocks of the prompt are shared"
     lambda blocks, size, prompt, answer: blocks // blocks_needed(prompt + answer, size))
 wrong(kv_blocks.check_answers_that_fit, "(1000, 16, 100, 100)")(        # shares the block that is filled in part
     lambda blocks, size, prompt, answer: max(0, blocks - blocks_needed(prompt, size)) // max(1, blocks_needed(answer, size)))
+wrong(kv_blocks.check_answers_that_fit, "(10, 4, 7, 2)")(               # lets each answer begin in a block of its own
+    lambda blocks, size, prompt, answer: max(0, blocks - prompt // size) // blocks_needed(answer, size))
+wrong(kv_blocks.check_answers_that_fit, "each answer needs 2 of its own")(   # no room for the last token
+    lambda blocks, size, prompt, answer: max(0, blocks - prompt // size) // (blocks_needed(prompt + answer - 1, size) - prompt // size))
+wrong(kv_blocks.check_answers_that_fit, "(1, 4, 8, 1)")(                # less than no answer
+    lambda blocks, size, prompt, answer: (blocks - prompt // size) // (blocks_needed(prompt + answer, size) - prompt // size))
 wrong(kv_blocks.check_answers_that_fit, "raises ZeroDivisionError")(    # forgets the last, partly filled block
     lambda blocks, size, prompt, answer: (blocks - prompt // size) // (answer // size))
 

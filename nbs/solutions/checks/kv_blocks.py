@@ -32,7 +32,8 @@ def check_chunk_slots(chunk_slots):
 @exercise
 def check_answers_that_fit(answers_that_fit):
     for blocks, size, prompt, answer in ((1000, 16, 96, 4), (1000, 16, 100, 100), (1000, 16, 0, 2048),
-                                         (10, 4, 8, 4), (10, 4, 9, 3), (7, 4, 7, 1), (2, 4, 8, 1)):
+                                         (10, 4, 7, 2), (10, 4, 8, 4), (10, 4, 9, 3), (7, 4, 7, 1), (2, 4, 8, 1),
+                                         (1, 4, 8, 1)):
         shared = prompt // size
         own = blocks_needed(prompt + answer, size) - shared
         expect(answers_that_fit, (blocks, size, prompt, answer), max(0, blocks - shared) // own,
