@@ -370,7 +370,7 @@ def clear(self: Fleet): "A runner's rows: the replicas' own, which `reset` has c
 # %% ../nbs/37_replicas.ipynb #15bc1bfa
 @patch
 def make_stats(self: Fleet) -> SchedulerStats:
-    "What the replicas said last, added up, and who has no home yet; any thread may ask."
+    "What the replicas said last, added up, with who has no home; any thread may ask."
     told = [actor.stats for actor in list(self.actors.values()) if not actor.starting]
     total = SchedulerStats(*map(sum, zip(*told)))
     waiting = total.num_waiting_reqs + len(self.waiting)
