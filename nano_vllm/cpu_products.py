@@ -269,8 +269,8 @@ template <int shift> static inline ints round(ints x, uint32_t factor) {
 static inline ints random_bits(int32_t first, const int32_t* key) {
   ints lane;
   for (int i = 0; i < LANES; i++) lane[i] = i;
-  ints x = round<11>((lane + first) ^ key[0], 0xed5ad4bb) + key[1];
-  return round<14>(round<15>(x, 0xac4c1b51), 0x31848bab);
+  uints x = (uints)round<11>((lane + first) ^ key[0], 0xed5ad4bb) + (uint32_t)key[1];
+  return round<14>(round<15>((ints)x, 0xac4c1b51), 0x31848bab);
 }
 """
 

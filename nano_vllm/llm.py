@@ -7,8 +7,8 @@ __all__ = ['REFUSED_IN_CALLS', 'MEMORY', 'GAUGES', 'MORE_METRICS', 'ACCEPTED_GRO
            'PromptType', 'PATHS', 'exclusive', 'running', 'progress', 'new_outputs', 'tell_other_scripts',
            'outputs_for_all', 'followed_outputs', 'read_template', 'LLM', 'check_call', 'forget_blocks',
            'check_importable', 'call_with_model', 'ProfilerConfig', 'Metric', 'Gauge', 'Counter', 'Histogram', 'Vector',
-           'kv_cache_usage', 'rename', 'LLMEngine', 'BeamSearchSequence', 'BeamSearchOutput', 'Beams', 'TextPrompt',
-           'TokensPrompt', 'add_paths', 'parameters', 'status', 'status_of']
+           'rename', 'LLMEngine', 'BeamSearchSequence', 'BeamSearchOutput', 'Beams', 'TextPrompt', 'TokensPrompt',
+           'add_paths', 'parameters', 'status', 'status_of']
 
 # %% ../nbs/15_llm.ipynb #bd75e092
 import gc, os, sys
@@ -461,16 +461,10 @@ class Vector(Metric):
 
 
 
-def kv_cache_usage(engine: Engine) -> float:
-    "The share of KV blocks that somebody holds, from 0 to 1."
-    pool = engine.scheduler.manager.pool
-    return (pool.num_blocks - len(pool.free_blocks)) / pool.num_blocks
-
-
-GAUGES = dict(   # name -> (what it tells, how it is read)
-    num_requests_running=("Sequences in the batch", lambda e: len(e.scheduler.running)),
-    num_requests_waiting=("Sequences that wait", lambda e: len(e.scheduler.waiting)),
-    kv_cache_usage_perc=("Of KV blocks, 1 is all", kv_cache_usage))
+GAUGES = dict(   # name -> (what it tells, how it is read from a scheduler's stats)
+    num_requests_running=("Sequences in the batch", lambda s: s.num_running_reqs),
+    num_requests_waiting=("Sequences that wait", lambda s: s.num_waiting_reqs),
+    kv_cache_usage_perc=("Of KV blocks, 1 is all", lambda s: s.kv_cache_usage))
 
 
 # functions of an engine; a later chapter, which counts something, adds one
@@ -480,11 +474,10 @@ MORE_METRICS: list[Callable[[Engine], list]] = []
 @patch
 def get_metrics(self: LLM) -> list[Metric]:
     "The `GAUGES`, the preemptions so far, and what later chapters count."
-    gauges = [Gauge(f"vllm:{name}", read(self.engine))
-              for name, (_, read) in GAUGES.items()]
-    preemptions = self.engine.scheduler.num_preemptions
+    stats = self.engine.scheduler.make_stats()
+    gauges = [Gauge(f"vllm:{name}", read(stats)) for name, (_, read) in GAUGES.items()]
     more = [metric for read in MORE_METRICS for metric in read(self.engine)]
-    return [*gauges, Counter("vllm:num_preemptions", preemptions), *more]
+    return [*gauges, Counter("vllm:num_preemptions", stats.num_preemptions), *more]
 
 # %% ../nbs/15_llm.ipynb #fb28f857
 def rename(request: Request, request_id: str):

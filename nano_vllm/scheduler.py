@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['POLICIES', 'num_missing', 'next_tokens', 'check_fits', 'waits_for_token', 'Scheduler', 'PriorityQueue',
-           'PriorityScheduler']
+           'PriorityScheduler', 'SchedulerStats']
 
 # %% ../nbs/13_scheduler.ipynb #e02fa780
 from bisect import bisect_left, insort
 from collections import Counter, OrderedDict
 from itertools import count, islice
+from typing import NamedTuple
 from .kv_blocks import (ScheduledSequence, SchedulerOutput, Sequence,
                                  blocks_needed)
 from .prefix_cache import KVCacheManager
@@ -195,6 +196,16 @@ class Scheduler:
         self.removed.append(seq)
         if seq.adapter: self.adapters -= Counter([seq.adapter])   # none is kept at 0
 
+    def make_stats(self) -> "SchedulerStats":
+        "How full it is now; any thread may ask."
+        counts = list(self.manager.pool.ref_counts)
+        entries = list(self.manager.cache.entries)
+        kept = sum(e is not None and c == 0 for e, c in zip(entries, counts))
+        used, shared = sum(c > 0 for c in counts), sum(c > 1 for c in counts)
+        return SchedulerStats(len(self.running), len(self.waiting), len(counts), used,
+                              shared, kept, self.num_preemptions)
+
+
 # %% ../nbs/13_scheduler.ipynb #1014cf23
 class PriorityQueue:
     "An ordered set of sequences: by `priority`, lowest first, then by arrival."
@@ -236,3 +247,19 @@ class PriorityScheduler(Scheduler):
 
 
 POLICIES = dict(fcfs=Scheduler, priority=PriorityScheduler)   # first come, first served
+
+# %% ../nbs/13_scheduler.ipynb #3f68b63a
+class SchedulerStats(NamedTuple):
+    "How full a scheduler is: sequences, and KV blocks of the pool."
+    num_running_reqs: int = 0     # in the batch
+    num_waiting_reqs: int = 0
+    num_blocks: int = 0
+    num_used_blocks: int = 0      # held by somebody
+    num_shared_blocks: int = 0    # held by several
+    num_cached_blocks: int = 0    # held by nobody, but can be found
+    num_preemptions: int = 0      # so far
+
+    @property
+    def kv_cache_usage(self) -> float:
+        "The share of blocks that somebody holds, from 0 to 1."
+        return self.num_used_blocks / max(1, self.num_blocks)

@@ -373,13 +373,10 @@ class API:
 # %% ../nbs/30_server.ipynb #264539e6
 def snapshot(engine: Engine) -> dict:
     "The engine at this moment: who runs and waits, and what the blocks hold."
-    scheduler, manager = engine.scheduler, engine.scheduler.manager
-    counts, entries = list(manager.pool.ref_counts), list(manager.cache.entries)
-    kept = sum(e is not None and c == 0 for e, c in zip(entries, counts))
-    return dict(running=len(scheduler.running), waiting=len(scheduler.waiting),
-                blocks=len(counts), used=sum(c > 0 for c in counts),
-                shared=sum(c > 1 for c in counts), cached=kept,
-                preemptions=scheduler.num_preemptions)
+    s = engine.scheduler.make_stats()
+    return dict(running=s.num_running_reqs, waiting=s.num_waiting_reqs,
+                blocks=s.num_blocks, used=s.num_used_blocks, shared=s.num_shared_blocks,
+                cached=s.num_cached_blocks, preemptions=s.num_preemptions)
 
 # %% ../nbs/30_server.ipynb #5007865a
 SECONDS = (.001, .005, .01, .02, .04, .06, .08, .1, .25, .5, .75, 1, 2.5, 5, 10, 20, 40)
@@ -413,7 +410,7 @@ class Metrics:
                         registry=self.registry, **options)
         for title, (text, read) in GAUGES.items():
             make(Gauge, title, text).labels(**name).set_function(
-                partial(read, engine))
+                lambda read=read: read(engine.scheduler.make_stats()))
         self.counters = {t: make(Counter, t, text).labels(**name)
                          for t, (text, _) in COUNTERS.items()}
         self.histograms = {t: make(Histogram, t, text, buckets=SECONDS).labels(**name)

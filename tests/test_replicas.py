@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -237,6 +238,42 @@ def test_resizing_while_requests_run(both, alone):
     assert streamed(both, resize) == alone
     wait_for_all(both, seconds=30)
     assert len(fleet.actors) == 2 and not any(a.draining for a in fleet.actors.values())
+
+
+def test_a_server_answers_from_both_and_shows_them_as_one(both, alone):
+    "Over HTTP, while one is killed; the figures are sums, and nothing is in them at the end."
+    httpx = pytest.importorskip("httpx")
+    from nano_vllm.async_llm import AsyncLLM
+    from nano_vllm.server import serving
+    behind = AsyncLLM(both.engine).start()
+
+    def ask(i):
+        body = dict(prompt=PROMPTS[i], temperature=.9, seed=i, max_tokens=20 + 2 * i, ignore_eos=True)
+        return httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
+
+    def figures():
+        lines = [line for line in httpx.get(f"{url}/metrics").text.splitlines() if line.startswith("vllm:")]
+        return {line.split("{")[0][5:]: float(line.split()[-1]) for line in lines}
+
+    with serving(behind, "m", shutdown_timeout=1) as url, ThreadPoolExecutor(6) as clients:
+        answers, most = [clients.submit(ask, i) for i in range(6)], 0
+        deadline, killed = time.monotonic() + 60, False
+        while not all(a.done() for a in answers) and time.monotonic() < deadline:
+            now = figures()
+            most = max(most, now["num_requests_running"] + now["num_requests_waiting"])
+            busy = [a for a in list(both.engine.scheduler.actors.values()) if a.sequences and not a.starting]
+            if busy and not killed:
+                os.kill(busy[0].pid, signal.SIGKILL)
+                killed = True
+        assert [a.result() for a in answers] == [alone[i][2][0][0] for i in range(6)]
+        assert killed and 0 < most <= 12
+        done = figures()
+        assert done["num_requests_running"] == done["num_requests_waiting"] == done["kv_cache_usage_perc"] == 0
+        assert done["generation_tokens_total"] == sum(20 + 2 * i for i in range(6))
+    behind.shutdown()
+    wait_for_all(both)
+    assert both.engine.scheduler.make_stats()[2] == 2 * LIMITS["num_kv_blocks"]
+    assert [metric.value for metric in both.get_metrics()][:3] == [0, 0, 0]
 
 
 def test_no_room_is_said(both, monkeypatch):
