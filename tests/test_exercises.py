@@ -6,11 +6,15 @@ import ast
 import contextlib
 import importlib
 import io
+import itertools
 import json
 import re
+import runpy
+import tempfile
 from collections import OrderedDict
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -1015,9 +1019,9 @@ from torch.utils._pytree import tree_leaves
 
 from nano_vllm.layers import rms_norm, rotate, shard
 from nano_vllm.llm import progress
-from solutions.checks import benchmark, cli, cuda_graphs, latency, layers, llm, model, model_runner, triton_attention, weights
+from solutions.checks import benchmark, cli, cuda_graphs, latency, layers, llm, model, model_runner, triton_attention, triton_kernels, weights
 
-FURTHER = benchmark, cli, cuda_graphs, latency, layers, llm, model, model_runner, triton_attention, weights
+FURTHER = benchmark, cli, cuda_graphs, latency, layers, llm, model, model_runner, triton_attention, triton_kernels, weights
 CHECKS |= checks_of(FURTHER)
 
 
@@ -1841,17 +1845,14 @@ wrong(cli.check_exit_code, "gives 2, expected 130")(lambda command: ending(comma
 
 # ---- 07, Triton kernels
 
-right(triton_attention.check_side_traffic)(lambda split, group, dim, itemsize: 4 * group * (1 + 2 / dim) / (split * itemsize))
-wrong(triton_attention.check_side_traffic, "are written and read again")(lambda split, group, dim, itemsize: 4 * group * (dim + 2) / (2 * split * dim * itemsize))
-wrong(triton_attention.check_side_traffic, "256 keys and values")(lambda split, group, dim, itemsize: 8 * group * (dim + 2) / (split * dim * itemsize))
-
-right(triton_attention.check_unnoticed)((7., 0., 1., 2., 7., 7., -3., 0., 7.))
-wrong(triton_attention.check_unnoticed, "there is one split only")([1, 2, 3, 4])
-wrong(triton_attention.check_unnoticed, "all of your scores are equal")([2.] * 8)
-wrong(triton_attention.check_unnoticed, "the best scores of the splits are [5.0, 4.0]")([1, 5, 2, 3, 4, 0, 0, 1])
+right(triton_kernels.check_address)(lambda position, table, size, head, heads, dim: (
+    table[position // size] * size * heads * dim + position % size * heads * dim + head * dim))
+wrong(triton_kernels.check_address, "in slot 5 of block 9")(lambda position, table, size, head, heads, dim: (position * heads + head) * dim)
+wrong(triton_kernels.check_address, "each slot holds 3 heads of 64")(lambda position, table, size, head, heads, dim: (
+    (table[position // size] * heads + head) * size + position % size) * dim)
 
 
-@right(triton_attention.check_join)
+@right(triton_kernels.check_join)
 def _(states):                           # one after the other
     best, mass, acc = states[0]
     for other, more, part in states[1:]:
@@ -1867,15 +1868,78 @@ def joined(states, shrink=lambda x, best: np.exp(x - best), top=max, keep_mass=F
     return best, sum(m * (1 if keep_mass else f) for f, (_, m, _) in zip(factors, states)), sum(f * acc for f, (*_, acc) in zip(factors, states))
 
 
-wrong(triton_attention.check_join, "relative to its own best score")(lambda states: joined(states, keep_mass=True))
-wrong(triton_attention.check_join, "has the best score")(lambda states: joined(states, top=lambda bests: list(bests)[0]))
+wrong(triton_kernels.check_join, "relative to its own best score")(lambda states: joined(states, keep_mass=True))
+wrong(triton_kernels.check_join, "has the best score")(lambda states: joined(states, top=lambda bests: list(bests)[0]))
 
 
-@wrong(triton_attention.check_join, "join of large scores has nan")
+@wrong(triton_kernels.check_join, "join of large scores has nan")
 def _(states):                           # relative to no score at all
     best = max(b for b, *_ in states)
     mass, acc = (sum(math.exp(state[0]) * state[i] for state in states) for i in (1, 2))
     return best, mass / math.exp(best), acc / math.exp(best)
+
+
+COUNT, KERNEL_FOLDER = itertools.count(), tempfile.TemporaryDirectory()
+KERNELS = """
+import triton
+import triton.language as tl
+
+@triton.jit
+def row_softmax(x, out, n, WIDTH: tl.constexpr):
+    i = tl.arange(0, WIDTH)
+    row = tl.load(x + tl.program_id(0) * n + i, mask=i < n, other=OTHER)
+    p = tl.exp(row - LARGEST)
+    tl.store(out + tl.program_id(0) * n + i, p / tl.sum(p, 0), mask=STORED)
+
+@triton.jit
+def window_head(q, keys, values, out, tables, lens, table_row, scale, window, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+                SIZE: tl.constexpr, DIM: tl.constexpr):
+    seq, head, dims = tl.program_id(0), tl.program_id(1), tl.arange(0, DIM)
+    query = tl.load(q + (seq * KV_HEADS*GROUP + head) * DIM + dims)
+    length = tl.load(lens + seq)
+    low = tl.maximum(length - WINDOW, 0)
+    mass, acc = 0., tl.zeros([DIM], tl.float32)
+    for position in tl.range(BEGIN, length, 1):                # key by key; the scores are small enough for no shrinking
+        slot = tl.load(tables + seq * table_row + position // SIZE) * SIZE + position % SIZE
+        place = (slot * KV_HEADS + head // GROUP) * DIM + dims
+        weight = tl.where(position >= low, tl.exp2(tl.sum(tl.load(keys + place) * query, 0) * scale), 0.)
+        mass += weight
+        acc += weight * tl.load(values + place)
+    tl.store(out + (seq * KV_HEADS*GROUP + head) * DIM + dims, acc / mass)
+"""
+
+
+def kernel(name, OTHER="float('-inf')", LARGEST="tl.max(row, 0)", STORED="i < n", WINDOW="window", BEGIN="low"):
+    "The kernel `name` of KERNELS, with faults put in, interpreted; Triton reads its source, so it stands in a file."
+    text, path = KERNELS, Path(KERNEL_FOLDER.name)/f"kernels_{next(COUNT)}.py"
+    for word, value in dict(OTHER=OTHER, LARGEST=LARGEST, STORED=STORED, WINDOW=WINDOW, BEGIN=BEGIN).items(): text = text.replace(word, value)
+    path.write_text(text)
+    return runpy.run_path(str(path))[name]
+
+
+right(triton_kernels.check_row_softmax)(kernel("row_softmax"))
+wrong(triton_kernels.check_row_softmax, "are no numbers of the row")(kernel("row_softmax", OTHER="0."))
+wrong(triton_kernels.check_row_softmax, "subtract the largest number first")(kernel("row_softmax", LARGEST="0."))
+wrong(triton_kernels.check_row_softmax, "writes behind the last row")(kernel("row_softmax", STORED="i >= 0"))
+wrong(triton_kernels.check_row_softmax, "is @triton.jit missing?")(lambda x, out, n, WIDTH: x.softmax(1))
+
+right(triton_kernels.check_window_head)(kernel("window_head"))
+wrong(triton_kernels.check_window_head, "it sees its last 5 keys")(kernel("window_head", WINDOW="length"))
+wrong(triton_kernels.check_window_head, "it sees its last 5 keys")(kernel("window_head", WINDOW="(window + 1)"))
+wrong(triton_kernels.check_window_head, "mask the keys before the window")(kernel("window_head", BEGIN="low // SIZE * SIZE"))
+wrong(triton_kernels.check_window_head, "mask the keys before the window")(kernel("window_head", BEGIN="0"))
+
+
+# ---- 40, Triton attention
+
+right(triton_attention.check_side_traffic)(lambda split, group, dim, itemsize: 4 * group * (1 + 2 / dim) / (split * itemsize))
+wrong(triton_attention.check_side_traffic, "are written and read again")(lambda split, group, dim, itemsize: 4 * group * (dim + 2) / (2 * split * dim * itemsize))
+wrong(triton_attention.check_side_traffic, "256 keys and values")(lambda split, group, dim, itemsize: 8 * group * (dim + 2) / (split * dim * itemsize))
+
+right(triton_attention.check_unnoticed)((7., 0., 1., 2., 7., 7., -3., 0., 7.))
+wrong(triton_attention.check_unnoticed, "there is one split only")([1, 2, 3, 4])
+wrong(triton_attention.check_unnoticed, "all of your scores are equal")([2.] * 8)
+wrong(triton_attention.check_unnoticed, "the best scores of the splits are [5.0, 4.0]")([1, 5, 2, 3, 4, 0, 0, 1])
 
 
 @right(triton_attention.check_decode)

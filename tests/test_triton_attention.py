@@ -12,13 +12,15 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 import nano_vllm.triton_attention as module
+import nano_vllm.triton_kernels as stores
 from gpu_checks import attend as store_and_attend, mixed
 from helpers import tiny_folder
 from nano_vllm.attention import BACKENDS, ReferenceAttention, TorchAttention, attention_backend, make_batch, slots_of
 from nano_vllm.kv_blocks import ScheduledSequence, Sequence
 from nano_vllm.layers import Target, choose_ops
 from nano_vllm.sampling_params import SamplingParams, log_once
-from nano_vllm.triton_attention import MIN_DOT, AttentionMetadata, FlashAttention, Tiles, TritonAttention, count_items, store_kv
+from nano_vllm.triton_attention import MIN_DOT, AttentionMetadata, FlashAttention, Tiles, TritonAttention, count_items
+from nano_vllm.triton_kernels import store_kv
 from test_attention import float32_tolerance
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted where there is no GPU; make gpu runs them on one")
@@ -302,8 +304,8 @@ def test_nothing_in_a_launch_changes_from_step_to_step(monkeypatch):
 
     def known(x): return (x.data_ptr(), x.shape, x.stride()) if torch.is_tensor(x) else x
 
-    for name in ("store_kv_kernel", "attention_kernel", "reduce_kernel"):
-        monkeypatch.setattr(module, name, Spy(getattr(module, name)))
+    for where, name in ((stores, "store_kv_kernel"), (module, "attention_kernel"), (module, "reduce_kernel")):
+        monkeypatch.setattr(where, name, Spy(getattr(where, name)))
     metadata = static_metadata(4, Tiles(1, 2, 32))
     cache, q, k, v, out = torch.zeros(1, 2, 90, 16, 1, 32), *(torch.zeros(4, h, 32) for h in (2, 1, 1, 2))
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *_: out)
@@ -359,13 +361,14 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 import nano_vllm.triton_attention as module
+import nano_vllm.triton_kernels as stores
 from nano_vllm.triton_attention import Tiles, TritonAttention
 try: TritonAttention(None, torch.zeros(1, 2, 1, 16, 1, 32), 1.)
 except ValueError as e: assert "attention_backend is 'triton'" in str(e) and "TRITON_INTERPRET" in str(e)
 else: raise AssertionError("neither a GPU nor the interpreter, and no error")
 
 def compiled(name, types, constants, capability=90, **options):
-    kernel = getattr(module, name)
+    kernel = getattr(stores if name == "store_kv_kernel" else module, name)
     types = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
     places = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
     found = triton.compile(ASTSource(kernel, types, places), target=GPUTarget("cuda", capability, 32), options=options)

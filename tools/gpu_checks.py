@@ -16,7 +16,8 @@ from nano_vllm.cuda_graphs import GpuRecorder
 from nano_vllm.fusions import fused_rope_and_cache, norm_rotate_store, split_norm_rotate
 from nano_vllm.kv_blocks import ScheduledSequence, Sequence, blocks_needed
 from nano_vllm.layers import OPS, Ops, Rotary, Target, last_that_suits
-from nano_vllm.triton_attention import AttentionMetadata, Tiles, TritonAttention, store_kv
+from nano_vllm.triton_attention import AttentionMetadata, Tiles, TritonAttention
+from nano_vllm.triton_kernels import store_kv
 from nano_vllm.workbench import MODEL_NAME, cache_dir
 
 UNIT = {torch.float32: 2**-18, torch.float16: 2**-11, torch.bfloat16: 2**-8}   # what a rounding may change, and a little more

@@ -12,7 +12,8 @@ from nano_vllm.attention import Batch
 from nano_vllm.benchmark import random_workload, throughput as measured_throughput
 from nano_vllm.fusions import compiled as compiled_function, norm_rotate_store, split_norm_rotate
 from nano_vllm.model import ModelConfig
-from nano_vllm.triton_attention import AttentionMetadata, Tiles, TritonAttention, store_kv
+from nano_vllm.triton_attention import AttentionMetadata, Tiles, TritonAttention
+from nano_vllm.triton_kernels import store_kv
 from nano_vllm.workbench import timed
 
 CONFIGS = Path(__file__).resolve().parent.parent/"nbs/data/configs"

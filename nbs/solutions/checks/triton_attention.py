@@ -1,11 +1,10 @@
-"Checks of the exercises of the chapter on Triton kernels. They are about what kernels compute, and need neither Triton nor a GPU."
-import math
-
+"Checks of the exercises of the chapter on Triton attention. They are about what kernels compute, and need neither Triton nor a GPU."
 import torch
 
 from . import attempt, call, exercise, expect, require, show
 from .cuda_graphs import Tape
 from .layers import near
+from .triton_kernels import state_of
 
 
 @exercise
@@ -14,35 +13,6 @@ def check_side_traffic(side_traffic):
         side, read = 2 * 4 * group * (dim + 2), split * 2 * dim * itemsize
         expect(side_traffic, (split, group, dim, itemsize), side / read,
                f"{group} x ({dim} + 2) numbers of four bytes are written and read again, {side} bytes, and {split} keys and values are {read}", tolerance=1e-12)
-
-
-def state_of(scores, values):
-    "(best, mass, acc) of some scores; of none, what one begins with."
-    if len(scores) == 0: return -math.inf, 0., torch.zeros(values.shape[1])
-    best = scores.max()
-    p = (scores - best).exp()
-    return best.item(), p.sum().item(), p @ values
-
-
-@exercise
-def check_join(join):
-    g = torch.Generator().manual_seed(0)
-    values = torch.randn(9, 3, generator=g)
-    for says, scores, cuts in (("two halves", torch.randn(9, generator=g), [4]), ("one part", torch.randn(9, generator=g), []),
-                               ("the best score in the second part", torch.arange(9.), [3, 6]), ("large scores", 100 * torch.randn(9, generator=g), [2, 5]),
-                               ("scores around -1000", torch.randn(9, generator=g) - 1000, [1, 8]), ("an empty part in front", torch.randn(9, generator=g), [0]),
-                               ("an empty part at the end", torch.randn(9, generator=g), [4, 9])):
-        borders = [0, *cuts, 9]
-        states = [state_of(scores[a:b], values[a:b]) for a, b in zip(borders, borders[1:])]
-        case = f"join of {says}"
-        got = call(join, states, case=case)
-        require(isinstance(got, (tuple, list)) and len(got) == 3, f"{case} gives {show(got)}, not (best, mass, acc)")
-        best, mass, acc = got
-        require(float(best) == scores.max().item(), f"{case} has the best score {float(best)}, expected {scores.max().item()}")
-        wanted = (scores - scores.max()).exp()
-        require(abs(float(mass) - wanted.sum().item()) < 1e-4 * 9, f"{case} has the mass {float(mass)}, expected {wanted.sum().item()}",
-                "a part's mass is relative to its own best score")
-        near(f"acc of {case}", acc, wanted @ values, 1e-4 * values.abs().sum())
 
 
 @exercise
