@@ -68,6 +68,18 @@ class Replica:
         self.parts.scheduler.reset([])
         self.parts.runner.clear()
 
+# %% ../nbs/37_replicas.ipynb #258e7a0e
+SECONDS_BETWEEN_STATS = .25
+
+
+@patch
+def stats_if_due(self: Replica) -> SchedulerStats | None:
+    "The scheduler's stats, if it is time or there is nothing more to do."
+    now = time.monotonic()
+    if self.sequences and now < self.stats_due: return None
+    self.stats_due = now + SECONDS_BETWEEN_STATS
+    return self.parts.scheduler.make_stats()
+
 # %% ../nbs/37_replicas.ipynb #923f1bf1
 @patch
 def step(self: Replica, added: list[Sequence], aborted: list[tuple]) -> StepReport:
@@ -104,18 +116,6 @@ def finish(self: Replica, seq: Sequence, reason: str):
     "Be done with a sequence."
     self.parts.scheduler.finish(seq, reason)
     del self.sequences[key_of(seq)]
-
-# %% ../nbs/37_replicas.ipynb #5d068f81
-SECONDS_BETWEEN_STATS = .25
-
-
-@patch
-def stats_if_due(self: Replica) -> SchedulerStats | None:
-    "The scheduler's stats, if it is time or there is nothing more to do."
-    now = time.monotonic()
-    if self.sequences and now < self.stats_due: return None
-    self.stats_due = now + SECONDS_BETWEEN_STATS
-    return self.parts.scheduler.make_stats()
 
 # %% ../nbs/37_replicas.ipynb #d9bd14ac
 def start_ray():
