@@ -377,6 +377,31 @@ def tokenize(self: InputProcessor, prompts, options: dict) -> list:
 
 # %% ../nbs/14_engine.ipynb #3df150c0
 @patch
+def cache_salt(self: InputProcessor, number: int, adapter) -> int:
+    "Whose blocks request `number` may share: of the same adapter, or of itself alone."
+    if not self.enable_prefix_caching: return number + 1
+    return 0 if adapter is None else adapter.salt
+
+
+@patch
+def make_sequences(self: InputProcessor, number: int, ids: list[int],
+                   params: SamplingParams, priority: int, adapter) -> list[Sequence]:
+    "The `n` sequences of request `number`, which differ in their seeds."
+    seed = self.random.getrandbits(63) if params.seed is None else params.seed
+    eos = set() if params.ignore_eos else self.eos_token_ids
+    longest = len(ids) + (params.max_tokens or self.max_model_len)
+    shared = dict(stop_token_ids=eos | set(params.stop_token_ids),
+                  max_len=min(longest, self.max_model_len), adapter=adapter,
+                  cache_salt=self.cache_salt(number, adapter), priority=priority,
+                  bad_words_token_ids=spell(params.bad_words, self.tokenizer))
+    others = params if params.n == 1 else replace(
+        params, prompt_logprobs=None, skip_reading_prefix_cache=None)
+    return [Sequence(str(number), ids, others if i else params, i, (seed + i) % 2**63,
+                     token_mask=self.make_mask(params), **shared)
+            for i in range(params.n)]
+
+# %% ../nbs/14_engine.ipynb #43f0da49
+@patch
 def make_request(self: InputProcessor, text, ids: list[int],
                  params: SamplingParams, priority: int = 0,
                  adapter=None) -> Request:
@@ -385,32 +410,13 @@ def make_request(self: InputProcessor, text, ids: list[int],
     everything = {name: self.vocab_size for name in ("logprobs", "prompt_logprobs")
                   if getattr(params, name) == -1}
     if everything: params = replace(params, **everything)
-    seed = self.random.getrandbits(63) if params.seed is None else params.seed
-    eos = set() if params.ignore_eos else self.eos_token_ids
-    longest = len(ids) + (params.max_tokens or self.max_model_len)
-    shared = dict(stop_token_ids=eos | set(params.stop_token_ids),
-                  max_len=min(longest, self.max_model_len), adapter=adapter,
-                  cache_salt=self.cache_salt(number, adapter))
-    shared |= dict(priority=priority,
-                   bad_words_token_ids=spell(params.bad_words, self.tokenizer))
-    others = params if params.n == 1 else replace(
-        params, prompt_logprobs=None, skip_reading_prefix_cache=None)
-    seqs = [Sequence(str(number), ids, others if i else params, i, (seed + i) % 2**63,
-                     token_mask=self.make_mask(params), **shared)
-            for i in range(params.n)]
+    seqs = self.make_sequences(number, ids, params, priority, adapter)
     rated = None if params.prompt_logprobs is None else [None] * len(ids)
     tokenizer = self.tokenizer
     if not params.detokenize: tokenizer = NoTokenizer(tokenizer.path)
     completions = [Completion(seq, tokenizer) for seq in seqs]
     return Request(str(number), text, ids, completions,
                    RequestMetrics(time.perf_counter()), prompt_logprobs=rated)
-
-
-@patch
-def cache_salt(self: InputProcessor, number: int, adapter) -> int:
-    "Whose blocks request `number` may share: of the same adapter, or of itself alone."
-    if not self.enable_prefix_caching: return number + 1
-    return 0 if adapter is None else adapter.salt
 
 # %% ../nbs/14_engine.ipynb #93cf47ee
 @patch
@@ -549,18 +555,6 @@ def add(self: Engine, request: Request):
         self.requests[request.request_id] = request
         for c in request.completions: self.scheduler.add(c.seq)
 
-# %% ../nbs/14_engine.ipynb #20443627
-@patch
-def step(self: Engine):
-    "Launch the next step; receive the oldest one once enough are in flight."
-    self.check_awake()
-    if self.must_recover or not self.is_consistent: self.recover()
-    with self.changing():
-        if self.speculator: self.speculator.propose(self.scheduler.running)
-        output = self.scheduler.schedule()
-        if output: self.launch(output)
-        if not output or len(self.in_flight) >= self.num_in_flight: self.receive()
-
 # %% ../nbs/14_engine.ipynb #53727d42
 @patch
 def launch(self: Engine, output: SchedulerOutput):
@@ -614,6 +608,18 @@ def finish(self: Engine, request: Request, completion: Completion, finish_reason
     self.scheduler.finish(completion.seq, finish_reason, stop_reason)
     self.output_processor.finish(request, completion)
     if request.finished: self.requests.pop(request.request_id, None)
+
+# %% ../nbs/14_engine.ipynb #20443627
+@patch
+def step(self: Engine):
+    "Launch the next step; receive the oldest one once enough are in flight."
+    self.check_awake()
+    if self.must_recover or not self.is_consistent: self.recover()
+    with self.changing():
+        if self.speculator: self.speculator.propose(self.scheduler.running)
+        output = self.scheduler.schedule()
+        if output: self.launch(output)
+        if not output or len(self.in_flight) >= self.num_in_flight: self.receive()
 
 # %% ../nbs/14_engine.ipynb #8ab52732
 @patch
@@ -725,7 +731,7 @@ def join_speculation(args):
         raise ValueError(f"speculative_config has {both[0]}, and so has a spec_ name")
     args.speculative_config = (config or {}) | given
 
-
+# %% ../nbs/14_engine.ipynb #64c22642
 @takes_all_names
 @dataclass
 class EngineArgs:
@@ -850,6 +856,7 @@ def resolve_args(args: EngineArgs) -> EngineConfig:
     "ValueError names the field that cannot be had with this model and device."
     device, path = choose_device(args.device), find_model(args)
     model = ModelConfig.from_folder(path)
+    # only to hear whether so many ranks can share the heads
     shard_heads(model, TensorParallelGroup(0, args.tensor_parallel_size))
     if args.enable_expert_parallel:
         model = PLACEMENTS["experts"](model, args.tensor_parallel_size)
@@ -875,7 +882,7 @@ def memory_budget(config: EngineConfig) -> int:
     if share is None and config.device.type == "cpu": return int(OF_FREE_MEMORY * free)
     return int(total * (share or UTILIZATION)) - (total - free)
 
-
+# %% ../nbs/14_engine.ipynb #ab2f7df0
 def max_sampled(args: EngineArgs) -> int:
     "The most tokens that a step chooses: a sequence each, or the guesses for one."
     guesses = (args.speculative_config or {}).get("num_speculative_tokens", 0)
