@@ -29,7 +29,7 @@ class Batch:
     context_lens: np.ndarray  # (S,) int64, on the host: query tokens included
     logits_indices: Tensor    # (R,) int64: the tokens whose logits are sampled from
     prompt_indices: Tensor    # (P,) int64: the tokens whose logits rate the prompt
-    adapters = None           # set if, besides the model, something else computes some
+    adapters = None           # no field: set for a step in which LoRA takes part
 
     def to(self, device) -> "Batch":
         "The same batch with its tensors on `device`."
@@ -97,7 +97,7 @@ class AttentionBackend:
 
     @classmethod
     def workspace(cls, num_seqs: int, max_model_len: int, slot_bytes: int) -> int:
-        "Bytes that attention takes at most; none where it works in tiles, as here."
+        "Bytes that attention takes at most, beside the cache; unless overridden, none."
         return 0
 
     @property
@@ -166,6 +166,7 @@ def length_groups(lens: np.ndarray) -> list[np.ndarray]:
     ascending, groups, start = lens[order], [], 0
     while start < len(order):
         end = np.searchsorted(ascending, 2 * ascending[start], side="right")
+        # the slots of the group, should it end with its first, second, ... text
         padded = ascending[start:end] * np.arange(1, end - start + 1)
         end = start + max(1, np.searchsorted(padded, MAX_GATHERED, side="right"))
         groups.append(order[start:end])
@@ -270,10 +271,11 @@ class TorchAttention(AttentionBackend):
     def workspace(cls, num_seqs: int, max_model_len: int, slot_bytes: int) -> int:
         """Bytes that `num_seqs` texts take at most, besides queries and outputs.
 
-        slot_bytes: of a slot's keys and values in one layer, in both their dtypes."""
+        slot_bytes: of one slot's keys and values in one layer; if the cache and the
+        queries differ in dtype, of both kinds together."""
         gathered = max(MAX_GATHERED, max_model_len) * slot_bytes
         mask = QUERY_PIECE * max_model_len * (1 + 4)
-        slots = num_seqs * max_model_len * (8 + 8)     # and once more while listed
+        slots = num_seqs * max_model_len * (8 + 8)     # two copies while being made
         return gathered + mask + slots
 
     def decode_parts(self, rows: np.ndarray) -> list:

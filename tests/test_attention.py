@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from nano_vllm.attention import (BACKENDS, ReferenceAttention, TorchAttention, attention_backend, length_groups,
+from nano_vllm.attention import (BACKENDS, MAX_GATHERED, QUERY_PIECE, ReferenceAttention, TorchAttention, attention_backend, length_groups,
                                  make_batch, prompt_positions, slot_table, slots_of, visible, window_len)
 from nano_vllm.kv_blocks import ScheduledSequence, Sequence, blocks_needed
 from nano_vllm.sampling_params import SamplingParams
@@ -113,6 +113,7 @@ def test_length_groups_are_a_partition_and_at_most_half_padding(lens):
     assert sorted(sum(groups, [])) == list(range(len(lens)))
     for rows in groups: assert 2 * min(lens[r] for r in rows) >= max(lens[r] for r in rows)
     for rows in groups: assert 2 * sum(lens[r] for r in rows) >= len(rows) * max(lens[r] for r in rows)
+    for rows in groups: assert len(rows) == 1 or len(rows) * max(lens[r] for r in rows) <= MAX_GATHERED
 
 
 def test_backends_by_name():
@@ -190,6 +191,21 @@ def check_against_the_reference(backend, case):
 @slow
 @given(cases())
 def test_agrees_with_the_reference(case): check_against_the_reference(TorchAttention, case)
+
+
+@pytest.mark.parametrize("window", [None, 1, 300])
+@pytest.mark.parametrize("past", [0, 50])
+def test_a_chunk_of_several_pieces_agrees_with_the_reference(past, window):
+    "Two full pieces of queries and one more query; a whole prompt is cut only if it has a window."
+    length, g = past + 2*QUERY_PIECE + 1, torch.Generator().manual_seed(0)
+    num_blocks = blocks_needed(length, 16)
+    batch = make_batch([chunk(new(length, past, torch.randperm(num_blocks, generator=g).tolist()), length - past)], 16)
+    q, k, v = (torch.randn(length - past, heads, 4, generator=g) for heads in (2, 1, 1))
+    cache = torch.randn(1, 2, num_blocks, 16, 1, 4, generator=g)
+    part, = TorchAttention(batch, cache, 0.3, window).parts
+    whole = past == 0 and window is None
+    assert [len(range(*queries.indices(length))) for queries, _, _ in part.pieces()] == ([length] if whole else [QUERY_PIECE, QUERY_PIECE, 1])
+    check_against_the_reference(TorchAttention, (batch, cache, q, k, v, 0, window))
 
 
 @slow
