@@ -128,6 +128,11 @@ def test_stored_measurements_take_the_place_of_new_ones():
     assert list(edition.fit({8: 0, 1: 0, 32: 0}, {"1": 1, "8": 2, "32": 3})) == [1, 8, 32]
 
 
+def test_an_edition_is_interrupted_and_goes_on():
+    assert edition.outside(" M nbs/00_workbench.ipynb\n?? results/new.json\n M nano_vllm/llm.py") == ["nano_vllm/llm.py"]
+    assert not any(path.startswith("bs/") for path in edition.outside(edition.git("status", "--porcelain")))
+
+
 def test_an_edition_knows_where_a_chapter_stands():
     nb = load(CHAPTERS[0])
     wanted = dict(machine="m", commit="c")

@@ -55,7 +55,12 @@ def replay():
 # ---- where the chapters stand
 
 def git(*args) -> str:
-    return subprocess.run(["git", *args], cwd=TOOLS.parent, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(["git", *args], cwd=TOOLS.parent, capture_output=True, text=True, check=True).stdout.rstrip()
+
+
+def outside(status: str) -> list[str]:
+    "Of what `git status --porcelain` prints, the files that an edition does not write."
+    return [line[3:] for line in status.splitlines() if not line[3:].startswith(("nbs/", "results/"))]
 
 
 def this_edition() -> dict:
@@ -126,7 +131,7 @@ def measure(path: Path) -> bool:
 def main(args: list[str]):
     wanted = this_edition()
     if "--status" in args: sys.exit(min(report(wanted), 1))
-    changed = [line[3:] for line in git("status", "--porcelain").splitlines() if not line[3:].startswith(("nbs/", "results/"))]
+    changed = outside(git("status", "--porcelain"))
     if changed: sys.exit(f"an edition is of one commit, but these are not in it: {', '.join(changed)}")
     if os.getloadavg()[0] > BUSY and "--busy" not in args:
         sys.exit(f"the machine is busy (load {os.getloadavg()[0]:.1f}); times would be those of others, too. --busy measures all the same")
