@@ -10,7 +10,6 @@ from array import array
 from dataclasses import dataclass
 from itertools import count
 import xxhash
-from fastcore.basics import patch
 from .kv_blocks import BlockPool, Sequence, blocks_needed
 
 # %% ../nbs/05_prefix_cache.ipynb #8cff9247
@@ -86,111 +85,102 @@ class KVCacheManager:
         tokens = seq.tokens(i * self.block_size, (i + 1) * self.block_size)
         return hash_blocks(seq, self.block_size)[i], tokens
 
-# %% ../nbs/05_prefix_cache.ipynb #c978dea0
-@patch
-def get_computed_blocks(self: KVCacheManager, seq: Sequence) -> list[int]:
-    "Cached blocks of the longest prefix of `seq` that leaves a token to compute."
-    blocks, parent = [], ~seq.cache_salt
-    for i in range((seq.num_tokens - 1) // self.block_size):
-        hash, tokens = self.full_block(seq, i)
-        block = self.cache.find(hash, parent, tokens)
-        if block is None: break
-        blocks.append(block)
-        parent = self.cache.entries[block].uid
-    return blocks
+    # its turn
 
-# %% ../nbs/05_prefix_cache.ipynb #6a71e02f
-@patch
-def allocate_slots(self: KVCacheManager, seq: Sequence, num_tokens: int,
-                   computed_blocks=(), watermark: int = 0) -> bool:
-    """Let `seq` have blocks for its first `num_tokens` tokens.
+    def get_computed_blocks(self, seq: Sequence) -> list[int]:
+        "Cached blocks of the longest prefix of `seq` that leaves a token to compute."
+        blocks, parent = [], ~seq.cache_salt
+        for i in range((seq.num_tokens - 1) // self.block_size):
+            hash, tokens = self.full_block(seq, i)
+            block = self.cache.find(hash, parent, tokens)
+            if block is None: break
+            blocks.append(block)
+            parent = self.cache.entries[block].uid
+        return blocks
 
-    `computed_blocks` are shared with it, if it begins. False, and nothing is done,
-    if fewer than `watermark` blocks would be free afterwards."""
-    held = len(seq.block_table) + len(computed_blocks)
-    missing = blocks_needed(num_tokens, self.block_size) - held
-    if held and not missing and not computed_blocks: return True    # what it has will do
-    revived = sum(self.pool.ref_counts[b] == 0 for b in computed_blocks)
-    if missing + revived + watermark > len(self.pool.free_blocks): return False
-    if not seq.block_table: self.begin(seq, computed_blocks)
-    for _ in range(missing): seq.block_table.append(self.new_block())
-    return True
+    # admission, growth
 
-# %% ../nbs/05_prefix_cache.ipynb #e30b6281
-@patch
-def begin(self: KVCacheManager, seq: Sequence, computed_blocks):
-    "Share the computed blocks with `seq`, and note what it is going to compute."
-    for block in computed_blocks: self.pool.touch(block)
-    seq.block_table = list(computed_blocks)
-    seq.cache_entries = [self.cache.entries[b].uid for b in computed_blocks]
-    seq.num_computed_tokens = len(computed_blocks) * self.block_size
-    for hash in hash_blocks(seq, self.block_size)[len(computed_blocks):]:
-        self.pending.setdefault(hash, seq)
+    def allocate_slots(self, seq: Sequence, num_tokens: int, computed_blocks=(),
+                       watermark: int = 0) -> bool:
+        """Let `seq` have blocks for its first `num_tokens` tokens.
 
+        `computed_blocks` are shared with it, if it begins. False, and nothing is done,
+        if fewer than `watermark` blocks would be free afterwards."""
+        held = len(seq.block_table) + len(computed_blocks)
+        missing = blocks_needed(num_tokens, self.block_size) - held
+        if held and not missing and not computed_blocks: return True    # it has enough
+        revived = sum(self.pool.ref_counts[b] == 0 for b in computed_blocks)
+        if missing + revived + watermark > len(self.pool.free_blocks): return False
+        if not seq.block_table: self.begin(seq, computed_blocks)
+        for _ in range(missing): seq.block_table.append(self.new_block())
+        return True
 
-@patch
-def new_block(self: KVCacheManager) -> int:
-    "A free block, whose contents are forgotten."
-    block = self.pool.allocate()
-    self.cache.evict(block)
-    return block
+    def begin(self, seq: Sequence, computed_blocks):
+        "Share the computed blocks with `seq`, and note what it is going to compute."
+        for block in computed_blocks: self.pool.touch(block)
+        seq.block_table = list(computed_blocks)
+        seq.cache_entries = [self.cache.entries[b].uid for b in computed_blocks]
+        seq.num_computed_tokens = len(computed_blocks) * self.block_size
+        for hash in hash_blocks(seq, self.block_size)[len(computed_blocks):]:
+            self.pending.setdefault(hash, seq)
 
-# %% ../nbs/05_prefix_cache.ipynb #1a4b5271
-@patch
-def cache_blocks(self: KVCacheManager, seq: Sequence, num_tokens: int):
-    "Make the blocks findable that the first `num_tokens` computed tokens fill."
-    entries = seq.cache_entries
-    for i in range(len(entries), num_tokens // self.block_size):
-        hash, tokens = self.full_block(seq, i)
-        if self.pending.get(hash) is seq: del self.pending[hash]
-        parent = entries[-1] if entries else ~seq.cache_salt
-        block = self.cache.find(hash, parent, tokens)
-        if block is None:
-            block = seq.block_table[i]
-            replaced = self.cache.cache_full_block(block, hash, parent, tokens)
-            if replaced is not None: self.pool.put_first(replaced)
-        entries.append(self.cache.entries[block].uid)
+    def new_block(self) -> int:
+        "A free block, whose contents are forgotten."
+        block = self.pool.allocate()
+        self.cache.evict(block)
+        return block
 
-# %% ../nbs/05_prefix_cache.ipynb #5f2bc3eb
-@patch
-def free(self: KVCacheManager, seq: Sequence):
-    "Give back the blocks of `seq`; what full ones hold stays findable."
-    for hash in seq.block_hashes:
-        if self.pending.get(hash) is seq: del self.pending[hash]
-    for block in reversed(seq.block_table[seq.num_released_blocks:]):
-        self.release(block)
-    placeholders = seq.num_output_placeholders   # these are still being sampled
-    seq.reset()
-    seq.num_output_placeholders = placeholders
+    # after a step
 
+    def cache_blocks(self, seq: Sequence, num_tokens: int):
+        "Make the blocks findable that the first `num_tokens` computed tokens fill."
+        entries = seq.cache_entries
+        for i in range(len(entries), num_tokens // self.block_size):
+            hash, tokens = self.full_block(seq, i)
+            if self.pending.get(hash) is seq: del self.pending[hash]
+            parent = entries[-1] if entries else ~seq.cache_salt
+            block = self.cache.find(hash, parent, tokens)
+            if block is None:
+                block = seq.block_table[i]
+                replaced = self.cache.cache_full_block(block, hash, parent, tokens)
+                if replaced is not None: self.pool.put_first(replaced)
+            entries.append(self.cache.entries[block].uid)
 
-@patch
-def release(self: KVCacheManager, block: int):
-    "Give back a block: to be reused soon, or late if a text can find it."
-    self.pool.free(block, keep=self.cache.entries[block] is not None)
+    # the end
 
+    def free(self, seq: Sequence):
+        "Give back the blocks of `seq`; what full ones hold stays findable."
+        for hash in seq.block_hashes:
+            if self.pending.get(hash) is seq: del self.pending[hash]
+        for block in reversed(seq.block_table[seq.num_released_blocks:]):
+            self.release(block)
+        placeholders = seq.num_output_placeholders   # these are still being sampled
+        seq.reset()
+        seq.num_output_placeholders = placeholders
 
-@patch
-def free_after(self: KVCacheManager, seq: Sequence, num_tokens: int):
-    "Give back the blocks of `seq` that its first `num_tokens` tokens do not need."
-    while len(seq.block_table) > blocks_needed(num_tokens, self.block_size):
-        self.release(seq.block_table.pop())
+    def release(self, block: int):
+        "Give back a block: to be reused soon, or late if a text can find it."
+        self.pool.free(block, keep=self.cache.entries[block] is not None)
 
-# %% ../nbs/05_prefix_cache.ipynb #c787a3a9
-@patch
-def has_pending_prefix(self: KVCacheManager, seq: Sequence,
-                       num_computed_blocks: int) -> bool:
-    "Is the block after the computed ones about to be filled by another sequence?"
-    if num_computed_blocks >= (seq.num_tokens - 1) // self.block_size: return False
-    return self.full_block(seq, num_computed_blocks)[0] in self.pending
+    def free_after(self, seq: Sequence, num_tokens: int):
+        "Give back the blocks of `seq` that its first `num_tokens` tokens do not need."
+        while len(seq.block_table) > blocks_needed(num_tokens, self.block_size):
+            self.release(seq.block_table.pop())
 
-# %% ../nbs/05_prefix_cache.ipynb #454a5a4d
-@patch
-def free_behind_window(self: KVCacheManager, seq: Sequence):
-    "Give back the blocks that no coming token of `seq` will look at."
-    unseen = seq.num_computed_tokens + 1 - self.sliding_window   # from the start
-    last = min(unseen // self.block_size, len(seq.cache_entries))
-    for i in range(seq.num_released_blocks, last):
-        self.release(seq.block_table[i])
-        seq.block_table[i] = 0       # a number that no kernel will use
-        seq.num_released_blocks = i + 1
+    # two equal prompts
+
+    def has_pending_prefix(self, seq: Sequence, num_computed_blocks: int) -> bool:
+        "Is the block after the computed ones about to be filled by another sequence?"
+        if num_computed_blocks >= (seq.num_tokens - 1) // self.block_size: return False
+        return self.full_block(seq, num_computed_blocks)[0] in self.pending
+
+    # behind a sliding window
+
+    def free_behind_window(self, seq: Sequence):
+        "Give back the blocks that no coming token of `seq` will look at."
+        unseen = seq.num_computed_tokens + 1 - self.sliding_window   # from the start
+        last = min(unseen // self.block_size, len(seq.cache_entries))
+        for i in range(seq.num_released_blocks, last):
+            self.release(seq.block_table[i])
+            seq.block_table[i] = 0       # a number that no kernel will use
+            seq.num_released_blocks = i + 1
