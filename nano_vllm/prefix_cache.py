@@ -85,6 +85,8 @@ class KVCacheManager:
         tokens = seq.tokens(i * self.block_size, (i + 1) * self.block_size)
         return hash_blocks(seq, self.block_size)[i], tokens
 
+    # its turn
+
     def get_computed_blocks(self, seq: Sequence) -> list[int]:
         "Cached blocks of the longest prefix of `seq` that leaves a token to compute."
         blocks, parent = [], ~seq.cache_salt
@@ -96,10 +98,7 @@ class KVCacheManager:
             parent = self.cache.entries[block].uid
         return blocks
 
-    def has_pending_prefix(self, seq: Sequence, num_computed_blocks: int) -> bool:
-        "Is the block after the computed ones about to be filled by another sequence?"
-        if num_computed_blocks >= (seq.num_tokens - 1) // self.block_size: return False
-        return self.full_block(seq, num_computed_blocks)[0] in self.pending
+    # admission, growth
 
     def allocate_slots(self, seq: Sequence, num_tokens: int, computed_blocks=(),
                        watermark: int = 0) -> bool:
@@ -109,7 +108,7 @@ class KVCacheManager:
         if fewer than `watermark` blocks would be free afterwards."""
         held = len(seq.block_table) + len(computed_blocks)
         missing = blocks_needed(num_tokens, self.block_size) - held
-        if held and not missing and not computed_blocks: return True    # as most often
+        if held and not missing and not computed_blocks: return True    # it has enough
         revived = sum(self.pool.ref_counts[b] == 0 for b in computed_blocks)
         if missing + revived + watermark > len(self.pool.free_blocks): return False
         if not seq.block_table: self.begin(seq, computed_blocks)
@@ -131,6 +130,8 @@ class KVCacheManager:
         self.cache.evict(block)
         return block
 
+    # after a step
+
     def cache_blocks(self, seq: Sequence, num_tokens: int):
         "Make the blocks findable that the first `num_tokens` computed tokens fill."
         entries = seq.cache_entries
@@ -145,6 +146,8 @@ class KVCacheManager:
                 if replaced is not None: self.pool.put_first(replaced)
             entries.append(self.cache.entries[block].uid)
 
+    # the end
+
     def free(self, seq: Sequence):
         "Give back the blocks of `seq`; what full ones hold stays findable."
         for hash in seq.block_hashes:
@@ -155,14 +158,23 @@ class KVCacheManager:
         seq.reset()
         seq.num_output_placeholders = placeholders
 
+    def release(self, block: int):
+        "Give back a block: to be reused soon, or late if a text can find it."
+        self.pool.free(block, keep=self.cache.entries[block] is not None)
+
     def free_after(self, seq: Sequence, num_tokens: int):
         "Give back the blocks of `seq` that its first `num_tokens` tokens do not need."
         while len(seq.block_table) > blocks_needed(num_tokens, self.block_size):
             self.release(seq.block_table.pop())
 
-    def release(self, block: int):
-        "Give back a block: to be reused soon, or late if a text can find it."
-        self.pool.free(block, keep=self.cache.entries[block] is not None)
+    # two equal prompts
+
+    def has_pending_prefix(self, seq: Sequence, num_computed_blocks: int) -> bool:
+        "Is the block after the computed ones about to be filled by another sequence?"
+        if num_computed_blocks >= (seq.num_tokens - 1) // self.block_size: return False
+        return self.full_block(seq, num_computed_blocks)[0] in self.pending
+
+    # behind a sliding window
 
     def free_behind_window(self, seq: Sequence):
         "Give back the blocks that no coming token of `seq` will look at."
