@@ -37,7 +37,7 @@ ANSWERS = Answers()
 right, wrong = ANSWERS.right, ANSWERS.wrong
 
 
-# ---- 01, a whole engine
+# ---- a whole engine
 
 @right(tiny.check_tokens_that_fit)
 def _(memory, layers, kv_heads, head_dim, itemsize):
@@ -143,7 +143,7 @@ def _(guess, best):              # forgets the token that comes for nothing
     return guess[:n]
 
 
-# ---- 02, the tokenizer
+# ---- the tokenizer
 
 @right(tokenizer.check_unfinished)
 def _(data):
@@ -204,7 +204,7 @@ class ShowsAll(StopFilter):
         return text
 
 
-# ---- 03, sampling
+# ---- sampling
 
 right(sampler.check_rank)(lambda logits, token: sorted(logits, reverse=True).index(logits[token]) + 1)
 wrong(sampler.check_rank, "no token is better")(lambda logits, token: sum(x > logits[token] for x in logits))
@@ -274,7 +274,7 @@ wrong(sampler.check_sampling_probabilities, "for temperature=0 and logits")(
     lambda x, m: run_stages(LOGIT_STAGES, x, m).softmax(-1))
 
 
-# ---- 04, KV blocks
+# ---- KV blocks
 
 right(kv_blocks.check_opens_block)(lambda n, size: (n - 1) % size == 0)
 wrong(kv_blocks.check_opens_block, "(1, 1) gives False")(lambda n, size: n % size == 1)
@@ -385,7 +385,7 @@ def _(pool, table):              # copies all shared blocks
     return pairs
 
 
-# ---- 05, the prefix cache
+# ---- the prefix cache
 
 right(prefix_cache.check_most_cached)(lambda n, size: (blocks_needed(n, size) - 1) * size)
 wrong(prefix_cache.check_most_cached, "(16, 16) gives 16, expected 0")(lambda n, size: n // size * size)
@@ -528,7 +528,7 @@ class HoldsPartial(Tree):
         return found
 
 
-# ---- 06, paged attention
+# ---- paged attention
 
 right(attention.check_intensity)(lambda n, heads, kv_heads, itemsize: heads / kv_heads * n / (itemsize / 2))
 wrong(attention.check_intensity, "gives 3.0, expected 1.5")(lambda n, heads, kv_heads, itemsize: 4 * n * heads / (kv_heads * itemsize))
@@ -645,7 +645,7 @@ wrong(attention.check_is_right, "instead of those in the table")(comparing_with(
 wrong(attention.check_is_right, "calls a right function wrong")(lambda attend: False)
 
 
-# ---- 13, the scheduler
+# ---- the scheduler
 
 @right(scheduler.check_steps_of_prompt)
 def _(prompt, budget, readers):
@@ -770,7 +770,7 @@ class AList(Scheduler):
     def add(self, seq): self.waiting = sorted([*self.waiting, seq], key=lambda s: s.num_tokens)
 
 
-# ---- 14, the engine
+# ---- the engine
 
 @right(engine.check_time_per_token)
 def _(metrics):
@@ -1025,7 +1025,7 @@ FURTHER = benchmark, cli, cuda_graphs, latency, layers, llm, model, model_runner
 CHECKS |= checks_of(FURTHER)
 
 
-# ---- 08, layers
+# ---- layers
 
 right(layers.check_break_even)(lambda bandwidth, peak, itemsize: itemsize / bandwidth / (2 / peak))
 wrong(layers.check_break_even, "gives 100.0, expected 50.0")(lambda bandwidth, peak, itemsize: peak * itemsize / bandwidth)
@@ -1111,7 +1111,7 @@ wrong(layers.check_mlp_of_rank, "each rank is to have a part")(
     lambda x, gate_up, down, group: cut_mlp(x, gate_up, down, *(slice(k, k + down.shape[1]) for k in (0, down.shape[1])), slice(None)) * (group.rank == 0))
 
 
-# ---- 09, the model
+# ---- the model
 
 wrong(model.check_output_share, "and 1 of them through the output layer")(lambda inner, head, tokens, rows: head / (inner + head))
 wrong(model.check_output_share, "gives")(lambda inner, head, tokens, rows: head * rows / (inner * tokens))
@@ -1203,7 +1203,7 @@ wrong(model.check_fold, "is tied, with logits_scaling=8.0")(lambda *a: folded(*a
 wrong(model.check_fold, "is untied, with biases, with residual_multiplier=0.22")(lambda *a: folded(*a, biases=False))
 
 
-# ---- 10, the weights
+# ---- the weights
 
 def bytes_as_is(header, merged=("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), size=lambda begin, end: end - begin):
     sizes = {name: size(*t["data_offsets"]) for name, t in header.items() if name != "__metadata__"}
@@ -1284,7 +1284,7 @@ def _(places, tensors):
     if len(given) < len(places): raise ValueError([name for name in places if name not in dict(given)])
 
 
-# ---- 11, the model runner
+# ---- the model runner
 
 right(model_runner.check_bytes_sent)(lambda n, context, size: [n * 24, n * (24 + 8 * ((context - 1) // size + 1))])
 wrong(model_runner.check_bytes_sent, "and in the second case 256 tables of 257 blocks")(
@@ -1367,7 +1367,7 @@ class ForgetsTheLength(ByDictionary):
         self.len = lens
 
 
-# ---- 12, CUDA graphs
+# ---- CUDA graphs
 
 right(cuda_graphs.check_bytes_to_send)(lambda changed, fields: 24 * changed if 3 * changed < fields + 1 else 8 + 8 * fields)
 wrong(cuda_graphs.check_bytes_to_send, "the row's number and 5 fields")(lambda changed, fields: min(24 * changed, 8 * fields))
@@ -1477,7 +1477,7 @@ wrong(cuda_graphs.check_attend, "is frozen")(
     lambda q, keys, values, length: (keys @ q).masked_fill(torch.arange(len(keys)) >= int(length), -torch.inf).softmax(0) @ values)
 
 
-# ---- 15, LLM
+# ---- LLM
 
 @right(llm.check_perplexity)
 def _(entries, tokens):
@@ -1615,7 +1615,7 @@ def _(engine, requests):                 # looks only at what has ended in its o
         for request in requests: engine.abort(request.request_id)
 
 
-# ---- 16, the benchmark
+# ---- the benchmark
 
 right(benchmark.check_even_context)(lambda batch, weights, token: weights / token / batch)
 wrong(benchmark.check_even_context, "32 texts of that length")(lambda batch, weights, token: weights / token)
@@ -1692,7 +1692,7 @@ wrong(benchmark.check_found_again, "a common system prompt")(
     lambda prompts, size: sum((len(p) - 1) // size * size for i, p in enumerate(prompts) if p in prompts[:i]))
 
 
-# ---- 17, under load
+# ---- under load
 
 right(latency.check_longest_gap)(lambda n, tpot: sum([tpot] * (n - 1)))
 wrong(latency.check_longest_gap, "64 tokens have 63 gaps")(lambda n, tpot: n * tpot)
@@ -1763,7 +1763,7 @@ def _(engine, requests, arrivals, clock, sleep):         # the next one only whe
     return lines
 
 
-# ---- 18, the command line
+# ---- the command line
 
 @right(cli.check_add_stop)
 def _(parser):
@@ -1843,7 +1843,7 @@ wrong(cli.check_exit_code, "gives None, expected 0")(lambda command: ending(comm
 wrong(cli.check_exit_code, "gives 2, expected 130")(lambda command: ending(command, interrupted=2))
 
 
-# ---- 07, Triton kernels
+# ---- Triton kernels
 
 right(triton_kernels.check_address)(lambda position, table, size, head, heads, dim: (
     table[position // size] * size * heads * dim + position % size * heads * dim + head * dim))
@@ -1930,7 +1930,7 @@ wrong(triton_kernels.check_window_head, "mask the keys before the window")(kerne
 wrong(triton_kernels.check_window_head, "mask the keys before the window")(kernel("window_head", BEGIN="0"))
 
 
-# ---- 40, Triton attention
+# ---- Triton attention
 
 right(triton_attention.check_side_traffic)(lambda split, group, dim, itemsize: 4 * group * (1 + 2 / dim) / (split * itemsize))
 wrong(triton_attention.check_side_traffic, "are written and read again")(lambda split, group, dim, itemsize: 4 * group * (dim + 2) / (2 * split * dim * itemsize))

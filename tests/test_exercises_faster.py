@@ -20,7 +20,7 @@ ANSWERS = Answers()
 right, wrong = ANSWERS.right, ANSWERS.wrong
 
 
-# ---- 19, kernels for CPUs
+# ---- kernels for CPUs
 
 right(cpu_kernels.check_packed_copy)(lambda vocab, hidden, others, size: [size * hidden * vocab, 1 / (1 + others / (vocab * hidden))])
 wrong(cpu_kernels.check_packed_copy, "has 28,311,552 of 134,515,008 weights")(
@@ -90,7 +90,7 @@ wrong(cpu_kernels.check_page_scores, "PAGE_SCORES is None")(None)
 wrong(cpu_kernels.check_page_scores, "not a string of C++")(7)
 
 
-# ---- 20, products of our own
+# ---- products of our own
 
 right(cpu_products.check_uses_of_a_load)(lambda rows, vectors: 1 / (1/rows + 1/vectors))
 wrong(cpu_products.check_uses_of_a_load, "8 numbers of x are loaded")(lambda rows, vectors: rows)
@@ -169,7 +169,7 @@ wrong(cpu_products.check_relu_writer, "not a string of C++")(None)
 wrong(cpu_products.check_relu_writer, "RELU_WRITE is 7")(7)
 
 
-# ---- 21, bfloat16 weights
+# ---- bfloat16 weights
 
 right(bfloat16.check_tokens_per_second)(lambda weights, size, bandwidth, texts: texts / (weights * size / bandwidth))
 wrong(bfloat16.check_tokens_per_second, "a step reads 4.96e+09 bytes")(lambda weights, size, bandwidth, texts: texts * bandwidth / weights)
@@ -233,7 +233,7 @@ wrong(bfloat16.check_swallowed, "(256.0) gives 0.99609375")(
     lambda total: (1 - 2**-8) * 2.**(math.floor(math.log2(total)) - 8))
 
 
-# ---- 22, eight bits
+# ---- eight bits
 
 right(quantization.check_bits_per_weight)(lambda bits, group: (bits * group + 32) / group)
 wrong(quantization.check_bits_per_weight, "576 weights share the 32 bits of a scale")(lambda bits, group: bits)
@@ -333,7 +333,7 @@ wrong(quantization.check_int8_product, "what is 0 / 0?")(
     lambda *a: multiplied(*a, kind=torch.float64, rows=lambda x, bits: by_rows(x, bits, least=0)))
 
 
-# ---- 23, attention in tiles
+# ---- attention in tiles
 
 @right(cpu_attention.check_diagonal_share)
 def _(n, rows, keys):            # with a matrix of tiles
@@ -431,7 +431,7 @@ wrong(cpu_attention.check_finished, "the second core takes the last piece as wel
 wrong(cpu_attention.check_finished, "there is no work")(lambda work, cores: done_at(work, cores) if work else None)
 
 
-# ---- 24, a step in one call
+# ---- a step in one call
 
 right(cpu_steps.check_share_of_asking)(lambda calls, layers, us, ms: calls * us * 1e-6 * layers / (ms * 1e-3))
 wrong(cpu_steps.check_share_of_asking, "9 x 30 calls of 5.0 microseconds")(lambda calls, layers, us, ms: calls * us / 1000 / ms)
@@ -498,7 +498,7 @@ wrong(cpu_steps.check_interpreter, "RUN is 7")(7)
 wrong(cpu_steps.check_interpreter, "not a string of C++")(None)
 
 
-# ---- 25, the overlapped loop
+# ---- the overlapped loop
 
 @right(overlapped_loop.check_to_schedule)
 def _(known, expected, computed, max_len):
@@ -600,7 +600,7 @@ def _(scheduler, runner, seqs, depth):
             elif seq.num_tokens == seq.max_len: scheduler.finish(seq, "length")
 
 
-# ---- 26, fusions
+# ---- fusions
 
 right(fusions.check_fused_bytes)(lambda rows, hidden, size, residual: size * (2 * rows * hidden * (1 + residual) + hidden))
 wrong(fusions.check_fused_bytes, "the weight is read once")(lambda rows, hidden, size, residual: (4 if residual else 2) * rows * hidden * size)
@@ -672,7 +672,7 @@ def test_the_score_of_a_norm_counts_bytes_and_refuses_wrong_ones():
     with pytest.raises(WrongAnswer, match="is not that of rms_norm"): fusions.score(lambda x, residual, weight, eps: (x, residual))
 
 
-# ---- 27, ranks
+# ---- ranks
 
 right(parallel.check_ring_sends)(lambda n, p: [(p - 1) / p * n * 2, 2 * n * (p - 1)])
 wrong(parallel.check_ring_sends, "twice 1 steps")(lambda n, p: (n * (p - 1) / p, n * (p - 1)))
@@ -809,7 +809,7 @@ def _(rank, size, pieces, send, receive):    # everybody waits before he gives
     return pieces
 
 
-# ---- 28, mixtures of experts
+# ---- mixtures of experts
 
 right(moe.check_tokens_for_share)(lambda share, experts, chosen: math.ceil(math.log(1 - share, 1 - chosen / experts)))
 wrong(moe.check_tokens_for_share, "8 tokens use 90.0% of the experts and 9 use")(

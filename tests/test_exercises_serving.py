@@ -28,7 +28,7 @@ ANSWERS = Answers()
 right, wrong = ANSWERS.right, ANSWERS.wrong
 
 
-# ---- 29, an asynchronous engine
+# ---- an asynchronous engine
 
 right(async_llm.check_share_lost)(lambda step, cores, n, chunk: 1 - step / (step + n * chunk / cores))
 wrong(async_llm.check_share_lost, "of 41.6 ms in all")(lambda step, cores, n, chunk: n * chunk / cores / step)
@@ -197,7 +197,7 @@ class SleepsOn(WithCondition):
     def wake(self): pass
 
 
-# ---- 30, a server
+# ---- a server
 
 @right(server.check_field_of)
 def _(message, names):
@@ -273,7 +273,7 @@ wrong(server.check_places, "who was refused has taken no place")(places(takes=Tr
 wrong(server.check_places, "and one is free")(places(least=1))
 
 
-# ---- 32, speculative decoding
+# ---- speculative decoding
 
 @right(speculative.check_expected_tokens)
 def _(chance, num_guesses): return num_guesses + 1 if chance == 1 else (1 - chance**(num_guesses + 1)) / (1 - chance)
@@ -328,7 +328,7 @@ wrong(speculative.check_best_length, "more seconds for each guess")(lambda chanc
 wrong(speculative.check_best_length, "tokens a second")(lambda chance, seconds: sum(chance**k > seconds[k] - seconds[k-1] for k in range(1, len(seconds))))
 
 
-# ---- 31, LoRA
+# ---- LoRA
 
 right(lora.check_adapter_numbers)(lambda shapes, layers, rank: sum(sum(shape) for shape in shapes) * rank * layers)
 wrong(lora.check_adapter_numbers, "gives 13271040, expected 460800")(lambda shapes, layers, rank: layers * sum(o * i for o, i in shapes))
@@ -389,7 +389,7 @@ def _(x, slots, width, run):            # sorted, and not put back
     return torch.cat(parts)
 
 
-# ---- 34, sliding windows
+# ---- sliding windows
 
 right(sliding_windows.check_share)(lambda full, local, window, length: (full + local * min(1, window / length)) / (full + local))
 wrong(sliding_windows.check_share, "the whole text if that is shorter")(
@@ -427,7 +427,7 @@ wrong(sliding_windows.check_longest_hit, "itself included")(
                                            if all(full[:n]) and all(local[max(0, n - max(1, window // size)):n])))
 
 
-# ---- 32, routing
+# ---- routing
 
 right(routing.check_expected_hit_rate)(lambda texts, replicas, room, spread: min(texts, room * (replicas if spread else 1)) / texts)
 wrong(routing.check_expected_hit_rate, "(8, 4, 3, True) gives 0.375, expected 1")(lambda texts, replicas, room, spread: min(1, room / texts))
@@ -488,7 +488,7 @@ wrong(routing.check_simulate_one, "([(0, 10, 1)], 5, 1) gives [5], expected [15]
 wrong(routing.check_simulate_one, "expected [18]")(lambda requests, step, token: [step + token * n for _, n, _ in requests])
 
 
-# ---- 33, replicas
+# ---- replicas
 
 @right(replicas.check_computed_again)
 def _(prompt, delivered, known, block_size):
@@ -566,7 +566,7 @@ def _(lives, prompts):
     return answers
 
 
-# ---- 38, disaggregated prefill
+# ---- disaggregated prefill
 
 right(kv_transfer.check_seconds_to_send)(
     lambda n, size, layers, heads, dim, itemsize, bandwidth: (n - n % size) / bandwidth * (2 * layers) * (heads * dim * itemsize))
@@ -722,7 +722,7 @@ def _(inner, n, then, either, EMPTY):
     return reduce(then, [either(inner, EMPTY)] * (n + 1))
 
 
-# ---- 35, pipeline parallelism
+# ---- pipeline parallelism
 
 @right(pipeline.check_pipeline_time)
 def _(num_steps, num_stages, seconds):
@@ -777,7 +777,7 @@ def _(weights, num_stages):
 wrong(pipeline.check_best_split, "whose heaviest stage weighs")(
     lambda weights, p: [len(weights) * (i + 1) // p - len(weights) * i // p for i in range(p)])
 wrong(pipeline.check_best_split, "no cut of 4 layers into 2 stages")(lambda weights, p: [len(weights)] + [0] * (p - 1))
-# ---- 39, batch invariance
+# ---- batch invariance
 
 @right(batch_invariance.check_num_sums)
 def _(values):

@@ -35,7 +35,7 @@ ASSIGNMENTS = {
                      Task("BlockPool", ("allocate", "touch", "free", "put_first"), 8, "test_kv_blocks.py")],
     "05_prefix_cache": [Task("hash_blocks", (), 3, "test_prefix_cache.py"),
                         Task("KVCacheManager", ("get_computed_blocks", "allocate_slots", "cache_blocks"), 12, "test_prefix_cache.py")],
-    "13_scheduler": [Task("num_missing", (), 2, "test_scheduler.py"),
+    "14_scheduler": [Task("num_missing", (), 2, "test_scheduler.py"),
                      Task("Scheduler", ("schedule_running", "preempt_until_fits", "schedule_waiting"), 15, "test_scheduler.py")],
 }
 
