@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 from nano_vllm.attention import (BACKENDS, MAX_GATHERED, QUERY_PIECE, ReferenceAttention, TorchAttention, attention_backend, length_groups,
                                  make_batch, prompt_positions, slot_table, slots_of, visible, window_len)
@@ -108,6 +108,7 @@ def test_visible_is_the_windowed_triangle(start, num_queries, window):
 
 
 @given(st.lists(st.integers(1, 9000), max_size=40))
+@example([8000]*20 + [2**17])   # more than one group may gather, and a text that alone does
 def test_length_groups_are_a_partition_and_at_most_half_padding(lens):
     groups = [group.tolist() for group in length_groups(np.array(lens, dtype=np.int64))]
     assert sorted(sum(groups, [])) == list(range(len(lens)))
