@@ -100,8 +100,8 @@ extern "C" void quantize(const float* x, int8_t* q, float* scale, int64_t rows) 
     floats y[N / LANES], most = {};
     std::copy(x + row * N, x + row * N + N, (float*)y);
     for (int i = 0; i < N / LANES; i += VECTORS) hadamard(y + i);
-    for (floats t : y) {
-      floats size = t < 0.f ? -t : t;
+    for (int i = 0; i < N / LANES; i++) {
+      floats size = y[i] < 0.f ? -y[i] : y[i];
       most = size > most ? size : most;
     }
     float largest = std::max(127e-30f, max_lane(most)), factor = 127 / largest;
