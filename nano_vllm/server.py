@@ -404,13 +404,12 @@ class Metrics:
     def __init__(self, engine: Engine, model_name: str):
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
         self.registry, name = CollectorRegistry(), dict(model_name=model_name)
-        self.prompt_tokens = self.cached_tokens = 0
+        self.engine, self.prompt_tokens, self.cached_tokens = engine, 0, 0
         def make(kind, title, text, *labels, **options):
             return kind(f"vllm:{title}", text, ("model_name", *labels),
                         registry=self.registry, **options)
-        for title, (text, read) in GAUGES.items():
-            make(Gauge, title, text).labels(**name).set_function(
-                lambda read=read: read(engine.scheduler.make_stats()))
+        self.gauges = {t: make(Gauge, t, text).labels(**name)
+                       for t, (text, _) in GAUGES.items()}
         self.counters = {t: make(Counter, t, text).labels(**name)
                          for t, (text, _) in COUNTERS.items()}
         self.histograms = {t: make(Histogram, t, text, buckets=SECONDS).labels(**name)
@@ -434,6 +433,8 @@ def observe(self: Metrics, piece: RequestOutput):
 def text(self: Metrics) -> bytes:
     "All figures, as Prometheus reads them."
     from prometheus_client import generate_latest
+    stats = self.engine.scheduler.make_stats()       # the blocks are counted once
+    for t, (_, read) in GAUGES.items(): self.gauges[t].set(read(stats))
     return generate_latest(self.registry)
 
 # %% ../nbs/31_server.ipynb #bd0af4c3

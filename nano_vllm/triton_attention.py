@@ -464,10 +464,7 @@ def __init__(self: FlashAttention, batch: Batch, kv_cache: Tensor, scale: float,
         causal=True, window_size=(behind, 0), block_table=batch.block_tables.int())
 
 # %% ../nbs/08_triton_attention.ipynb #40bc7528
-@patch
-def store(self: FlashAttention, k: Tensor, v: Tensor, layer: int):
-    "Write `k`, `v` (N, kv_heads, head_dim) into the slots of the batch."
-    store_kv(self.kv_cache, layer, k, v, self.slot_mapping)
+FlashAttention.store = TritonAttention.store     # by the same kernel
 
 
 @patch

@@ -3,6 +3,7 @@
 Each test gathers every violation, so that one run shows them all.
 """
 import ast
+import functools
 import json
 import math
 import re
@@ -295,18 +296,26 @@ REVIEWED = {   # (cell, number): why it stands there although no output or recor
     ("1ccf6e1e", "333 seconds"): "a million requests, 3,000 a second",
     ("55d60dfb", "333 seconds"): "a million requests, 3,000 a second"}
 GLANCES = {"90df3973", "9d227705", "95e60af5"}   # cells whose times no sentence repeats, in chapters that record nothing
-CLAIMS = check_numbers.claims(CHAPTERS)
-UNGIVEN = {(c.page.cells[c.at].id, c.number.text): c for c in CLAIMS if not c.assumed and not c.support}
-UNRECORDED = {(c.page.cells[c.at].id, c.number.text): c for c in CLAIMS if not c.assumed and c.only_live}
+
+
+@functools.cache
+def claims():
+    "Those that need support; found once, and only for the tests that ask, since it takes seconds."
+    return [claim for claim in check_numbers.claims(CHAPTERS) if not claim.assumed]
+
+
+def by_key(found): return {(c.page.cells[c.at].id, c.number.text): c for c in found}
+def ungiven(): return by_key(c for c in claims() if not c.support)
+def unrecorded(): return by_key(c for c in claims() if c.only_live)
 
 
 def test_every_measured_number_in_the_prose_stands_on_its_page():
-    none(f"{claim}" for key, claim in UNGIVEN.items() if key not in REVIEWED)
-    none(f"{key} needs no exception any more" for key in REVIEWED if key not in UNGIVEN | UNRECORDED)
+    none(f"{claim}" for key, claim in ungiven().items() if key not in REVIEWED)
+    none(f"{key} needs no exception any more" for key in REVIEWED if key not in ungiven() | unrecorded())
 
 
 def test_what_the_prose_repeats_of_a_measurement_is_recorded():
-    none(f"printed, but not recorded: {claim}" for key, claim in UNRECORDED.items() if key not in REVIEWED)
+    none(f"printed, but not recorded: {claim}" for key, claim in unrecorded().items() if key not in REVIEWED)
 
 
 def test_chapters_that_print_a_time_record_it():
