@@ -255,16 +255,18 @@ for call in (llm.stop_profile, lambda: ProfilerConfig(), lambda: ProfilerConfig(
 @pytest.mark.parametrize("size", [2, 4])
 def test_replicas_under_torchrun(tmp_path, tiny, size):
     "features/torchrun: two engines, of one rank each or of two, which share the prompts by their numbers."
-    out, _ = run(tmp_path, f'''
+    run(tmp_path, f'''
+import json, os
 from nano_vllm import LLM, SamplingParams
 prompts = ["A cat", "A dog", "A cow"]
 llm = LLM(model={str(tiny)!r}, tensor_parallel_size={size // 2}, data_parallel_size=2, pipeline_parallel_size=1, distributed_executor_backend="external_launcher",
           max_model_len=256, num_kv_blocks=40, seed=1)
 parallel = llm.llm_engine.vllm_config.parallel_config
 mine = [p for i, p in enumerate(prompts) if i % parallel.data_parallel_size == parallel.data_parallel_rank]
-for output in llm.generate(mine, SamplingParams(temperature=0, max_tokens=4, ignore_eos=True), use_tqdm=False): print([parallel.data_parallel_rank, output.prompt, output.outputs[0].token_ids])
+outputs = llm.generate(mine, SamplingParams(temperature=0, max_tokens=4, ignore_eos=True), use_tqdm=False)
+with open(os.environ["RANK"], "w") as f: json.dump([[parallel.data_parallel_rank, o.prompt, o.outputs[0].token_ids] for o in outputs], f)
 ''', head=("-m", "torch.distributed.run", f"--nproc-per-node={size}", f"--master-port={get_open_port()}"))
-    found = sorted(map(json.loads, (line.replace("'", '"') for line in out.splitlines() if line.startswith("["))))
+    found = sorted(row for rank in range(size) for row in json.loads((tmp_path/str(rank)).read_text()))
     assert [(r, p) for r, p, _ in found[::size // 2]] == [(0, "A cat"), (0, "A cow"), (1, "A dog")]
     from nano_vllm import LLM, SamplingParams
     alone = LLM(tiny, num_kv_blocks=40).generate(["A cat", "A cow", "A dog"], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True), use_tqdm=False)
@@ -273,14 +275,15 @@ for output in llm.generate(mine, SamplingParams(temperature=0, max_tokens=4, ign
 
 def test_processes_that_share_prompts(tmp_path, tiny):
     "features/data_parallel: a parser's options, a free port, the platform, and an engine in each of two processes."
-    out, _ = run(tmp_path, HELLO + '''
+    run(tmp_path, HELLO + '''
 from multiprocessing import Process
 from nano_vllm import LLM, EngineArgs, SamplingParams
 from nano_vllm.platforms import current_platform
 from nano_vllm.utils.argparse_utils import FlexibleArgumentParser
 from nano_vllm.utils.network_utils import get_open_port
 def main(rank, options):
-    for o in LLM(**options).generate(prompts[rank::2], SamplingParams(max_tokens=2, ignore_eos=True), use_tqdm=False): print(rank, o.prompt, flush=True)
+    outputs = LLM(**options).generate(prompts[rank::2], SamplingParams(max_tokens=2, ignore_eos=True), use_tqdm=False)
+    with open(str(rank), "w") as f: f.writelines(o.prompt for o in outputs)
 if __name__ == "__main__":
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
     parser.set_defaults(enable_expert_parallel=True)
@@ -291,7 +294,7 @@ if __name__ == "__main__":
     for p in processes: p.join()
     assert not any(p.exitcode for p in processes)
 ''', "--model", tiny, "-dp=2", "--num-kv-blocks", 20, "--device", "cpu")
-    assert sorted(out.splitlines()) == ["0 Hello, my name is", "1 The capital of France is"]
+    assert [(tmp_path/str(rank)).read_text() for rank in range(2)] == ["Hello, my name is", "The capital of France is"]
 
 
 @pytest.mark.parametrize("line, parts", [
