@@ -163,8 +163,8 @@ def test_module_paths(path, name):
 
 
 def test_the_book_shows_the_table():
-    "What chapter 16 prints, and what README says, is what the code does."
-    cells = json.loads((ROOT/"nbs/16_llm.ipynb").read_text())["cells"]
+    "What chapter 18 prints, and what README says, is what the code does."
+    cells = json.loads((ROOT/"nbs/18_llm.ipynb").read_text())["cells"]
     shown = "\n".join("".join(data) for c in cells for o in c.get("outputs", ()) for data in [o.get("data", {}).get("text/markdown", ""), o.get("text", "")])
     for where in ("SamplingParams", "LLM", "generate", "chat", "methods", "RequestOutput", "CompletionOutput"):
         for name in FACTS[where]:

@@ -1,6 +1,6 @@
 """Measure this engine on this machine: `make bench`. About five minutes on two idle cores; writes results/<machine>.json.
 
-Every run has fresh random prompts, so no prefix cache helps where it should not. Chapters 17_benchmark and 18_latency explain
+Every run has fresh random prompts, so no prefix cache helps where it should not. Chapters 19_benchmark and 20_latency explain
 what is measured, and measure it on the engine as of these chapters; this is the finished one."""
 import os
 import statistics
