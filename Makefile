@@ -22,20 +22,20 @@ AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
 KERNEL_TESTS := $(addprefix tests/,test_attention.py test_bfloat16.py test_cpu_attention.py test_cpu_kernels.py test_cpu_products.py test_cpu_steps.py test_layers.py \
 	test_quantization.py test_triton_attention.py)
 KERNEL_NOTEBOOKS := $(wildcard nbs/*_cpu_*.ipynb nbs/*_bfloat16.ipynb nbs/*_quantization.ipynb)
-# both cores at work: two notebooks or two groups of tests at a time, each with a thread and a process of its own
-# (one process for many notebooks would hold all their engines)
-run_notebooks = printf '%s\n' $(1) | $(TEST_ENV) $(2) TRITON_INTERPRET=1 xargs -P 2 -n 1 $(BIN)/nbdev_test --n_workers 0 --do_print --timing --path
+# both cores at work: two notebooks or two groups of tests at a time, each with a thread
+# (the solutions run in tests/test_exercises.py, which also looks at what they print)
+run_notebooks = $(TEST_ENV) $(2) TRITON_INTERPRET=1 $(BIN)/python tools/test_notebooks.py $(1)
 run_tests = $(TEST_ENV) $(1) $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test: export NANO_VLLM_TEST_START := $(shell date +%s)
 test: venv       ## the export is in sync, every notebook runs, pytest passes
 	$(BIN)/python tools/check_export.py
-	$(call run_notebooks,$(wildcard nbs/*.ipynb nbs/solutions/*.ipynb))
+	$(call run_notebooks,$(wildcard nbs/*.ipynb))
 	$(call run_tests)
 
 test-all: venv   ## the same with the tests that are marked slow
 	$(BIN)/python tools/check_export.py
-	$(call run_notebooks,$(wildcard nbs/*.ipynb nbs/solutions/*.ipynb))
+	$(call run_notebooks,$(wildcard nbs/*.ipynb))
 	$(call run_tests) -m ""
 
 test-avx2: venv  ## what touches kernels, as on a processor that has AVX2 and no more

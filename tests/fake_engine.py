@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from nano_vllm.attention import make_batch, prompt_positions
-from nano_vllm.engine import Engine, InputProcessor, OutputProcessor, with_text
+from nano_vllm.engine import Engine
+from nano_vllm.request import InputProcessor, OutputProcessor, with_text
 from nano_vllm.layers import TensorParallelGroup
 from nano_vllm.llm import new_outputs, progress
 from nano_vllm.model_runner import InputBatch, StepHandle

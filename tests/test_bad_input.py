@@ -252,7 +252,7 @@ def test_a_refusal_beside_a_stream(llm, answer, bad):
 ])
 def test_engine_arguments(llm, answer, folder, value, parts, monkeypatch):
     if not {"num_kv_blocks", "load_format"} & value.keys():  # before any work
-        monkeypatch.setattr("nano_vllm.engine.load_model", lambda *args, **kw: pytest.fail("the weights were loaded first"))
+        monkeypatch.setattr("nano_vllm.engine_args.load_model", lambda *args, **kw: pytest.fail("the weights were loaded first"))
     refused(llm, answer, lambda: LLM(**{"model": folder, "num_kv_blocks": 20, **value}), *parts)
 
 

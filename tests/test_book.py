@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
 
@@ -356,7 +357,7 @@ def test_modules_import_only_from_earlier_chapters():
 def test_notebooks_use_only_what_the_reader_has_met():
     problems, met = [], []
     for c in CHAPTERS:
-        if "engine" in met: met.append("")                   # the package's own names come with the engine
+        if "engine_args" in met: met.append("")              # the package's own names come with the whole engine
         if c.name == "00_testing": continue                  # an appendix about all of them, to be read last
         if c.module: met.append(c.module)
         for cell in c.code:
@@ -582,6 +583,18 @@ def test_a_prediction_needs_no_support_and_may_be_repeated(tmp_path):
 def test_times_that_no_record_holds_are_found(tmp_path, code, live):
     claim, = said_and_printed(tmp_path, "It takes 3.1 ms.", code, "3.14 ms\n")
     assert claim.only_live == live and bool(claim.page.live) == live
+
+
+def test_all_notebooks_run_and_those_that_fail_are_named(tmp_path):
+    cells = dict(good=["x = 1", "assert x == 1"], bad=["x = 1", "assert x == 2"], killed=["import os; os.kill(os.getpid(), 9)"],
+                 skipped=["#| notest\n1/0"])
+    for name, sources in cells.items():
+        nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s) for s in sources])
+        nbformat.write(nb, tmp_path/f"{name}.ipynb")
+    command = [sys.executable, ROOT/"tools/test_notebooks.py", *sorted(tmp_path.glob("*.ipynb"))]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode and "AssertionError" in done.stderr + done.stdout
+    assert set(re.search("these notebooks failed: (.+)", done.stderr)[1].split(", ")) == {"bad.ipynb", "killed.ipynb"}
 
 
 def test_venv_is_made_anew_only_when_settings_change(tmp_path, monkeypatch):

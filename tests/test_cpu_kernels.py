@@ -360,8 +360,8 @@ def test_a_prepared_model_gives_the_plain_models_logits(family, tmp_path):
 # A cache in 16 bits
 
 def test_a_cache_in_bfloat16_has_twice_the_blocks(tmp_path, monkeypatch):
-    from nano_vllm import engine
-    monkeypatch.setattr(engine, "kv_memory", lambda *_: 2**20)
+    from nano_vllm import engine_args
+    monkeypatch.setattr(engine_args, "kv_memory", lambda *_: 2**20)
     folder = tiny_folder(tmp_path, hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
     blocks = {}
     for kind in ("auto", "bfloat16"):

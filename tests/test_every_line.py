@@ -14,11 +14,11 @@ from fake_engine import Asker, check_books, fake_engine
 from helpers import Tracing
 from test_exactly_once import assert_nothing_is_left, asker, check_prefix, counted, finish
 from nano_vllm import LLM, SamplingParams
-from nano_vllm.engine import EngineArgs
+from nano_vllm.engine_args import EngineArgs
 from nano_vllm.scheduler import PriorityScheduler, Scheduler
 
 # the host side: whatever a request goes through, but for the products of a model
-MODULES = {f"nano_vllm.{name}" for name in ("sampling_params", "tokenizer", "kv_blocks", "prefix_cache", "model_runner", "scheduler", "engine",
+MODULES = {f"nano_vllm.{name}" for name in ("sampling_params", "tokenizer", "kv_blocks", "prefix_cache", "model_runner", "scheduler", "request", "engine",
                                             "llm", "speculative")} | {"contextlib"}
 ERRORS = MemoryError, KeyboardInterrupt
 # an exception that is thrown while Python closes a generator can reach nobody: Python reports it and goes on

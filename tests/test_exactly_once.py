@@ -14,14 +14,15 @@ import pytest
 from fake_engine import Asker, assert_all_free, check_books, expected_prompt_logprobs, fake_engine, some_params
 from fuzz import plant
 from nano_vllm import SamplingParams, llm
-from nano_vllm.engine import Completion, Engine, OutputProcessor
+from nano_vllm.engine import Engine
+from nano_vllm.request import Completion, OutputProcessor
 from nano_vllm.kv_blocks import Sequence
 from nano_vllm.llm import new_outputs, progress
 from nano_vllm.model_runner import InputBatch
 from nano_vllm.sampling_params import RequestOutputKind
 from nano_vllm.scheduler import Scheduler
 
-MODULES = {"nano_vllm.engine", "nano_vllm.scheduler", "nano_vllm.prefix_cache", "nano_vllm.kv_blocks",
+MODULES = {"nano_vllm.request", "nano_vllm.engine", "nano_vllm.scheduler", "nano_vllm.prefix_cache", "nano_vllm.kv_blocks",
            "nano_vllm.model_runner", "nano_vllm.llm", "nano_vllm.tokenizer", "nano_vllm.speculative"}
 FUZZ = int(os.environ.get("NANO_VLLM_FUZZ", 0))     # for longer: so many runs instead of what a few seconds allow
 both_loops = pytest.mark.parametrize("num_in_flight", [1, 2])

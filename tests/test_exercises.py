@@ -8,6 +8,7 @@ import importlib
 import io
 import itertools
 import json
+import math
 import re
 import runpy
 import tempfile
@@ -29,10 +30,11 @@ from nano_vllm.sampler import LOGIT_STAGES, SAMPLING_STAGES, run_stages
 from nano_vllm.scheduler import Scheduler
 from nano_vllm.tokenizer import StopFilter
 from solutions.checks import (
-    WrongAnswer, attention, call, engine, exercise, kv_blocks, prefix_cache, sampler, scheduler, show, tiny, tokenizer)
+    WrongAnswer, attention, call, engine, engine_args, exercise, kv_blocks, prefix_cache, request, sampler, scheduler, show, tiny, tokenizer)
+from solutions.checks.engine import computed
 
 EXERCISED = [c for c in chapters() if c.solutions.exists()]
-CHECKS = checks_of((tiny, tokenizer, sampler, kv_blocks, prefix_cache, attention, scheduler, engine))
+CHECKS = checks_of((tiny, tokenizer, sampler, kv_blocks, prefix_cache, attention, scheduler, request, engine, engine_args))
 ANSWERS = Answers()
 right, wrong = ANSWERS.right, ANSWERS.wrong
 
@@ -770,23 +772,23 @@ class AList(Scheduler):
     def add(self, seq): self.waiting = sorted([*self.waiting, seq], key=lambda s: s.num_tokens)
 
 
-# ---- the engine
+# ---- requests and answers
 
-@right(engine.check_time_per_token)
+@right(request.check_time_per_token)
 def _(metrics):
     tokens = metrics.num_generated_tokens - 1
     if tokens > 0 and metrics.finished_time: return (metrics.finished_time - metrics.first_token_time) / tokens
 
 
-wrong(engine.check_time_per_token, "7 tokens came in the 3.5 s")(
+wrong(request.check_time_per_token, "7 tokens came in the 3.5 s")(
     lambda m: (m.finished_time - m.first_token_time) / m.num_generated_tokens)
-wrong(engine.check_time_per_token, "raises ZeroDivisionError")(
+wrong(request.check_time_per_token, "raises ZeroDivisionError")(
     lambda m: (m.finished_time - m.first_token_time) / (m.num_generated_tokens - 1))
-wrong(engine.check_time_per_token, "gives 0.64")(
+wrong(request.check_time_per_token, "gives 0.64")(
     lambda m: (m.finished_time - m.arrival_time) / (m.num_generated_tokens - 1))
 
 
-@right(engine.check_why_ended)
+@right(request.check_why_ended)
 def _(output, prompt_len, max_len, stops, eos):
     if output[-1] in eos: return ("stop", None)
     if output[-1] in stops: return ["stop", output[-1]]
@@ -798,17 +800,47 @@ def ended(output, prompt_len, max_len, stops, eos, reason=lambda last, eos: None
     return ("length", None) if prompt_len + len(output) == max_len else None
 
 
-@wrong(engine.check_why_ended, "has ended by itself")
+@wrong(request.check_why_ended, "has ended by itself")
 def _(output, prompt_len, max_len, stops, eos):      # length first
     if prompt_len + len(output) == max_len: return "length", None
     return ended(output, prompt_len, max_len, stops, eos)
 
 
-wrong(engine.check_why_ended, "the model ended it itself")(lambda *a: ended(*a, reason=lambda last, eos: last))
-wrong(engine.check_why_ended, "only the last token is new")(lambda *a: ended(*a, found=lambda output, stops: bool(stops & set(output))))
-wrong(engine.check_why_ended, "4 + 2 tokens are all")(lambda output, prompt_len, max_len, stops, eos:
+wrong(request.check_why_ended, "the model ended it itself")(lambda *a: ended(*a, reason=lambda last, eos: last))
+wrong(request.check_why_ended, "only the last token is new")(lambda *a: ended(*a, found=lambda output, stops: bool(stops & set(output))))
+wrong(request.check_why_ended, "4 + 2 tokens are all")(lambda output, prompt_len, max_len, stops, eos:
                                                      ended(output, 0, max_len, stops, eos))
 
+
+@right(request.check_check_all)
+def _(prompts, check):
+    results, errors = [], {}
+    for i, prompt in enumerate(prompts):
+        try: results.append(check(prompt))
+        except ValueError as e: errors[f"prompts[{i}]"] = e
+    if errors: raise ValueError("\n".join(f"{name}: {e}" for name, e in errors.items()))
+    return results
+
+
+def checking_all(prompts, check, caught=ValueError, name=lambda i: i, each=True):
+    results, errors = [], []
+    for i, prompt in enumerate(prompts):
+        try: results.append(check(prompt))
+        except caught as e:
+            errors.append(f"prompts[{name(i)}]: {e}")
+            if not each: break
+    if errors: raise ValueError("; ".join(errors))
+    return results
+
+
+wrong(request.check_check_all, "also after one has been refused")(lambda *a: checking_all(*a, each=False))
+wrong(request.check_check_all, "is nobody's bad input")(lambda *a: checking_all(*a, caught=Exception))
+wrong(request.check_check_all, "it does not say 'prompts[1]: empty'")(lambda *a: checking_all(*a, name=lambda i: i + 1))
+wrong(request.check_check_all, "so it must raise a ValueError")(
+    lambda prompts, check: [check(p) for p in prompts if p and len(p) < 10])
+
+
+# ---- the engine
 
 def looping(scheduler, runner, seqs, given=lambda output: output.sampled, ends=True, stop=True, length=lambda seq: seq.num_tokens == seq.max_len):
     for seq in seqs: scheduler.add(seq)
@@ -887,6 +919,115 @@ wrong(engine.check_with_deadline, "expected 'abort'")(lambda *a: by_deadline(*a,
 wrong(engine.check_with_deadline, "a fifth request, which was in the engine before, has been aborted")(
     lambda *a: by_deadline(*a, whom=lambda engine: list(engine.requests)))
 wrong(engine.check_with_deadline, "Is a `return` missing?")(lambda *a: by_deadline(*a) and None)
+
+@contextlib.contextmanager
+def noting(runner, note):
+    runner.execute, before = lambda output: note(output) or before(output), runner.execute
+    try: yield
+    finally: runner.execute = before
+
+
+@right(engine.check_timeline)
+def _(engine, requests):      # counts by what each sequence has computed before and after
+    steps = []
+    def note(output):
+        steps.append({})
+        for s in output.scheduled: steps[-1][s.seq.request_id] = steps[-1].get(s.seq.request_id, 0) + s.end - s.start
+    with noting(engine.runner, note):
+        for request in requests: engine.add(request)
+        while not all(request.finished for request in requests): engine.step()
+    return tuple(steps)
+
+
+def noted(engine, requests, count=computed, careful=True, last=True):
+    steps, execute = [], engine.runner.execute
+    engine.runner.execute = lambda output: steps.append(count(output)) or execute(output)
+    try:
+        for request in requests: engine.add(request)
+        while not all(request.finished for request in requests): engine.step()
+    except BaseException:
+        if careful: del engine.runner.execute
+        raise
+    if last: del engine.runner.execute
+    return steps
+
+
+wrong(engine.check_timeline, "in any case")(lambda *a: noted(*a, careful=False))
+wrong(engine.check_timeline, "is not what it was before")(lambda *a: noted(*a, last=False))
+wrong(engine.check_timeline, "with a prompt that takes several steps gives")(
+    lambda *a: noted(*a, count=lambda output: {s.seq.request_id: 1 for s in output.sampled}
+                     if len(output.sampled) < len(output.scheduled) else computed(output)))
+wrong(engine.check_timeline, "one request of three answers gives")(
+    lambda *a: noted(*a, count=lambda output: {s.seq.request_id: s.num_tokens for s in output.scheduled}))
+wrong(engine.check_timeline, "is a `return` missing?")(lambda *a: noted(*a) and None)
+
+
+# ---- building an engine
+
+@right(engine_args.check_blocks_in)
+def _(num_bytes, token_bytes, block_size, max_model_len, max_num_seqs):
+    block = token_bytes * block_size
+    if num_bytes < block: raise ValueError(f"{num_bytes} bytes are too few for a block of {block}")
+    return min(num_bytes // block, math.ceil(max_model_len / block_size) * max_num_seqs)
+
+
+wrong(engine_args.check_blocks_in, "filled in part")(
+    lambda n, t, b, longest, seqs: blocks_by_hand(n, t, b, longest // b * seqs))
+wrong(engine_args.check_blocks_in, "two texts of 100 tokens")(lambda n, t, b, longest, seqs: blocks_by_hand(n, t, b, 10**9))
+wrong(engine_args.check_blocks_in, "it must raise a ValueError")(
+    lambda n, t, b, longest, seqs: max(0, min(n // (t * b), -(-longest // b) * seqs)))
+
+
+def blocks_by_hand(num_bytes, token_bytes, block_size, most):
+    if num_bytes < token_bytes * block_size: raise ValueError(f"no room for {token_bytes * block_size} bytes")
+    return min(num_bytes // (token_bytes * block_size), most)
+
+
+@right(engine_args.check_read_names)
+def _(options, known, other_names):
+    given = {}
+    for name in options: given.setdefault(other_names.get(name, name), []).append(name)
+    for field, names in given.items():
+        if field not in known: raise ValueError(f"unknown: {names}")
+        if len(names) > 1: raise ValueError(f"{' and '.join(names)} are one field")
+    return {field: options[names[0]] for field, names in given.items()}
+
+
+def reading_names(options, known, other_names, twice=lambda a, b: True, unknown=True):
+    read, origin = {}, {}
+    for name, value in options.items():
+        field = other_names.get(name, name)
+        if field not in known and unknown: raise ValueError(f"{name} is unknown")
+        if field in read and twice(read[field], value): raise ValueError(f"{name} and {origin[field]} are the same")
+        read[field], origin[field] = value, name
+    return read
+
+
+wrong(engine_args.check_read_names, "it must raise a ValueError")(lambda *a: reading_names(*a, twice=lambda a, b: False))
+wrong(engine_args.check_read_names, "it must raise a ValueError")(lambda *a: reading_names(*a, twice=lambda a, b: a != b))
+wrong(engine_args.check_read_names, "'sead': 3")(lambda *a: reading_names(*a, unknown=False))
+
+
+@wrong(engine_args.check_read_names, "make a dict of your own")
+def _(options, known, other_names):
+    for name in [n for n in options if n in other_names]: options[other_names[name]] = options.pop(name)
+    return options
+
+
+@right(engine_args.check_end_tokens)
+def _(in_config, in_generation_config, of_tokenizer):
+    found = []
+    for ids in (in_config, in_generation_config, of_tokenizer): found += ids if isinstance(ids, list) else [ids]
+    return {i for i in found if i is not None}
+
+
+def ending(*sources, keep=lambda i: i is not None):
+    return {i for ids in sources for i in (ids if isinstance(ids, list) else [ids]) if keep(i)}
+
+
+wrong(engine_args.check_end_tokens, "0 is a token")(lambda *a: ending(*a, keep=bool))
+wrong(engine_args.check_end_tokens, "the tokenizer has none")(lambda *a: ending(*a, keep=lambda i: True))
+wrong(engine_args.check_end_tokens, "all three have a say")(lambda config, generation, tokenizer: ending(generation or config, tokenizer))
 
 
 # ---- what holds for all
@@ -1008,7 +1149,6 @@ def test_checks_are_found_from_both_folders():
 # ---- answers to the exercises of further chapters; they join the lists above before pytest reads these
 
 import argparse
-import math
 import struct
 import sys
 from itertools import combinations

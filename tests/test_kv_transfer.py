@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import tiny_folder
 from nano_vllm import LLM, SamplingParams, kv_transfer, prefix_cache
-from nano_vllm.engine import EngineArgs, resolve_args
+from nano_vllm.engine_args import EngineArgs, resolve_args
 from nano_vllm.kv_blocks import Sequence
 from nano_vllm.kv_transfer import (CONNECTORS, DisaggregatedSimulation, KVFormat, RoleRouter, SharedMemoryConnector, TransferReplica, fingerprint,
                                    kv_format, store_prefix)

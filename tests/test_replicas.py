@@ -16,7 +16,7 @@ import psutil
 import pytest
 from helpers import rounding_tolerance, tiny_folder
 from nano_vllm import LLM, SamplingParams
-from nano_vllm.engine import EngineArgs
+from nano_vllm.engine_args import EngineArgs
 from nano_vllm.kv_blocks import Sequence
 from nano_vllm.llm import new_outputs
 from nano_vllm import cli, replicas

@@ -13,7 +13,8 @@ from fake_engine import LetterTokenizer, assert_all_free, check_books
 from helpers import assert_idle, tiny_folder
 from nano_vllm import LLM, SamplingParams, attention, cuda_graphs, engine as engine_module, model_runner, sampler
 from nano_vllm.cuda_graphs import SEED, SEQ_LEN, TEMPERATURE, TOKEN, UNKNOWN, DecodeGraphs, make_graphs
-from nano_vllm.engine import Engine, InputProcessor, OutputProcessor
+from nano_vllm.engine import Engine
+from nano_vllm.request import InputProcessor, OutputProcessor
 from nano_vllm.kv_blocks import Sequence, blocks_needed
 from nano_vllm.layers import Ops
 from nano_vllm.model_runner import InputBatch, ModelRunner

@@ -39,7 +39,7 @@ def test_each_chapter_names_a_file_of_vllm_to_open():
 
 def test_a_chapter_builds_on_the_nearest_only():
     assert quarto_filter.needs("14_scheduler") == ["05_prefix_cache"]       # which builds on blocks itself
-    assert quarto_filter.needs("16_engine") == ["02_tokenizer", "13_cuda_graphs", "14_scheduler"]
+    assert quarto_filter.needs("15_request") == ["02_tokenizer", "10_model", "14_scheduler"]
     assert quarto_filter.needs("01_tiny_engine") == [] == quarto_filter.needs("00_workbench")
 
 

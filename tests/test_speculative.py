@@ -13,7 +13,7 @@ import torch
 from fuzz import plant
 from helpers import assert_idle, logits_tolerance, tiny_folder
 from nano_vllm import LLM, SamplingParams, speculative
-from nano_vllm.engine import EngineArgs, make_engine
+from nano_vllm.engine_args import EngineArgs, make_engine
 from nano_vllm.kv_blocks import Sequence
 from nano_vllm.model_runner import InputBatch, StepHandle
 from nano_vllm.prefix_cache import KVCacheManager
@@ -219,7 +219,7 @@ def letters(tmp_path_factory):
     "The parts of an engine around a model of eight tokens, and its logits after the prompt and each pair of tokens."
     folder = tiny_folder(tmp_path_factory.mktemp("letters"), tokenizer=False, vocab_size=V)
     args = EngineArgs(folder, device="cpu", num_kv_blocks=9000, block_size=4, max_num_seqs=2048, max_model_len=32)
-    from nano_vllm.engine import make_runner, make_scheduler, resolve_args
+    from nano_vllm.engine_args import make_runner, make_scheduler, resolve_args
     from nano_vllm.layers import TensorParallelGroup
     config = resolve_args(args)
     runner, scheduler = make_runner(config, TensorParallelGroup()), make_scheduler(config, 9000)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from book import ROOT, chapters
 from quarto_filter import settings
 
-PUBLIC = [("llm", "LLM"), ("engine", "EngineArgs"), ("sampling_params", "SamplingParams"), ("llm", "TextPrompt"), ("llm", "TokensPrompt"),
-          ("engine", "RequestOutput"), ("engine", "CompletionOutput"), ("engine", "RequestMetrics"), ("sampling_params", "Logprob"),
+PUBLIC = [("llm", "LLM"), ("engine_args", "EngineArgs"), ("sampling_params", "SamplingParams"), ("llm", "TextPrompt"), ("llm", "TokensPrompt"),
+          ("request", "RequestOutput"), ("request", "CompletionOutput"), ("request", "RequestMetrics"), ("sampling_params", "Logprob"),
           ("lora", "LoRARequest"), ("llm", "LLMEngine"), ("async_llm", "AsyncLLM")]
 HEAD = """# The interface {.unnumbered}
 

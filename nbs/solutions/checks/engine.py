@@ -1,14 +1,15 @@
 "Checks of the exercises of the chapter on the engine, and an engine without a model to try them with."
 from types import SimpleNamespace
 
-from nano_vllm.engine import Engine, InputProcessor, OutputProcessor, RequestMetrics
+from nano_vllm.engine import Engine
+from nano_vllm.request import InputProcessor, OutputProcessor
 from nano_vllm.kv_blocks import Sequence
 from nano_vllm.prefix_cache import KVCacheManager
 from nano_vllm.sampling_params import SamplingParams
 from nano_vllm.scheduler import Scheduler
 from nano_vllm.tokenizer import NoTokenizer
 
-from . import WrongAnswer, attempt, exercise, expect, require
+from . import WrongAnswer, attempt, exercise, require
 
 EOS = 0
 
@@ -68,34 +69,6 @@ def require_idle(scheduler, case):
 
 
 @exercise
-def check_time_per_token(time_per_token):
-    for times, wanted, why in (((10., 10.5, 11., 14.5, 8), 0.5, "7 tokens came in the 3.5 s after the first"),
-                               ((0., 0., 1., 2., 2), 1.0, "one token came in the second after the first"),
-                               ((0., 0., 1., 1., 1), None, "a single token has no time between tokens"),
-                               ((0., 0., 1., None, 5), None, "it has not finished"),
-                               ((0., None, None, None, 0), None, "it has not begun")):
-        metrics = RequestMetrics(*times)
-        case = f"time_per_token of a request with first token at {times[2]}, end at {times[3]} and {times[4]} tokens"
-        got = attempt(case, time_per_token, metrics)
-        close = got == wanted if wanted is None or not isinstance(got, (int, float)) else abs(got - wanted) < 1e-9
-        require(close, f"{case} gives {got}, expected {wanted}", why)
-
-
-@exercise
-def check_why_ended(why_ended):
-    eos, stops = {0}, {0, 7}
-    for output, prompt_len, max_len, wanted, why in (
-            ([5, 3], 4, 20, None, "it goes on"),
-            ([5, 0], 4, 20, ("stop", None), "the model ended it itself"),
-            ([5, 7], 4, 20, ("stop", 7), "7 is a stop token of the request, and no end-of-sequence token"),
-            ([5, 3], 4, 6, ("length", None), "4 + 2 tokens are all that it may have"),
-            ([5, 0], 4, 6, ("stop", None), "an answer that ends by itself with its last permitted token has ended by itself"),
-            ([5, 7], 4, 6, ("stop", 7), "an answer whose last permitted token is a stop token has met the stop token"),
-            ([7, 5], 4, 20, None, "only the last token is new"), ([3], 19, 20, ("length", None), "19 + 1 tokens")):
-        expect(why_ended, (output, prompt_len, max_len, stops, eos), wanted, why)
-
-
-@exercise
 def check_run(run):
     prompts = [[5, 3, 8], [9] * 30, [1, 2, 3, 4, 5, 6], [4], [2, 2, 7], [6, 1]]
     for blocks, budget, max_tokens, kind in ((40, 64, 12, "a step has room for all"), (40, 8, 12, "long prompts take several steps"),
@@ -144,3 +117,47 @@ def check_with_deadline(with_deadline):
         while engine.requests: engine.step()
         require_idle(engine.scheduler, case)
         require(len(other.output()["token_ids"]) == 20, f"{case}: a fifth request was left without its tokens")
+
+
+class Failing(ToyRunner):
+    "A toy runner whose third step is interrupted, once."
+    raised = False
+
+    def execute(self, output):
+        if self.steps == 2 and not self.raised:
+            self.raised = True
+            raise KeyboardInterrupt
+        return super().execute(output)
+
+
+def computed(output):
+    "{request id: tokens} of a step."
+    numbers = {}
+    for s in output.scheduled: numbers[s.seq.request_id] = numbers.get(s.seq.request_id, 0) + s.num_tokens
+    return numbers
+
+
+@exercise
+def check_timeline(timeline):
+    for prompts, n, kind in (([[5, 3, 8], [4]], 1, "two short prompts"), ([[9] * 40, [1, 2]], 1, "a prompt that takes several steps"),
+                             ([[2, 2, 7]], 3, "one request of three answers")):
+        params = SamplingParams(max_tokens=6, ignore_eos=True, n=n, seed=1)
+        case, expected, engine = f"timeline, with {kind}", [], toy_engine()
+        execute = engine.runner.execute
+        engine.runner.execute = lambda output: expected.append(computed(output)) or execute(output)
+        for request in engine.input_processor.make_requests(prompts, params): engine.add(request)
+        while engine.requests: engine.step()
+        engine = toy_engine()
+        got = attempt(case, timeline, engine, engine.input_processor.make_requests(prompts, params))
+        require(got is not None, f"{case} gives None", "is a `return` missing?")
+        require(list(map(dict, got)) == expected, f"{case} gives {list(got)}, expected {expected}")
+        require("execute" not in vars(engine.runner) or engine.runner.execute == ToyRunner.execute.__get__(engine.runner),
+                f"{case}: engine.runner.execute is not what it was before")
+        require_idle(engine.scheduler, case)
+    engine, case = toy_engine(), "timeline, whose third step is interrupted,"
+    engine.runner = Failing()
+    try: timeline(engine, engine.input_processor.make_requests([[5, 3, 8]], SamplingParams(max_tokens=6, ignore_eos=True)))
+    except KeyboardInterrupt:
+        require("execute" not in vars(engine.runner) or engine.runner.execute == Failing.execute.__get__(engine.runner),
+                f"{case} leaves its notes around engine.runner.execute", "`try: ... finally: ...` takes them away in any case")
+    else: require(False, f"{case} does not raise KeyboardInterrupt", "who pressed Ctrl-C wants it to end")

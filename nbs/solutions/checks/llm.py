@@ -2,7 +2,8 @@
 import math
 from contextlib import closing
 
-from nano_vllm.engine import Engine, InputProcessor, OutputProcessor
+from nano_vllm.engine import Engine
+from nano_vllm.request import InputProcessor, OutputProcessor
 from nano_vllm.layers import TensorParallelGroup
 from nano_vllm.llm import LLM
 from nano_vllm.sampling_params import Logprob, SamplingParams

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 from nano_vllm.kv_blocks import Sequence
 from nano_vllm.sampling_params import SamplingParams
 from nano_vllm.tokenizer import NoTokenizer
-from nano_vllm.engine import Engine, InputProcessor, OutputProcessor
+from nano_vllm.engine import Engine
+from nano_vllm.request import InputProcessor, OutputProcessor
 
 from . import WrongAnswer, attempt, exercise, expect, require
 from .engine import EOS, answer_to, next_token, require_idle, toy_scheduler
