@@ -20,8 +20,8 @@ TEST_ENV := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
 # what computes differently on a processor without AVX-512
 KERNEL_TESTS := $(addprefix tests/,test_attention.py test_bfloat16.py test_cpu_attention.py test_cpu_kernels.py test_cpu_products.py test_cpu_steps.py test_layers.py \
-	test_quantization.py test_triton_attention.py)
-KERNEL_NOTEBOOKS := $(wildcard nbs/*_cpu_*.ipynb nbs/*_bfloat16.ipynb nbs/*_quantization.ipynb)
+	test_int4.py test_quantization.py test_triton_attention.py)
+KERNEL_NOTEBOOKS := $(wildcard nbs/*_cpu_*.ipynb nbs/*_bfloat16.ipynb nbs/*_quantization.ipynb nbs/*_four_bits.ipynb)
 # both cores at work: two notebooks or two groups of tests at a time, each with a thread
 # (the solutions run in tests/test_exercises.py, which also looks at what they print)
 run_notebooks = $(TEST_ENV) $(2) TRITON_INTERPRET=1 $(BIN)/python tools/test_notebooks.py $(1)

@@ -19,7 +19,7 @@ from .cpu_kernels import InPlaceQueries, can_build
 from .cpu_products import TiledProduct, cpu_products_ops, fast_sample
 from .cpu_steps import fits_one_call, run_layers_at_once
 from .layers import OPS, Ops, Target
-from .quantization import int8_ops
+from .quantization import QUANTIZED
 from .sampler import SamplingMetadata
 
 # %% ../nbs/42_batch_invariance.ipynb #4e1f6e21
@@ -82,7 +82,7 @@ def obstacle(target: Target) -> str | None:
 # %% ../nbs/42_batch_invariance.ipynb #e31e8abc
 def plain_ops(target: Target) -> Ops:
     "Ops with our own products, for a target without obstacles."
-    if target.quantization is not None: return int8_ops(target)
+    if target.quantization is not None: return QUANTIZED[target.quantization](target)
     if target.dtype == torch.float32: return cpu_products_ops(target)
     return replace(bfloat16_ops(target), linear=Bfloat16Product)
 

@@ -171,6 +171,7 @@ class Ops:
 
     linear(weight (out, in)) -> product, with product(x (..., in), bias) -> (..., out);
         None: F.linear with the weight as it is.
+    head_linear: the same for the output layer; None: `linear` makes its product, too.
     norm(x, weight, eps, residual=None): what `rms_norm` gives.
     activation(x (..., 2*d)) -> (..., d): what `silu_and_mul` gives.
     rope_and_cache(attention_layer, qkv, cos, sin, attention) -> q: as `rope_and_cache`.
@@ -184,6 +185,7 @@ class Ops:
     batch_invariant: a token's results depend on its text alone, bit for bit: neither on
         the others of a step nor on how the text is cut into steps."""
     linear: Callable | None = None
+    head_linear: Callable | None = None
     norm: Callable = rms_norm
     activation: Callable = silu_and_mul
     rope_and_cache: Callable = rope_and_cache
@@ -295,7 +297,7 @@ def triton_ops(target: Target) -> Ops | None:
 if TritonAttention is not None: OPS["triton"] = triton_ops
 
 # %% ../nbs/09_tp_layers.ipynb #e7cae8c5
-QUANTIZATIONS = (None, "int8")
+QUANTIZATIONS = (None, "int8", "int4")
 
 # %% ../nbs/09_tp_layers.ipynb #842fc81f
 def ops_for(name: str, target: Target) -> Ops | None:
@@ -508,11 +510,12 @@ class VocabParallelEmbedding(nn.Module):
         return self.group.gather(local)[..., :self.rows.total]
 
     def pack(self, keep_weight: bool):
-        """Hand the loaded weight to `ops.linear`, if there is one, for the logits.
+        """Hand the loaded weight to the Ops, if they want it, for the logits.
 
         `keep_weight`: whether it is still needed, for embeddings."""
-        if self.ops.linear is None: return
-        self.product = self.ops.linear(self.weight)
+        linear = self.ops.head_linear or self.ops.linear
+        if linear is None: return
+        self.product = linear(self.weight)
         if not keep_weight: self.weight = None
 
     def weight_shards(self, name: str) -> dict[str, WeightShard]:

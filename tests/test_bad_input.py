@@ -238,7 +238,7 @@ def test_a_refusal_beside_a_stream(llm, answer, bad):
     (dict(ops="fast"), "ops", "'fast'", "auto", "torch"), (dict(ops="Torch"), "ops", "'Torch'", "torch"), (dict(ops=None), "ops", "None"), (dict(ops=[]), "ops", r"\[\]"),
     (dict(ops={}), "ops", r"\{\}"), (dict(ops="fusions"), "ops", "'fusions'", "compile"), (dict(ops="int8"), "ops", "'int8'", "quantization"),
     (dict(ops="torch", quantization="int8"), "ops", "'torch'", "quantization"), (dict(ops="torch", compile=True), "ops", "'torch'", "compile"),
-    (dict(quantization="int4"), "quantization", "'int4'", "int8"), (dict(quantization=[]), "quantization", r"\[\]"), (dict(compile=1), "compile", "1"),
+    (dict(quantization="int3"), "quantization", "'int3'", "int8"), (dict(quantization=[]), "quantization", r"\[\]"), (dict(compile=1), "compile", "1"),
     (dict(async_scheduling="yes"), "async_scheduling", "'yes'"), (dict(async_scheduling=1), "async_scheduling", "1"),
     (dict(long_prefill_token_threshold=-1), "long_prefill_token_threshold", "-1"), (dict(kv_cache_dtype="fp8"), "kv_cache_dtype", "'fp8'", "float32"),
     (dict(load_format="gguf"), "load_format", "'gguf'", "dummy"), (dict(load_format=None), "load_format", "None"), (dict(load_format=[]), "load_format", r"\[\]"),

@@ -26,7 +26,8 @@ PROMPTS = [[(31 * i + 7 * j) % 49152 for j in range(3 + 5 * i)] for i in range(6
 PARAMS = [SamplingParams(seed=i, temperature=(.8, 0, 1.)[i % 3], top_p=(1., .9)[i % 2], presence_penalty=i % 3 / 2, max_tokens=10, ignore_eos=True, logprobs=2)
           for i in range(6)]
 KINDS = {"float32": dict(dtype="float32"), "bfloat16": dict(dtype="bfloat16"), "int8": dict(dtype="float32", quantization="int8"),
-         "int8 of bfloat16": dict(dtype="bfloat16", quantization="int8"), "bfloat16 KV": dict(dtype="float32", kv_cache_dtype="bfloat16")}
+         "int8 of bfloat16": dict(dtype="bfloat16", quantization="int8"), "int4": dict(dtype="bfloat16", quantization="int4"),
+         "bfloat16 KV": dict(dtype="float32", kv_cache_dtype="bfloat16")}
 
 
 def make(folder, **options): return LLM(folder, device="cpu", skip_tokenizer_init=True, **dict(LIMITS, batch_invariant=True) | options)

@@ -51,7 +51,7 @@ def test_all_ops_that_suit_give_the_same_tokens(tiny):
 
 def engines_of_all_ops():
     "Options for each of the ops: they keep what they need in different places."
-    return [{}, dict(async_scheduling=True), *(dict(ops=name, quantization="int8" if name.startswith("int8") else None)
+    return [{}, dict(async_scheduling=True), *(dict(ops=name, quantization=name[:4] if name.startswith("int") else None)
                                                for name in OPS if name != "fusions")]
 
 

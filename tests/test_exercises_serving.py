@@ -19,10 +19,10 @@ import torch
 
 from exercise_answers import Answers, assert_all_tried, checks_of, name_of, try_answer
 from solutions.checks import (
-    async_llm, batch_invariance, kv_transfer, lora, pipeline, replicas, routing, server, sliding_windows, speculative, structured_output)
+    async_llm, batch_invariance, int4, kv_transfer, lora, pipeline, replicas, routing, server, sliding_windows, speculative, structured_output)
 
 MODULES = [
-    async_llm, server, structured_output, speculative, lora, sliding_windows, routing, replicas, pipeline, kv_transfer, batch_invariance]
+    async_llm, server, structured_output, speculative, lora, sliding_windows, routing, replicas, pipeline, kv_transfer, batch_invariance, int4]
 CHECKS = checks_of(MODULES)
 ANSWERS = Answers()
 right, wrong = ANSWERS.right, ANSWERS.wrong
@@ -825,6 +825,54 @@ wrong(batch_invariance.check_constant_tiles, "rows that were filled up are nobod
     lambda product, x, tile: torch.cat([product(p) for p in filled(x, -len(x) % tile).split(tile)]))
 wrong(batch_invariance.check_constant_tiles, "calls product 4 times, expected 1")(
     lambda product, x, tile: torch.cat([product(filled(row[None], tile - 1))[:1] for row in x]))
+
+
+# ---- four bits
+
+right(int4.check_megabytes)(lambda in_layers, in_head, group, scale_bits: (in_layers / 2 + in_layers / group * scale_bits / 8 + in_head) / 1e6)
+wrong(int4.check_megabytes, "32 weights share the 16 bits of a scale")(lambda in_layers, in_head, group, scale_bits: (in_layers / 2 + in_head) / 1e6)
+wrong(int4.check_megabytes, "expected 88.03")(lambda in_layers, in_head, group, scale_bits: (in_layers + in_head) * (4 + scale_bits / group) / 8e6)
+
+
+@right(int4.check_unpack_nibbles)
+def _(words):
+    "By bytes."
+    bytes = words.contiguous().view(torch.uint8).unflatten(1, (-1, 4))
+    return torch.stack([bytes & 15, bytes >> 4], 2).flatten(1).to(torch.int8) - 8
+
+
+def by_shifts(words, order=(0, 8, 16, 24, 4, 12, 20, 28), mask=15, less=8):
+    return torch.stack([words >> at & mask for at in order], 2).flatten(1).to(torch.int8) - less
+
+
+right(int4.check_unpack_nibbles)(by_shifts)
+wrong(int4.check_unpack_nibbles, "their order is not: byte i holds numbers i and 4 + i")(lambda words: by_shifts(words, range(0, 32, 4)))
+wrong(int4.check_unpack_nibbles, "8 was added before they were packed")(lambda words: by_shifts(words, less=0))
+wrong(int4.check_unpack_nibbles, "what else came along in the shift?")(lambda words: by_shifts(words, mask=-1))
+wrong(int4.check_unpack_nibbles, "gives torch.int32, expected torch.int8")(lambda words: by_shifts(words).int())
+
+
+@right(int4.check_product_with_minimum)
+def _(q, scale, minimum, x):
+    "As the kernel: whole sums of each group, and the sums of the rows' numbers."
+    y = torch.zeros(len(x), len(q))
+    for g, (rows, weights) in enumerate(zip(x.int().split(32, 1), q.int().split(32, 1))):
+        y += rows @ weights.T * scale[:, g] + rows.sum(1, keepdim=True) * minimum[:, g]
+    return y
+
+
+def with_minimum(q, scale, minimum, x, kind=torch.int64, of_x=lambda rows: rows.sum(-1), factor=lambda scale: 1):
+    groups, rows = q.to(kind).unflatten(1, (-1, 32)), x.to(kind).unflatten(1, (-1, 32))
+    dots = (rows[:, None] * groups).sum(-1, dtype=kind)
+    return ((dots * scale).sum(-1) + (of_x(rows)[:, None] * minimum * factor(scale)).sum(-1)).float()
+
+
+right(int4.check_product_with_minimum)(with_minimum)
+wrong(int4.check_product_with_minimum, "the minimum is missing")(lambda *a: with_minimum(*a, of_x=lambda rows: 0 * rows.sum(-1)))
+wrong(int4.check_product_with_minimum, "it belongs to each of the 32 numbers")(lambda *a: with_minimum(*a, of_x=lambda rows: rows.sum(-1) * 0 + 1))
+wrong(int4.check_product_with_minimum, "the minimum has been scaled, too")(lambda *a: with_minimum(*a, factor=lambda scale: scale))
+wrong(int4.check_product_with_minimum, "the largest sum of a group is")(lambda *a: with_minimum(*a, kind=torch.int8))
+wrong(int4.check_product_with_minimum, "Is a `return` missing?")(lambda *a: None)
 
 
 # ---- what holds for all

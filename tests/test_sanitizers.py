@@ -18,7 +18,7 @@ LIBRARIES = "libasan.so", "libstdc++.so.6"       # the second, or the first cann
 RUNTIME = [subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip() for name in LIBRARIES if CAN_BUILD]
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (RUNTIME and all(map(os.path.isabs, RUNTIME))), reason="needs g++ and its libasan")]
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1"
-TESTS = ["cpu_kernels", "cpu_products", "cpu_attention", "cpu_steps", "bfloat16", "quantization"]
+TESTS = ["cpu_kernels", "cpu_products", "cpu_attention", "cpu_steps", "bfloat16", "quantization", "int4"]
 
 
 @pytest.fixture(scope="module")
