@@ -68,7 +68,8 @@ def obstacle(target: Target) -> str | None:
     c, dtypes = target.config, {target.dtype, target.kv_cache_dtype}
     for why, is_so in {
             f"on device {target.device.type!r}": target.device.type != "cpu",
-            "without g++ and AVX2": not can_build(), "with compile": target.compile,
+            "without kernels for this CPU": not can_build(),
+            "with compile": target.compile,
             "for a mixture of experts": c.mlp is not None,
             "for this architecture": (c.decoder or c.kv_layout) is not None,
             "with float16": torch.float16 in dtypes,
@@ -88,7 +89,7 @@ def plain_ops(target: Target) -> Ops:
 
 # %% ../nbs/42_batch_invariance.ipynb #56cdcd22
 def batch_invariant_ops(target: Target) -> Ops | None:
-    """batch_invariant=True: dense models in sizes of 16 n, on CPUs with AVX2 and g++.
+    """batch_invariant=True: dense models in sizes of 16 n, on CPUs with kernels.
 
     ValueError names what stands in the way."""
     if not target.batch_invariant: return None

@@ -53,7 +53,7 @@ struct Rows {
 #else
 struct Rows {
   const float* x;
-  Rows(const float* x, int64_t rows, int64_t inputs) : x(x) {}
+  Rows(const float* x, int64_t, int64_t) : x(x) {}
   const Pair* pairs() const { return (const Pair*)x; }
 };
 #endif
@@ -119,10 +119,11 @@ def bfloat16_linear(weight: Tensor):
 
 # %% ../nbs/24_bfloat16.ipynb #71e424bf
 def bfloat16_ops(target: Target) -> Ops | None:
-    """bfloat16 models without experts on a CPU with AVX2 and g++.
+    """bfloat16 models without experts on a CPU with kernels.
 
     Neither quantization nor compile. All but the weights is computed in float32."""
-    if not fits_kernels() or target.dtype != torch.bfloat16: return None
+    if target.device.type != "cpu" or target.dtype != torch.bfloat16: return None
+    if not fits_kernels(): return None
     ops = cpu_products_ops(replace(target, dtype=torch.float32))
     if ops is None or target.config.mlp is not None: return None
     return replace(ops, linear=bfloat16_linear, hidden_dtype=torch.float32)

@@ -73,7 +73,7 @@ static inline void weigh(Tile& t, int row, int64_t first, floats* scores,
   float old = t.best[row], most = old;
   for (int j = 0; j < WIDE; j++) {
     ints at = lane + (int)(first - t.start[row]) + j * LANES;
-    ints hidden = at < 0 | at >= (int)(t.end[row] - t.start[row]);
+    ints hidden = (at < 0) | (at >= (int)(t.end[row] - t.start[row]));
     scores[j] = hidden ? floats{} - INFINITY : scores[j];
     most = std::max(most, max_lane(scores[j]));
   }
@@ -126,7 +126,7 @@ static void attend_tile(Tile& t, const Queries* s, int64_t begin, int64_t end,
     for (int row = 0; row < rows; row += ROWS) {
       int some = std::min(ROWS, rows - row);
       if (t.end[row + some - 1] <= first || t.start[row] >= first + n) continue;
-      floats scores[ROWS][WIDE];
+      alignas(64) floats scores[ROWS][WIDE];
       tiles<ROWS>(some, t.q[row], (const floats*)t.k, (const floats*)t.k, HEAD_DIM,
                   scores);
       for (int r = 0; r < some; r++)
@@ -223,7 +223,7 @@ BACKENDS["tiled"] = TiledAttention
 
 # %% ../nbs/26_cpu_attention.ipynb #7c0433ff
 def tiled_attention_ops(target: Target) -> Ops | None:
-    "A CPU with AVX2 and g++, any dtype or quantization that it can have; no compile."
+    "A CPU with kernels, any dtype or quantization that it can have; no compile."
     if target.quantization is None:
         ops = bfloat16_ops(target) or cpu_products_ops(target)
     else: ops = int8_ops(target)

@@ -36,7 +36,7 @@ TILE = r"""
 #if LANES == 16
 constexpr int ROWS = 8, WIDE = 3;   // sums in 24 of the 32 registers of AVX-512
 #else
-constexpr int ROWS = 6, WIDE = 2;   // in 12 of the 16 registers of AVX2
+constexpr int ROWS = 6, WIDE = 16 / LANES;   // in 12 of AVX2's 16, in 24 of NEON's 32
 #endif
 // sum (R, outputs): R rows of x times the outputs of a tile, for x (R, inputs) and
 // w (inputs, outputs);
@@ -339,7 +339,7 @@ fast_sample = functools.partial(sample, draw=fast_draw)
 
 # %% ../nbs/23_cpu_products.ipynb #eac174c5
 def cpu_products_ops(target: Target) -> Ops | None:
-    "A CPU with AVX2 and g++, or any for float32; neither quantization nor compile."
+    "A CPU with kernels, or any for float32; neither quantization nor compile."
     ops = cpu_kernels_ops(target)
     if ops is None: return None
     if fits_kernels(): ops = replace(ops, sample=fast_sample)

@@ -237,19 +237,19 @@ def with_one_call(build: Callable, target: Target) -> Ops | None:
 
 # %% ../nbs/27_cpu_steps.ipynb #f540c086
 def cpu_steps_ops(target: Target) -> Ops | None:
-    """Dense float32 models in sizes of 16 n, on one CPU with AVX2.
+    """Dense float32 models in sizes of 16 n, on one CPU with kernels.
 
-    It needs g++, and neither quantization nor compile nor tensor parallelism."""
+    Neither quantization nor compile nor tensor parallelism."""
     return with_one_call(cpu_products_ops, target)
 
 
 def int8_steps_ops(target: Target) -> Ops | None:
-    "quantization='int8', otherwise as cpu_steps: AVX2, sizes of 16 n."
+    "quantization='int8', otherwise as cpu_steps: in sizes of 16 n."
     return with_one_call(int8_ops, target)
 
 
 def bfloat16_steps_ops(target: Target) -> Ops | None:
-    "Dense bfloat16 models, otherwise as cpu_steps: AVX2, sizes of 16 n."
+    "Dense bfloat16 models, otherwise as cpu_steps: in sizes of 16 n."
     return with_one_call(bfloat16_ops, target)
 
 

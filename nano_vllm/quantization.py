@@ -42,8 +42,8 @@ def check_int_mm():
     if int_mm_is_exact(): return
     raise ValueError("quantization must be None here, got 'int8': PyTorch's sums of "
                      "8-bit products saturate on this CPU. Exact ones need AVX512-VNNI "
-                     "or AMX, or AVX2, g++ and a float32 or bfloat16 model in "
-                     "sizes of 16 n")
+                     "or AMX, or AVX2 or NEON, g++ or clang++, and a float32 "
+                     "or bfloat16 model in sizes of 16 n")
 
 # %% ../nbs/25_quantization.ipynb #465b88c8
 def group_size(n: int) -> int:
@@ -70,14 +70,16 @@ template <int half> static inline floats pair(floats y) {
     partner[i] = i ^ half;
     sign[i] = i & half ? -1 : 1;
   }
-  return __builtin_shuffle(y, partner) + sign * y;
+  return shuffle(y, y, partner) + sign * y;
 }
 // y: the vectors of a group; all pairs, half after half
 static inline void hadamard(floats* y) {
   for (int i = 0; i < VECTORS; i++) {
     if (SIZE > 1) y[i] = pair<1>(y[i]);
     if (SIZE > 2) y[i] = pair<2>(y[i]);
+#if LANES > 4
     if (SIZE > 4) y[i] = pair<4>(y[i]);
+#endif
 #if LANES > 8
     if (SIZE > 8) y[i] = pair<8>(y[i]);
 #endif
@@ -139,8 +141,10 @@ def hadamard_int8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 # %% ../nbs/25_quantization.ipynb #461fbf0b
 ADD_INT8 = r"""
-#ifdef __AVX2__
+#if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 // in each lane, sum + the four numbers of x, plus 128 each, times the four of w
 static inline ints add(ints sum, int32_t x, ints w) {
@@ -154,6 +158,12 @@ static inline ints add(ints sum, int32_t x, ints w) {
   __m256i even = _mm256_srai_epi16(_mm256_slli_epi16((__m256i)w, 8), 8);
   sum += (ints)_mm256_madd_epi16(even, _mm256_set1_epi32(x & 0xff00ff));
   return sum + (ints)_mm256_madd_epi16(odd, _mm256_set1_epi32(x >> 8 & 0xff00ff));
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+  return (ints)vusdotq_s32((int32x4_t)sum, (uint8x16_t)vdupq_n_s32(x), (int8x16_t)w);
+#elif defined(__ARM_FEATURE_DOTPROD)                   // both with signs: -128 apart
+  int32x4_t signs = vdotq_s32(int32x4_t{}, vdupq_n_s8(-128), (int8x16_t)w);
+  int8x16_t numbers = (int8x16_t)vdupq_n_s32(x ^ 0x80808080);
+  return (ints)(vdotq_s32((int32x4_t)sum, numbers, (int8x16_t)w) - signs);
 #else
   for (int at = 0; at < 32; at += 8) sum += (x >> at & 255) * (w << (24 - at) >> 24);
   return sum;

@@ -9,7 +9,7 @@ from helpers import assert_idle, tiny_folder
 from nano_vllm import LLM, SamplingParams, bfloat16, cpu_kernels
 from nano_vllm.attention import TorchAttention
 from nano_vllm.bfloat16 import Bfloat16Product, LibraryProduct, bfloat16_linear, bfloat16_ops
-from nano_vllm.cpu_kernels import CAN_BUILD, PlainProduct, cpu_flags
+from nano_vllm.cpu_kernels import CAN_BUILD, PlainProduct, can_build, predefined_macros, toolchain
 from nano_vllm.cpu_products import TiledProduct
 from nano_vllm.layers import OPS, Ops, choose_ops
 from nano_vllm.model import ModelConfig
@@ -19,7 +19,7 @@ from test_cpu_products import check_product, random
 from test_cpu_steps import FITTING
 from test_model import make, our_logits
 
-compiled = pytest.mark.skipif(not CAN_BUILD, reason="no AVX2 or no g++ here")
+compiled = pytest.mark.skipif(not can_build(), reason="no kernels for this CPU here")
 seeds = st.integers(0, 2**31)
 HALF = torch.bfloat16
 
@@ -31,7 +31,7 @@ def test_the_product(seed, rows, inputs, outputs, has_bias, widen):
     "Against exact sums: of the rows themselves, or of the rows rounded to bfloat16, where the processor multiplies pairs."
     x, weight, bias = random(seed, rows, inputs), random(seed + 1, outputs, inputs).to(HALF), random(seed + 2, outputs)
     product = Bfloat16Product(weight, widen)
-    rounds = not widen and cpu_kernels.LANES == 16 and "avx512_bf16" in cpu_flags().split()
+    rounds = not widen and "__AVX512BF16__" in predefined_macros(toolchain().compile)
     seen = x.to(HALF).float() if rounds else x
     assert torch.equal(product(x), product(seen))
     check_product(product, seen, weight.float(), bias if has_bias else None)

@@ -10,7 +10,7 @@ from helpers import assert_idle, tiny_folder
 from nano_vllm import LLM, SamplingParams, cpu_kernels, cpu_steps
 from nano_vllm.attention import TorchAttention, make_batch
 from nano_vllm.cpu_attention import TiledAttention
-from nano_vllm.cpu_kernels import CAN_BUILD, InPlaceAttention, packed_linear
+from nano_vllm.cpu_kernels import CAN_BUILD, InPlaceAttention, can_build, packed_linear
 from nano_vllm.cpu_products import MAX_MLP_TOKENS, best_linear
 from nano_vllm.cpu_steps import only_part, layer_table, run_layers_at_once
 from nano_vllm.kv_blocks import ScheduledSequence, Sequence
@@ -20,7 +20,7 @@ from nano_vllm.weights import load_model
 from test_cpu_kernels import close, target
 from test_model import make, our_logits
 
-compiled = pytest.mark.skipif(not CAN_BUILD, reason="no AVX2 or no g++ here")
+compiled = pytest.mark.skipif(not can_build(), reason="no kernels for this CPU here")
 FITTING = dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96, head_dim=16, max_position_embeddings=512)
 
 

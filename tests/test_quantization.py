@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from helpers import assert_idle, tiny_folder
 from nano_vllm import LLM, SamplingParams, cpu_kernels, quantization
-from nano_vllm.cpu_kernels import CAN_BUILD
+from nano_vllm.cpu_kernels import CAN_BUILD, can_build
 from nano_vllm.cpu_products import load_product, tiled
 from nano_vllm.layers import OPS, Ops, choose_ops
 from nano_vllm.model import ModelConfig
@@ -21,8 +21,8 @@ from test_model import make, our_logits
 seeds = st.integers(0, 2**31)
 widths = st.sampled_from([16, 32, 48, 64, 112, 576]) | st.integers(2, 80)   # of one input torch._int_mm makes nonsense; no model has that
 quick = settings(max_examples=60, deadline=None)
-compiled = pytest.mark.skipif(not CAN_BUILD, reason="no AVX2 or no g++ here")
-REFUSAL = "quantization must be None here, got 'int8': .*saturate.* need AVX512-VNNI or AMX, or AVX2, g"
+compiled = pytest.mark.skipif(not can_build(), reason="no kernels for this CPU here")
+REFUSAL = "quantization must be None here, got 'int8': .*saturate.* need AVX512-VNNI or AMX, or AVX2 or NEON, g"
 
 
 def random(seed, *shape): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

@@ -31,7 +31,7 @@ def environment(tmp_path_factory):
     (folder/"cache").mkdir()
     for kept in cache_dir().iterdir() if cache_dir().exists() else ():      # models; the kernels are built anew
         if kept.name != "kernels": (folder/"cache"/kept.name).symlink_to(kept)
-    return {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "LD_PRELOAD": ":".join(RUNTIME), "NANO_VLLM_CACHE": str(folder/"cache"),
+    return {**os.environ, "CXX": "", "PATH": f"{folder}:{os.environ['PATH']}", "LD_PRELOAD": ":".join(RUNTIME), "NANO_VLLM_CACHE": str(folder/"cache"),
             "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": str(ROOT)}
 
 

@@ -108,7 +108,7 @@ def check_relu_writer(source):
 def seconds_of_tile(rows, wide, num_rows, inputs=576, outputs=3072):
     "Seconds of a product with `num_rows` rows by tiles of `rows` rows and `wide` vectors; 0 without a compiler."
     if not CAN_BUILD: return 0.0
-    tile = re.sub(r"constexpr int ROWS = \d+, WIDE = \d+;", f"constexpr int ROWS = {rows}, WIDE = {wide};", TILE)
+    tile = re.sub(r"constexpr int ROWS = \d+, WIDE = [^;]+;", f"constexpr int ROWS = {rows}, WIDE = {wide};", TILE)
     product = load_product(VECTOR_TYPES + ADD_FLOATS + tile + MULTIPLY + PRODUCT + WRITE + FLOAT_PRODUCT)
     g, width = torch.Generator().manual_seed(0), LANES * wide
     x, weight = torch.randn(num_rows, inputs, generator=g), torch.randn(outputs, inputs, generator=g)
