@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['ROPE_TYPES', 'ROPE_LIMITS', 'OPS', 'QUANTIZATIONS', 'LAUNCHERS', 'rms_norm', 'silu_and_mul', 'default_rope',
            'linear_rope', 'llama3_rope', 'yarn_attention_factor', 'yarn_rope', 'check_rope', 'rope_frequencies',
-           'Rotary', 'rotate', 'qk_norm_rope', 'rope_and_cache', 'run_layers', 'Ops', 'empty', 'fixed', 'RMSNorm',
-           'Linear', 'Target', 'torch_ops', 'triton_ops', 'ops_for', 'last_that_suits', 'named_ops', 'what_it_suits',
-           'with_attention', 'choose_ops', 'TensorParallelGroup', 'ShardRange', 'shard', 'WeightShard', 'whole_shards',
-           'ColumnParallelLinear', 'RowParallelLinear', 'VocabParallelEmbedding']
+           'Rotary', 'rotate', 'qk_norm_rope', 'rope_and_cache', 'run_layers', 'all_reduce', 'Ops', 'empty', 'fixed',
+           'RMSNorm', 'Linear', 'Target', 'torch_ops', 'triton_ops', 'ops_for', 'last_that_suits', 'named_ops',
+           'what_it_suits', 'with_attention', 'choose_ops', 'TensorParallelGroup', 'ShardRange', 'shard', 'WeightShard',
+           'whole_shards', 'ColumnParallelLinear', 'RowParallelLinear', 'VocabParallelEmbedding']
 
 # %% ../nbs/09_tp_layers.ipynb #92ebcc80
 import math
@@ -165,6 +165,11 @@ def run_layers(layers, hidden_states: Tensor, residual: Tensor, cos: Tensor,
     return hidden_states, residual
 
 # %% ../nbs/09_tp_layers.ipynb #1d609c9d
+def all_reduce(group, x: Tensor) -> Tensor:
+    "The sum of `x` over the ranks of a group, as the group adds; `x` is used up."
+    return group.all_reduce(x)
+
+
 @dataclass(frozen=True)
 class Ops:
     """How a model computes: chosen once, and handed to its modules when they are built.
@@ -180,6 +185,7 @@ class Ops:
     attention: the class of the attention backend. A user may ask for another one, so
         rope_and_cache and run_layers must do with any.
     sample(logits (R, V), metadata) -> ids (R,): what `sampler.sample` gives.
+    all_reduce(group, x) -> the ranks' sum, on all of them: what `all_reduce` gives.
     max_mlp_tokens: an MLP takes more tokens than that in pieces; None: never.
     hidden_dtype: of hidden states, norms and biases; None: the weights' own.
     batch_invariant: a token's results depend on its text alone, bit for bit: neither on
@@ -192,6 +198,7 @@ class Ops:
     run_layers: Callable = run_layers
     attention: type = TorchAttention
     sample: Callable = sample
+    all_reduce: Callable = all_reduce
     max_mlp_tokens: int | None = None
     hidden_dtype: torch.dtype | None = None
     batch_invariant: bool = False
@@ -379,6 +386,10 @@ class TensorParallelGroup:
         "On rank 0 the ranks' `x` side by side along the last dimension."
         return x
 
+    def all_gather(self, x) -> list:
+        "The ranks' `x`, in their order, on all of them."
+        return [x]
+
     def minimum(self, n: int) -> int:
         "The least `n` of all ranks."
         return n
@@ -473,7 +484,7 @@ class RowParallelLinear(Linear):
 
     def forward(self, x):
         if self.group.size == 1: return super().forward(x)
-        y = self.group.all_reduce(self.multiply(x))
+        y = self.ops.all_reduce(self.group, self.multiply(x))
         return y if self.bias is None else y + self.bias
 
     def weight_shards(self, name: str) -> dict[str, WeightShard]:
@@ -501,7 +512,7 @@ class VocabParallelEmbedding(nn.Module):
         local = token_ids - self.rows.start
         mine = (local >= 0) & (local < self.rows.length)
         x = F.embedding(local.where(mine, 0), self.weight)
-        return self.group.all_reduce(x.where(mine[..., None], 0))
+        return self.ops.all_reduce(self.group, x.where(mine[..., None], 0))
 
     def logits(self, hidden):
         "Logits (R, num_embeddings) of `hidden` (R, dim), complete on rank 0 only."

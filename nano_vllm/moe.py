@@ -84,11 +84,13 @@ class MoE(nn.Module):
         super().__init__()
         self.gate = Linear(c.hidden_size, num_experts, ops=ops)
         self.experts = kind(c.hidden_size, intermediate_size, num_experts, group, ops)
-        self.group, self.top_k, self.normalise = group, top_k, normalise
+        self.group, self.ops = group, ops
+        self.top_k, self.normalise = top_k, normalise
 
     def forward(self, x):
         experts, weights = route(self.gate(x), self.top_k, self.normalise)
-        return self.group.all_reduce(self.experts(x, experts, weights))
+        y = self.experts(x, experts, weights)
+        return self.ops.all_reduce(self.group, y)
 
 # %% ../nbs/31_mixture_of_experts.ipynb #829a4d67
 def qwen3_moe(hf) -> dict:

@@ -134,6 +134,7 @@ class DistributedGroup(ControlGroup):
     def __init__(self, store, rank: int, size: int, device_type: str = "cpu"):
         super().__init__(store, rank, size)
         self.sum = collective_options(dist.AllreduceOptions)
+        self.to_all = collective_options(dist.distributed_c10d.AllgatherOptions)
         data, self.waits_on_host = self.process_groups["control"], device_type == "cpu"
         if device_type != "cpu":
             data = make_process_group(dist.ProcessGroupNCCL, store, "data", rank, size)
@@ -148,6 +149,12 @@ class DistributedGroup(ControlGroup):
         "The sum of the ranks' `x`, on all of them, in place."
         self.wait(self.process_groups["data"].allreduce([x], self.sum))
         return x
+
+    def all_gather(self, x: torch.Tensor) -> list[torch.Tensor]:
+        "The ranks' `x`, in their order, on all of them."
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        self.wait(self.process_groups["data"].allgather([parts], [x], self.to_all))
+        return parts
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         "On rank 0 the ranks' `x` side by side along the last dimension."

@@ -1,22 +1,25 @@
 """Batch invariance: a request gets the same bits alone, in company, in chunks, from the cache and after a preemption; or is refused by name.
 
 Bits are compared, so there is no tolerance. What is random is the model, which has nothing to do with language, and the texts."""
+import random
 from dataclasses import replace
 
 import pytest
 import torch
 from helpers import assert_idle, tiny_folder
+from rank_targets import partial_sums
 
 from nano_vllm import LLM, SamplingParams
 from nano_vllm.batch_invariance import (
-    NUM_ROWS, TokenwiseAttention, batch_invariant_ops, keeps_rows_apart, num_differing_cuts, obstacle, sample_rows)
+    NUM_ROWS, TokenwiseAttention, batch_invariant_ops, keeps_rows_apart, num_differing_cuts, obstacle, ordered_all_reduce, sample_rows)
 from nano_vllm.bfloat16 import Bfloat16Product
 from nano_vllm.cpu_attention import TiledAttention
 from nano_vllm.cpu_kernels import CAN_BUILD, can_build, fused_norm, fused_swiglu
 from nano_vllm.cpu_products import TiledProduct
-from nano_vllm.layers import OPS, Ops, Target, choose_ops
+from nano_vllm.layers import OPS, Ops, Target, TensorParallelGroup, choose_ops
 from nano_vllm.model import ModelConfig
 from nano_vllm.moe import MoE
+from nano_vllm.parallel import StartedGroup
 from nano_vllm.quantization import TiledInt8Product
 from nano_vllm.sampler import SamplingMetadata
 
@@ -96,16 +99,75 @@ def test_windows_biases_norms_on_heads_and_guesses(tmp_path):
             assert told(make(tmp_path/name, dtype="float32", **options), prompts) == alone, (name, options)
 
 
+# number of ranks -> sizes of a model that its kernels can hold a part of; with four, each KV head is on two ranks
+SHAPES = {2: dict(hidden_size=64, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, vocab_size=320),
+          3: dict(hidden_size=80, intermediate_size=96, num_attention_heads=5, num_key_value_heads=5, vocab_size=336),
+          4: dict(hidden_size=128, intermediate_size=64, num_attention_heads=8, num_key_value_heads=2, vocab_size=320)}
+MANY = [dict(prompt=[(11 * i + 5 * j * j) % 311 for j in range(1 + 3 * i)],
+             params=SamplingParams(seed=i, temperature=(.9, 0)[i == 3], max_tokens=4, ignore_eos=True, logprobs=2, prompt_logprobs=0)) for i in range(5)]
+
+
+def make_ranks(tmp_path, size, **options):
+    folder = tiny_folder(tmp_path, tokenizer=False, **SHAPES[size])
+    return make(folder, tensor_parallel_size=size, **options)
+
+
+def ask_many(llm, which, budget=8192):
+    "Per request of MANY all that it was told, to the bit; `budget`: tokens of a step."
+    scheduler = llm.engine.scheduler
+    scheduler.budget = scheduler.max_tokens_per_sequence = budget
+    outs = llm.generate([{"prompt_token_ids": MANY[i]["prompt"]} for i in which], [MANY[i]["params"] for i in which], use_tqdm=False)
+    told = lambda found: [{t: e.logprob for t, e in entries.items()} for entries in found or [] if entries]
+    return [(o.outputs[0].token_ids, told(o.outputs[0].logprobs), told(o.prompt_logprobs)) for o in outs]
+
+
+def count_changes(llm, num_rounds=5):
+    "Of that many batches of some requests, in chunks of some size, how many tell a request other bits than it gets alone."
+    alone, rng, num = [ask_many(llm, [i])[0] for i in range(len(MANY))], random.Random(0), 0
+    for _ in range(num_rounds):
+        which = rng.sample(range(len(MANY)), rng.randint(2, len(MANY)))
+        num += ask_many(llm, which, rng.choice([3, 5, 17, 8192])) != [alone[i] for i in which]
+    assert_idle(llm)
+    return num
+
+
 @compiled
-def test_two_ranks(tmp_path):
-    folder = tiny_folder(tmp_path, tokenizer=False, vocab_size=320, hidden_size=64, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2)
-    global PROMPTS
-    saved, PROMPTS = PROMPTS, [[t % 320 for t in p] for p in PROMPTS]
-    try:
-        llm = make(folder, dtype="bfloat16", tensor_parallel_size=2)
-        alone = [ask(llm, [i])[0] for i in range(6)]
-        assert [ask(llm), ask(llm)] == [alone, alone]             # the second time from the cache
-    finally: PROMPTS = saved
+@pytest.mark.parametrize("size, options", [(2, dict(dtype="bfloat16")), *((n, dict(dtype="float32", enable_prefix_caching=False)) for n in (3, 4))])
+def test_requests_over_ranks_get_the_same_bits_in_random_batches(size, options, tmp_path):
+    assert count_changes(make_ranks(tmp_path, size, **options)) == 0
+
+
+@compiled
+def test_an_order_of_ranks_that_depends_on_the_rows_is_found(tmp_path, monkeypatch):
+    "On rank 0 alone, the only one that this process can change: three parts are added from the other end if there are many rows."
+    def leaking(group, x):
+        parts = group.all_gather(x)
+        return sum(parts[::-1] if len(x) > 4 else parts)
+
+    monkeypatch.setitem(OPS, "batch_invariant", lambda target: replace(batch_invariant_ops(target), all_reduce=leaking))
+    assert count_changes(make_ranks(tmp_path, 3, dtype="float32", enable_prefix_caching=False)) > 0
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_the_ordered_sum_is_that_of_the_ranks_in_their_order(size):
+    "Bit for bit, on all ranks, and a row's is the same in messages of all sizes; that of gloo is not, from three ranks on."
+    cases = [(n, hidden, dtype) for dtype in (torch.float32, torch.bfloat16) for hidden in (37, 576) for n in (64, 1, 2, 3, 5, 8, 17, 63)]
+    group, differing = StartedGroup(size, "cpu", "rank_targets.add_in_order", cases), 0
+    with group.collective_guard():
+        for case in cases:
+            expected = partial_sums(0, *case)
+            for rank in range(1, size): expected = expected + partial_sums(rank, *case)
+            mine = [add(group, partial_sums(0, *case)).float() for add in (ordered_all_reduce, StartedGroup.all_reduce)]
+            for ordered, own in group.collect(mine):
+                assert torch.equal(ordered, expected.float())
+                differing += not torch.equal(own, expected.float())
+    group.close()
+    assert (differing > 0) == (size > 2)
+
+
+def test_one_rank_has_nothing_to_add():
+    x = torch.randn(3, 5)
+    assert ordered_all_reduce(TensorParallelGroup(), x) is x
 
 
 @compiled
@@ -155,9 +217,11 @@ def test_obstacles(tiny):
     config = ModelConfig.from_folder(tiny)
     target = Target(config, torch.device("cpu"), torch.float32, torch.float32, batch_invariant=True)
     assert obstacle(target) is obstacle(replace(target, tensor_parallel_size=2, config=replace(config, intermediate_size=64))) is None
+    assert obstacle(replace(target, tensor_parallel_size=3)) is None       # 48 and 49,152 are multiples of 48
     for changes, says in ((dict(device=torch.device("cuda")), "on device 'cuda'"), (dict(compile=True), "with compile"),
                           (dict(dtype=torch.float16), "with float16"), (dict(kv_cache_dtype=torch.float16), "with float16"),
-                          (dict(tensor_parallel_size=3), "with more than 2 ranks"), (dict(config=replace(config, mlp=MoE)), "for a mixture of experts"),
+                          (dict(config=replace(config, mlp=MoE)), "for a mixture of experts"),
+                          (dict(tensor_parallel_size=5, config=replace(config, intermediate_size=80)), "unless vocab_size is a multiple of 80"),
                           (dict(tensor_parallel_size=2), "unless intermediate_size is a multiple of 32"),
                           (dict(config=replace(config, hidden_size=40)), "unless hidden_size is a multiple of 16"),
                           (dict(config=replace(config, vocab_size=100)), "unless vocab_size is a multiple of 16")):

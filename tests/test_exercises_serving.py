@@ -795,16 +795,15 @@ wrong(batch_invariance.check_num_sums, "gives 3, expected 2")(lambda values: mat
 wrong(batch_invariance.check_num_sums, "gives None")(lambda values: None)
 
 
-right(batch_invariance.check_ordered_sum)(lambda parts: reduce(torch.add, reversed(parts)))
-wrong(batch_invariance.check_ordered_sum, "is not the sum of all ranks")(lambda parts: sum(parts) / len(parts))
-wrong(batch_invariance.check_ordered_sum, "Is a `return` missing?")(lambda parts: None)
-
-
-@wrong(batch_invariance.check_ordered_sum, "its order of adding depends on the number of rows")
-def ring(parts):
-    pieces = [part.flatten().tensor_split(len(parts)) for part in parts]
-    sums = [reduce(torch.add, [pieces[(i + r) % len(parts)][i] for r in range(len(parts))]) for i in range(len(parts))]
-    return torch.cat(sums).view_as(parts[0])
+right(batch_invariance.check_sum_in_pieces)(lambda pieces, swap, share: share(list(itertools.accumulate(swap(pieces), torch.add))[-1]))
+right(batch_invariance.check_sum_in_pieces)(lambda pieces, swap, share: tuple(share(reduce(torch.add, swap(pieces)))))
+wrong(batch_invariance.check_sum_in_pieces, "its order of adding is another")(
+    lambda pieces, swap, share: share(reduce(torch.add, reversed(swap(pieces)))))
+wrong(batch_invariance.check_sum_in_pieces, "piece 0 is not the sum of all ranks")(lambda pieces, swap, share: share(swap(pieces)[0]))
+wrong(batch_invariance.check_sum_in_pieces, "one piece is enough")(lambda pieces, swap, share: share(torch.stack(pieces)))
+wrong(batch_invariance.check_sum_in_pieces, "calls share twice")(lambda pieces, swap, share: [share(piece) for piece in pieces])
+wrong(batch_invariance.check_sum_in_pieces, "not 2 pieces")(lambda pieces, swap, share: sum(swap(pieces)))
+wrong(batch_invariance.check_sum_in_pieces, "Is a `return` missing?")(lambda pieces, swap, share: None)
 
 
 @right(batch_invariance.check_constant_tiles)

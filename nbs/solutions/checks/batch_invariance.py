@@ -22,29 +22,51 @@ def check_num_sums(num_sums):
         expect(num_sums, (values,), wanted, why)
 
 
-def parts_of(ranks, rows, hidden=5):
-    g = torch.Generator().manual_seed(ranks)
-    return [(torch.randn(40, hidden, generator=g) * 10.**i)[:rows] for i in range(ranks)]
+def sum_of(parts):
+    total = parts[0]
+    for part in parts[1:]: total = total + part
+    return total
+
+
+class Rank:
+    "One rank of a group, whose others answer as they should."
+    def __init__(self, rank, held, case):
+        self.rank, self.held, self.case = rank, held, case       # held: the pieces of each rank
+        self.sums = [sum_of(parts) for parts in zip(*held)]
+        self.calls = []
+
+    def count(self, name):
+        require(name not in self.calls, f"{self.case} calls {name} twice", "one exchange of each kind is enough")
+        self.calls.append(name)
+
+    def swap(self, pieces):
+        self.count("swap")
+        mine = self.held[self.rank]
+        alike = len(pieces) == len(mine) and all(torch.is_tensor(a) and torch.equal(a, b) for a, b in zip(pieces, mine))
+        require(alike, f"{self.case} swaps something else than its pieces")
+        return [parts[self.rank].clone() for parts in self.held]
+
+    def share(self, x):
+        self.count("share")
+        require(torch.is_tensor(x) and x.shape == self.sums[0].shape, f"{self.case} shares {show(x)}", "one piece is enough: the others have the others")
+        return [(x if i == self.rank else total).clone() for i, total in enumerate(self.sums)]
 
 
 @exercise
-def check_ordered_sum(ordered_sum):
-    for ranks in (2, 3, 5):
-        whole = None
-        for rows in (40, 1, 2, 7, 39):
-            case = f"{ranks} ranks, {rows} rows: ordered_sum"
-            parts = parts_of(ranks, rows)
-            got = attempt(case, ordered_sum, [part.clone() for part in parts])
-            require(torch.is_tensor(got), f"{case} gives {show(got)}, not a tensor", "Is a `return` missing?" if got is None else "")
-            require(got.shape == parts[0].shape, f"{case} has shape {tuple(got.shape)}, expected {tuple(parts[0].shape)}")
-            exact = sum(part.double() for part in parts)
-            largest = sum(part.abs().double() for part in parts)
-            bad = ((got.double() - exact).abs() > ranks * 2**-23 * largest).any(1)
-            require(not bad.any(), f"{case}: row {int(bad.int().argmax())} is not the sum of all ranks")
-            whole = got if whole is None else whole
-            other = (got != whole[:rows]).any(1)
-            require(not other.any(), f"{case}: row {int(other.int().argmax())} has other bits than in a tensor of 40 rows",
-                    "its order of adding depends on the number of rows")
+def check_sum_in_pieces(sum_in_pieces):
+    for size in (2, 3, 5):
+        g = torch.Generator().manual_seed(size)
+        held = [[torch.randn(6, generator=g) * 10.**i for _ in range(size)] for i in range(size)]
+        for rank in range(size):
+            case = f"rank {rank} of {size}: sum_in_pieces"
+            here = Rank(rank, held, case)
+            got = attempt(case, sum_in_pieces, [piece.clone() for piece in held[rank]], here.swap, here.share)
+            require(got is not None, f"{case} gives None", "Is a `return` missing?")
+            require(isinstance(got, (list, tuple)) and len(got) == size and all(torch.is_tensor(x) and x.shape == (6,) for x in got),
+                    f"{case} gives {show(got)}, not {size} pieces")
+            for i, (x, total) in enumerate(zip(got, here.sums)):
+                require(torch.allclose(x, total, rtol=1e-4), f"{case}: piece {i} is not the sum of all ranks")
+                require(torch.equal(x, total), f"{case}: piece {i} has other bits than rank 0's plus rank 1's, and so on", "its order of adding is another")
 
 
 @exercise
