@@ -68,9 +68,11 @@ def make_batch(scheduled: list[ScheduledSequence], block_size: int) -> Batch:
 
 # %% ../nbs/06_attention_kernel.ipynb #6065e8da
 def slots_of(kv_cache: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-    "Views of one layer's keys and values: (num_blocks*block_size, kv_heads, head_dim)."
-    keys, values = kv_cache[layer].flatten(1, 2)
-    return keys, values
+    """A layer's keys and values: views (num_blocks*block_size, kv_heads, head_dim).
+
+    In a cache whose second dimension is 1, they are one and the same tensor."""
+    parts = kv_cache[layer].flatten(1, 2).unbind()
+    return parts[0], parts[-1]
 
 
 def store_kv(kv_cache: Tensor, layer: int, k: Tensor, v: Tensor, slot_mapping: Tensor):
@@ -199,7 +201,8 @@ class DecodeGroup:
         "Write the outputs of these sequences' tokens to their rows of `out`."
         num_seqs, head_dim = len(self.tokens), q.shape[2]
         packed = q[self.tokens].view(num_seqs, keys.shape[1], -1, head_dim)
-        k, v = self.gather(keys).to(q.dtype), self.gather(values).to(q.dtype)
+        k = self.gather(keys).to(q.dtype)
+        v = k if values is keys else self.gather(values).to(q.dtype)
         o = sdpa(packed, k, v, self.mask, scale=scale)
         out[self.tokens] = o.reshape(num_seqs, -1, head_dim)
 
@@ -244,7 +247,8 @@ class ChunkPlan:
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, scale: float,
                out: Tensor):
         "Write the outputs of this sequence's tokens to their rows of `out`."
-        k, v = keys.index_select(0, self.slots), values.index_select(0, self.slots)
+        k = keys.index_select(0, self.slots)
+        v = k if values is keys else values.index_select(0, self.slots)
         q, k, v = (x.transpose(0, 1)[None].to(q.dtype) for x in (q[self.tokens], k, v))
         out = out[self.tokens]
         for queries, seen, mask in self.pieces():

@@ -236,7 +236,10 @@ def resolve_args(args: EngineArgs) -> EngineConfig:
     target = Target(model, device, dtype, kv_dtype, args.quantization, args.compile,
                     args.tensor_parallel_size, args.block_size, args.batch_invariant)
     ops = choose_ops(target, args.ops, args.attention_backend)
-    return EngineConfig(args, path, model, device, dtype, kv_dtype, max_model_len, ops)
+    config = EngineConfig(args, path, model, device, dtype, kv_dtype, max_model_len,
+                          ops)
+    if model.check_engine: model.check_engine(config)
+    return config
 
 # %% ../nbs/17_engine_args.ipynb #bbbb46f6
 UTILIZATION = 0.92     # of a device's memory, as in vLLM

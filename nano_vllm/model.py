@@ -47,6 +47,9 @@ class ModelConfig:
     local_rope: dict | None = None      # of layers with a window, if not `rope`
     attention_scale: float | None = None   # of the scores, if not head_dim**-0.5
     kv_layout: object = None            # which layers share a KV block, if not all
+    num_kv_parts: int = 2               # of a token: keys and values; 1: they are one
+    rope_dim: int | None = None         # what the rotation turns, if not head_dim
+    check_engine: Callable | None = None    # refuses engines that it is not made for
     dtype: torch.dtype = torch.float32  # of the weights in the checkpoint
     eos_token_ids: set = field(default_factory=set)  # each of them ends an answer
 
@@ -63,11 +66,12 @@ class ModelConfig:
         heads = hf.num_attention_heads
         head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // heads
         rope, longest = rope_settings(hf, head_dim)
-        return cls(hf.vocab_size, hf.hidden_size, hf.intermediate_size,
-                   hf.num_hidden_layers, heads, hf.num_key_value_heads, head_dim,
-                   hf.rms_norm_eps, rope, longest, hf.tie_word_embeddings,
-                   dtype=hf.dtype or torch.float32,
-                   eos_token_ids=read_eos_ids(Path(path)), **ARCHITECTURES[name](hf))
+        config = cls(hf.vocab_size, hf.hidden_size, hf.intermediate_size,
+                     hf.num_hidden_layers, heads, hf.num_key_value_heads, head_dim,
+                     hf.rms_norm_eps, rope, longest, hf.tie_word_embeddings,
+                     dtype=hf.dtype or torch.float32,
+                     eos_token_ids=read_eos_ids(Path(path)))
+        return replace(config, **ARCHITECTURES[name](hf))
 
 # %% ../nbs/10_model.ipynb #54ce487a
 class PlainAttention:
@@ -194,7 +198,7 @@ class Decoder(nn.Module):
             layers=nn.ModuleList(layers),
             norm=self.norm_class(c.hidden_size, c.rms_norm_eps, ops)))
         self.lm_head = None if c.tied else VocabParallelEmbedding(*vocabulary)
-        self.rotary = Rotary(c.head_dim, c.rope, c.max_position)
+        self.rotary = Rotary(c.rope_dim or c.head_dim, c.rope, c.max_position)
 
     def make_layer(self, group: TensorParallelGroup, layer: int) -> nn.Module:
         "Layer number `layer`, without values."

@@ -39,7 +39,8 @@ from .weights import empty_model
 # %% ../nbs/12_model_runner.ipynb #1c9d4d80
 def kv_block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
     "Bytes of one KV block: keys and values of `block_size` tokens in its layers."
-    token = 2 * config.num_cache_layers * config.num_kv_heads * config.head_dim
+    head = config.num_kv_parts * config.head_dim
+    token = config.num_cache_layers * config.num_kv_heads * head
     return token * block_size * dtype.itemsize
 
 # %% ../nbs/12_model_runner.ipynb #d3cd2413
@@ -132,10 +133,10 @@ def profile_memory(config: ModelConfig, dtype: torch.dtype, num_tokens: int,
 # %% ../nbs/12_model_runner.ipynb #fbbb4175
 def allocate_kv_cache(config: ModelConfig, num_blocks: int, block_size: int,
                       dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros (num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim).
+    """Zeros (num_layers, num_kv_parts, num_blocks, block_size, num_kv_heads, head_dim).
 
     Raises ValueError if free memory has no room for them."""
-    shape = (config.num_cache_layers, 2, num_blocks, block_size,
+    shape = (config.num_cache_layers, config.num_kv_parts, num_blocks, block_size,
              config.num_kv_heads, config.head_dim)
     block, free = kv_block_bytes(config, block_size, dtype), device_memory(device)[0]
     needed, gib = num_blocks * block, 2**30

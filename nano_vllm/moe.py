@@ -33,6 +33,8 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     if x.is_cuda and x.dtype == torch.bfloat16 and x.shape[1] % 8 == 0:
         nobodys = torch.arange(len(x), device=x.device) >= ends[-1]
         return F.grouped_mm(x, weight.mT, offs=ends).masked_fill_(nobodys[:, None], 0)
+    if x.is_meta:    # no numbers, so no groups: pieces and their sum, in size
+        return torch.cat([x.new_empty(len(x), weight.shape[1])])
     *groups, nobodys = x.tensor_split(ends.tolist())
     used = [F.linear(rows, w) for rows, w in zip(groups, weight) if len(rows)]
     return torch.cat([*used, x.new_zeros(len(nobodys), weight.shape[1])])
@@ -141,7 +143,8 @@ class WholeExperts(Experts):
 # %% ../nbs/31_mixture_of_experts.ipynb #d1343d7e
 def place_whole_experts(config: ModelConfig, num_ranks: int) -> ModelConfig:
     "The model with whole experts on each rank; ValueError if there are too few."
-    if getattr(config.mlp, "func", None) is not MoE:
+    make = getattr(config.mlp, "func", None)
+    if not (isinstance(make, type) and issubclass(make, MoE)):
         log_once("enable_expert_parallel has no effect here: the model has no experts",
                  WARNING)
         return config

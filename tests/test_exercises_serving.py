@@ -19,10 +19,12 @@ import torch
 
 from exercise_answers import Answers, assert_all_tried, checks_of, name_of, try_answer
 from solutions.checks import (
-    async_llm, batch_invariance, int4, kv_transfer, lora, pipeline, replicas, routing, server, sliding_windows, speculative, structured_output)
+    async_llm, batch_invariance, int4, kv_transfer, latent_attention, lora, pipeline, replicas, routing, server, sliding_windows, speculative,
+    structured_output)
 
 MODULES = [
-    async_llm, server, structured_output, speculative, lora, sliding_windows, routing, replicas, pipeline, kv_transfer, batch_invariance, int4]
+    async_llm, server, structured_output, speculative, lora, sliding_windows, routing, replicas, pipeline, kv_transfer, batch_invariance, int4,
+    latent_attention]
 CHECKS = checks_of(MODULES)
 ANSWERS = Answers()
 right, wrong = ANSWERS.right, ANSWERS.wrong
@@ -872,6 +874,50 @@ wrong(int4.check_product_with_minimum, "it belongs to each of the 32 numbers")(l
 wrong(int4.check_product_with_minimum, "the minimum has been scaled, too")(lambda *a: with_minimum(*a, factor=lambda scale: scale))
 wrong(int4.check_product_with_minimum, "the largest sum of a group is")(lambda *a: with_minimum(*a, kind=torch.int8))
 wrong(int4.check_product_with_minimum, "Is a `return` missing?")(lambda *a: None)
+
+
+# ---- latent attention
+
+right(latent_attention.check_share)(lambda heads, nope, rope, value, rank: (rank / heads + rope / heads) / (nope + rope + value))
+wrong(latent_attention.check_share, "the latent and one rotated key")(lambda heads, nope, rope, value, rank: rank / (heads * (nope + rope + value)))
+wrong(latent_attention.check_share, "whatever the number of heads")(lambda heads, nope, rope, value, rank: (rank + heads * rope) / (heads * (nope + rope + value)))
+wrong(latent_attention.check_share, "expected 0.1125")(lambda heads, nope, rope, value, rank: (rank + rope) / (2 * heads * (nope + rope)))
+
+
+@right(latent_attention.check_absorbed_scores)
+def _(q_nope, q_rope, w_uk, latents, rope_keys):
+    "Head by head, with both parts in one product."
+    entries = torch.cat((latents, rope_keys), -1)
+    return torch.stack([torch.cat((q_nope[:, h] @ w_uk[h], q_rope[:, h]), -1) @ entries.T for h in range(len(w_uk))])
+
+
+@wrong(latent_attention.check_absorbed_scores, "as many as all keys have; multiply the queries by w_uk instead")
+def _(q_nope, q_rope, w_uk, latents, rope_keys):
+    keys = torch.einsum("hdr,kr->hkd", w_uk, latents)
+    return torch.einsum("qhd,hkd->hqk", q_nope, keys) + torch.einsum("qhr,kr->hqk", q_rope, rope_keys)
+
+
+wrong(latent_attention.check_absorbed_scores, "lacks the rotated part")(
+    lambda q_nope, q_rope, w_uk, latents, rope_keys: torch.einsum("qhd,hdr->hqr", q_nope, w_uk) @ latents.T)
+wrong(latent_attention.check_absorbed_scores, "heads, queries, tokens")(
+    lambda q_nope, q_rope, w_uk, latents, rope_keys: torch.einsum("qhd,hdr->qhr", q_nope, w_uk) @ latents.T + q_rope @ rope_keys.T)
+wrong(latent_attention.check_absorbed_scores, "Is a `return` missing?")(lambda q_nope, q_rope, w_uk, latents, rope_keys: None)
+wrong(latent_attention.check_absorbed_scores, "differs from the scores of keys that are made first")(
+    lambda q_nope, q_rope, w_uk, latents, rope_keys: torch.einsum("qhd,hdr->hqr", q_nope, w_uk.flip(0)) @ latents.T + q_rope.transpose(0, 1) @ rope_keys.T)
+
+
+@right(latent_attention.check_break_even)
+def _(length, rank, nope, rope, value):
+    "The first of all numbers."
+    made = rank * (nope + value)
+    more = (n for n in range(1, length + 1) if n * made + n * length * (2*rank + rope) > length * made + n * length * (nope + rope + value))
+    return next(more, None)
+
+
+wrong(latent_attention.check_break_even, "the absorbed one multiplies each query and each output")(      # without that
+    lambda length, rank, nope, rope, value: rank * (nope + value) // max(1, 2*rank - nope - value) + 1)
+wrong(latent_attention.check_break_even, "up to so many queries absorbing is never more work")(
+    lambda length, rank, nope, rope, value: math.floor(length * rank * (nope + value) / (rank * (nope + value) + length * (2*rank - nope - value))) + 1)
 
 
 # ---- what holds for all

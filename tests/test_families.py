@@ -28,6 +28,8 @@ EXPERTS = dict(num_experts=7, num_experts_per_tok=3, moe_intermediate_size=11, n
 WINDOW = 5
 GEMMA = dict(sliding_window=WINDOW, query_pre_attn_scalar=7, tie_word_embeddings=True, num_hidden_layers=5,
              layer_types=["sliding_attention"]*2 + ["full_attention"] + ["sliding_attention"]*2)
+DEEPSEEK = dict(num_key_value_heads=6, q_lora_rank=None, kv_lora_rank=10, qk_nope_head_dim=8, qk_rope_head_dim=6, v_head_dim=9, num_hidden_layers=3,
+                first_k_dense_replace=1, n_routed_experts=7, num_experts_per_tok=3, moe_intermediate_size=11, n_shared_experts=2, routed_scaling_factor=1.5)
 FAMILIES = {
     "Llama": ("Llama", {}), "Llama tied": ("Llama", dict(tie_word_embeddings=True)),
     "Llama biases": ("Llama", dict(attention_bias=True, mlp_bias=True)),
@@ -36,6 +38,7 @@ FAMILIES = {
     "Gemma3": ("Gemma3", GEMMA), "Gemma3 windows only": ("Gemma3", GEMMA | dict(layer_types=["sliding_attention"]*2, num_hidden_layers=2)),
     "Gemma3 in whole vectors": ("Gemma3", GEMMA | dict(head_dim=16, intermediate_size=64)),
     "Gemma3 biases": ("Gemma3", GEMMA | dict(attention_bias=True, tie_word_embeddings=False)),
+    "DeepSeek-V2": ("DeepseekV2", DEEPSEEK), "DeepSeek-V2 compressed queries": ("DeepseekV2", DEEPSEEK | dict(q_lora_rank=5)),
     "Qwen3-MoE raw weights": ("Qwen3Moe", EXPERTS | dict(norm_topk_prob=False, num_experts_per_tok=1, attention_bias=True)),
 }
 IDS = [(7*i + i*i) % 97 for i in range(23)]
@@ -168,6 +171,15 @@ def test_answers_do_not_depend_on_companions(pair):
     prompts = [IDS, IDS[5:6], IDS[3:20], IDS[::-1], IDS[2:10]]
     expected = [hf_greedy(theirs, ids, NUM_TOKENS) for ids in prompts]
     for budget in (64, 9): assert greedy(llm, prompts, budget) == expected
+
+
+@pytest.mark.parametrize("name", ["Qwen3-MoE", "DeepSeek-V2"])
+def test_the_engine_finds_out_how_many_blocks_a_mixture_may_have(saved, name):
+    "It computes a step on a device without numbers, where no expert can be chosen."
+    theirs, folder = saved(name)
+    llm = LLM(folder, tokenizer=fetch(), device="cpu", block_size=4, max_num_seqs=2, max_num_batched_tokens=64, max_model_len=64)
+    assert llm.engine.runner.kv_cache.shape[2] == 2 * 64 / 4
+    assert greedy(llm, [IDS], 64) == [hf_greedy(theirs, IDS, NUM_TOKENS)]
 
 
 @pytest.mark.parametrize("whole", [False, True])

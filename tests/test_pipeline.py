@@ -29,15 +29,18 @@ from test_tensor_parallel import (ROOT, alone, assert_logits_in_chunks, assert_t
                                   wait_until)
 
 EXPERTS = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True)
+LATENT = dict(num_key_value_heads=4, n_routed_experts=6, num_experts_per_tok=2, moe_intermediate_size=16, first_k_dense_replace=1, kv_lora_rank=10,
+              q_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=6, v_head_dim=9)
 
 
 # ---- equal to one process
 
 @pytest.mark.parametrize("family, stages, ranks, changes, options", [
     ("Llama", 2, 1, {}, {}), ("Llama", 3, 1, dict(tie_word_embeddings=True), {}), ("Qwen3", 2, 2, dict(tie_word_embeddings=True), {}),
-    ("Mistral", 5, 1, dict(sliding_window=5), {}), ("Qwen3Moe", 2, 2, EXPERTS, dict(enable_expert_parallel=True))])
+    ("Mistral", 5, 1, dict(sliding_window=5), {}), ("Qwen3Moe", 2, 2, EXPERTS, dict(enable_expert_parallel=True)),
+    ("DeepseekV2", 2, 2, LATENT, dict(enable_expert_parallel=True))])
 def test_logits_equal_transformers(family, stages, ranks, changes, options, tmp_path):
-    theirs = make(family, tmp_path, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2, **changes)
+    theirs = make(family, tmp_path, num_hidden_layers=5, num_attention_heads=4, **dict(num_key_value_heads=2) | changes)
     runner = assert_logits_in_chunks(theirs, tmp_path, pipeline_parallel_size=stages, tensor_parallel_size=ranks, **options)
     assert runner.kv_cache.shape[0] < 5
     runner.group.world.close()
