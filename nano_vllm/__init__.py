@@ -9,7 +9,7 @@ except ModuleNotFoundError as e:  # where Triton is not to be had, attention is 
 from . import (layers, model, weights, model_runner, cuda_graphs, scheduler, engine, llm, benchmark,  # noqa: F401
                latency, cli, cpu_kernels, cpu_products, bfloat16, quantization, cpu_attention, cpu_steps,
                fusions, parallel, moe, async_llm, server, structured_output, speculative, lora,
-               sliding_windows, pipeline, routing, replicas, kv_transfer, batch_invariance)
+               sliding_windows, pipeline, routing, replicas, kv_transfer, batch_invariance, openai_api)
 from .async_llm import AsyncLLM  # noqa: F401
 from .engine import CompletionOutput, EngineArgs, RequestMetrics, RequestOutput
 from .llm import LLM, LLMEngine, PromptType, TextPrompt, TokensPrompt  # noqa: F401
