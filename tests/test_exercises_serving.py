@@ -19,12 +19,13 @@ import torch
 
 from exercise_answers import Answers, assert_all_tried, checks_of, name_of, try_answer
 from solutions.checks import (
-    async_llm, batch_invariance, int4, kv_transfer, latent_attention, lora, pipeline, replicas, routing, server, sliding_windows, speculative,
+    async_llm, batch_invariance, int4, kv_transfer, latent_attention, lora, openai_api, pipeline, replicas, routing, server, sliding_windows, speculative,
     structured_output)
 
 MODULES = [
     async_llm, server, structured_output, speculative, lora, sliding_windows, routing, replicas, pipeline, kv_transfer, batch_invariance, int4,
-    latent_attention]
+    latent_attention,
+    openai_api]
 CHECKS = checks_of(MODULES)
 ANSWERS = Answers()
 right, wrong = ANSWERS.right, ANSWERS.wrong
@@ -213,21 +214,6 @@ wrong(server.check_field_of, "a bracket ends a word")(lambda message, names: nex
 wrong(server.check_field_of, "gives 'no', expected None")(lambda message, names: (re.findall(r"\w+", message) or [None])[0])
 
 
-@right(server.check_same_key)
-def _(given, key):
-    letters = [given[i] for i in range(len(given))]
-    return hmac.compare_digest("".join(letters), "".join(key[i] for i in range(len(key))))
-
-
-wrong(server.check_same_key, "the time tells where the first difference is")(
-    lambda given, key: len(given) == len(key) and all(given[i] == key[i] for i in range(len(key))))
-wrong(server.check_same_key, "same_key('s3cret', 's3cret-key') gives True, expected False")(
-    lambda given, key: not sum(given[i] != key[i] for i in range(min(len(given), len(key)))))
-wrong(server.check_same_key, "raises IndexError")(lambda given, key: not sum(given[i] != key[i] for i in range(len(key))))
-wrong(server.check_same_key, "takes slices")(lambda given, key: given[:] == key[:])
-wrong(server.check_same_key, "Is a `return` missing?")(lambda given, key: [given[i] == key[i] for i in range(min(len(given), len(key)))] and None)
-
-
 @right(server.check_parse_events)
 def _(pieces):                   # with a buffer that is searched
     rest = bytearray()
@@ -273,6 +259,74 @@ right(server.check_places)(places())
 wrong(server.check_places, "5 never fit into 4 places")(places(never=429))
 wrong(server.check_places, "who was refused has taken no place")(places(takes=True))
 wrong(server.check_places, "and one is free")(places(least=1))
+
+
+# ---- the whole API
+
+@right(openai_api.check_percentile)
+def _(limits, counts, p):
+    if not counts[-1]: return None
+    at = 0
+    while counts[at] < p * counts[-1]: at += 1
+    return limits[at]
+
+
+wrong(openai_api.check_percentile, "9 of 10 values are less than 95%")(       # adds up what is a sum already
+    lambda limits, counts, p: next((l for i, l in enumerate(limits) if sum(counts[:i + 1]) >= p * counts[-1] > 0), limits[0] if counts[-1] else None))
+wrong(openai_api.check_percentile, "that is half of them")(
+    lambda limits, counts, p: next((l for l, c in zip(limits, counts) if c > p * counts[-1]), None))
+wrong(openai_api.check_percentile, "there are no values")(lambda limits, counts, p: next(l for l, c in zip(limits, counts) if c >= p * counts[-1]))
+
+
+@right(openai_api.check_same_key)
+def _(given, key):
+    letters = [given[i] for i in range(len(given))]
+    return hmac.compare_digest("".join(letters), "".join(key[i] for i in range(len(key))))
+
+
+wrong(openai_api.check_same_key, "the time tells where the first difference is")(
+    lambda given, key: len(given) == len(key) and all(given[i] == key[i] for i in range(len(key))))
+wrong(openai_api.check_same_key, "same_key('s3cret', 's3cret-key') gives True, expected False")(
+    lambda given, key: not sum(given[i] != key[i] for i in range(min(len(given), len(key)))))
+wrong(openai_api.check_same_key, "raises IndexError")(lambda given, key: not sum(given[i] != key[i] for i in range(len(key))))
+wrong(openai_api.check_same_key, "takes slices")(lambda given, key: given[:] == key[:])
+wrong(openai_api.check_same_key, "Is a `return` missing?")(lambda given, key: [given[i] == key[i] for i in range(min(len(given), len(key)))] and None)
+
+
+@right(openai_api.check_shown)
+def _(pieces, tag):                    # all of the text so far, again for each piece
+    texts, done = [], 0
+    for i in range(len(pieces)):
+        text = "".join(pieces[:i + 1])
+        end = text.find(tag)
+        if end < 0: end = len(text) - max(k for k in range(len(tag)) if text.endswith(tag[:k]))
+        texts.append(text[done:end])
+        done = max(done, end)
+    return texts
+
+
+def by_piece(pieces, tag):             # looks for the tag in each piece alone
+    texts, found = [], False
+    for piece in pieces:
+        before, hit, _ = piece.partition(tag)
+        texts.append("" if found else before)
+        found |= bool(hit)
+    return texts
+
+
+wrong(openai_api.check_shown, "is shown with the next piece")(by_piece)
+wrong(openai_api.check_shown, "nothing of it may become the tag")(lambda pieces, tag: [""] * (len(pieces) - 1) + ["".join(pieces).split(tag)[0]])
+@wrong(openai_api.check_shown, "only the second `<`")
+def _(pieces, tag):                    # begins anew with the letter after the one that did not fit
+    texts, k = [], 0
+    for piece in pieces:
+        text = ""
+        for char in piece:
+            if k == len(tag): break
+            if char == tag[k]: k += 1
+            else: text, k = text + tag[:k] + char, 0
+        texts.append(text)
+    return texts
 
 
 # ---- speculative decoding

@@ -25,7 +25,8 @@ from helpers import assert_idle
 from nano_vllm import LLM, SamplingParams
 from nano_vllm.async_llm import AsyncLLM
 from nano_vllm.cli import main
-from nano_vllm.server import CALL, Ask, Choice, read_chat, read_json, serving
+from nano_vllm.openai_api import CALL, CallFilter
+from nano_vllm.server import API, CHAT, COMPLETION, Ask, Choice, make_app, read_json, serving
 from nano_vllm.workbench import fetch
 
 NAME = "tiny"
@@ -57,10 +58,10 @@ CALLS = {
 @pytest.mark.parametrize("text", CALLS)
 @pytest.mark.parametrize("size", [1, 2, 7, 1000])
 def test_calls_of_tools_are_found_however_the_text_is_cut(text, size):
-    choice, shown = Choice(Ask([], None, tools=True), 0), ""
+    made, shown = CallFilter(), ""
     pieces = [text[i:i + size] for i in range(0, len(text), size)] or [""]
     for i, piece in enumerate(pieces):
-        new, calls = choice.read_tools(piece, last=i == len(pieces) - 1)
+        new, calls = made.add(piece, last=i == len(pieces) - 1)
         shown += new
         assert CALL not in shown or not calls
     assert (shown, [(c["function"]["name"], json.loads(c["function"]["arguments"])) for c in calls]) == CALLS[text]
@@ -212,7 +213,7 @@ def test_metrics_have_vllms_names_and_count(server, client):
 
 # ---- what is refused
 
-CHAT, ASK = dict(messages=HI), dict(prompt="a")
+TALK, ASK = dict(messages=HI), dict(prompt="a")
 
 
 def schema_format(schema): return dict(type="json_schema", json_schema=dict(name="made", schema=schema))
@@ -232,22 +233,22 @@ REFUSED = [  # (path, body, status, param, words of the message)
     ("completions", dict(prompt=[[1]] * 10**5), 400, "prompt", "at most 48"), ("completions", dict(prompt="a", logprobs=99999999), 400, "logprobs", "logprobs"), ("chat/completions", dict(), 400, "messages", "at least 1 message"),
     ("chat/completions", dict(messages="Hi"), 400, "messages", "a list"), ("chat/completions", dict(messages=[1]), 400, "messages", "an object"),
     ("chat/completions", dict(messages=[dict(role="user", content=[dict(type="image_url", image_url={})])]), 400, "messages", "must be text"),
-    ("chat/completions", CHAT | dict(logprobs=5), 400, "logprobs", "true or false"), ("chat/completions", CHAT | dict(top_logprobs=21), 400, "top_logprobs", "0 to 20"),
-    ("chat/completions", CHAT | dict(response_format=dict(type="xml")), 400, "response_format", "one of text"),
-    ("chat/completions", CHAT | dict(response_format=dict(type="json_schema")), 400, "response_format", "schema must be a JSON schema, got None"),
-    ("chat/completions", CHAT | dict(response_format=schema_format({"type": "strin"})), 400, "response_format", "Invalid type: strin"),
-    ("chat/completions", CHAT | dict(structured_outputs=dict(regex="(")), 400, "structured_outputs", "unclosed group"),
-    ("chat/completions", CHAT | dict(structured_outputs=dict(regexp="a")), 400, "structured_outputs", "got 'regexp'"),
+    ("chat/completions", TALK | dict(logprobs=5), 400, "logprobs", "true or false"), ("chat/completions", TALK | dict(top_logprobs=21), 400, "top_logprobs", "0 to 20"),
+    ("chat/completions", TALK | dict(response_format=dict(type="xml")), 400, "response_format", "one of text"),
+    ("chat/completions", TALK | dict(response_format=dict(type="json_schema")), 400, "response_format", "schema must be a JSON schema, got None"),
+    ("chat/completions", TALK | dict(response_format=schema_format({"type": "strin"})), 400, "response_format", "Invalid type: strin"),
+    ("chat/completions", TALK | dict(structured_outputs=dict(regex="(")), 400, "structured_outputs", "unclosed group"),
+    ("chat/completions", TALK | dict(structured_outputs=dict(regexp="a")), 400, "structured_outputs", "got 'regexp'"),
     ("completions", ASK | dict(structured_outputs="a"), 400, "structured_outputs", "must be a StructuredOutputsParams"),
-    ("chat/completions", CHAT | dict(response_format=dict(type=["x"])), 400, "response_format", "one of text"),
-    ("chat/completions", CHAT | dict(tool_choice="always"), 400, "tool_choice", "one of auto, none"),
-    ("chat/completions", CHAT | dict(tool_choice="required"), 400, "tool_choice", "at least 1 entry"),
-    ("chat/completions", CHAT | dict(tool_choice=dict(type="function")), 400, "tool_choice", "must name one of the tools, got None"),
-    ("chat/completions", CHAT | dict(tool_choice=dict(type="function", function=dict(name="f")), tools=[3]), 400, "tools", "a function with a name each, got 3"),
-    ("chat/completions", CHAT | dict(tools=[dict(type="function")]), 400, "tools", "no place for them"),
-    ("chat/completions", CHAT | dict(chat_template="x"), 400, "chat_template", "not a field"),
-    ("chat/completions", CHAT | dict(chat_template_kwargs=dict(tokenize=True)), 400, "chat_template_kwargs", "must not have tokenize"),
-    ("chat/completions", CHAT | dict(modalities=["audio"]), 400, "modalities", "not a field")]
+    ("chat/completions", TALK | dict(response_format=dict(type=["x"])), 400, "response_format", "one of text"),
+    ("chat/completions", TALK | dict(tool_choice="always"), 400, "tool_choice", "one of auto, none"),
+    ("chat/completions", TALK | dict(tool_choice="required"), 400, "tool_choice", "at least 1 entry"),
+    ("chat/completions", TALK | dict(tool_choice=dict(type="function")), 400, "tool_choice", "must name one of the tools, got None"),
+    ("chat/completions", TALK | dict(tool_choice=dict(type="function", function=dict(name="f")), tools=[3]), 400, "tools", "a function with a name each, got 3"),
+    ("chat/completions", TALK | dict(tools=[dict(type="function")]), 400, "tools", "no place for them"),
+    ("chat/completions", TALK | dict(chat_template="x"), 400, "chat_template", "not a field"),
+    ("chat/completions", TALK | dict(chat_template_kwargs=dict(tokenize=True)), 400, "chat_template_kwargs", "must not have tokenize"),
+    ("chat/completions", TALK | dict(modalities=["audio"]), 400, "modalities", "not a field")]
 
 
 @pytest.mark.parametrize("path, body, status, param, words", REFUSED, ids=lambda v: str(v)[:40])
@@ -393,6 +394,10 @@ def test_a_key_is_asked_for_where_it_matters(other):
         with openai.OpenAI(base_url=url + "/v1", api_key="no") as c, pytest.raises(openai.AuthenticationError): c.models.list()
 
 
+def test_an_option_that_no_layer_has_is_refused(other):
+    with pytest.raises(TypeError, match="no option 'api_keys'"): make_app(API(AsyncLLM(other.engine), NAME), api_keys="s3cret")
+
+
 def test_other_sites_may_not_ask_unless_they_are_named(other):
     ask = {"origin": "https://a.example", "access-control-request-method": "POST", "access-control-request-headers": "content-type"}
     with served(other) as url: assert "access-control-allow-origin" not in httpx.options(url + "/v1/completions", headers=ask).headers
@@ -521,15 +526,14 @@ def test_no_body_makes_the_server_fail(server, llm):
     "Schemathesis makes bodies from a schema of the fields, right and wrong ones: no answer is a 5xx."
     schemathesis = pytest.importorskip("schemathesis")
     from hypothesis import HealthCheck, Phase, given, settings
-    from nano_vllm.server import CHAT_FIELDS, COMPLETION_FIELDS, FIELDS
     kinds = {bool: "boolean", str: "string", dict: "object", list: "array"}
-    def schema(names, **more):
-        properties = {n: {"type": kinds[FIELDS[n]]} if n in FIELDS else {} for n in sorted(names - {"model"})} | more
+    def schema(fields, **more):
+        properties = {n: {"type": kinds[fields[n]]} if fields[n] else {} for n in sorted(fields.keys() - {"model"})} | more
         return {"type": "object", "properties": properties, "additionalProperties": False}
     message = {"type": "object", "properties": {"role": {"enum": ["user", "assistant", "tool"]}, "content": {}, "tool_calls": {}}, "required": ["role"]}
-    bodies = {"/v1/completions": schema(COMPLETION_FIELDS, max_tokens={"type": "integer", "maximum": 5}),
-              "/v1/chat/completions": schema(CHAT_FIELDS, messages={"type": "array", "items": message}, max_tokens={"type": "integer", "maximum": 5}),
-              "/tokenize": {"type": "object"}, "/detokenize": schema({"tokens"})}
+    bodies = {"/v1/completions": schema(COMPLETION.fields, max_tokens={"type": "integer", "maximum": 5}),
+              "/v1/chat/completions": schema(CHAT.fields, messages={"type": "array", "items": message}, max_tokens={"type": "integer", "maximum": 5}),
+              "/tokenize": {"type": "object"}, "/detokenize": schema({"tokens": list})}
     paths = {path: {"post": {"requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
                              "responses": {"default": {"description": "any"}}}} for path, body in bodies.items()}
     api = schemathesis.openapi.from_dict({"openapi": "3.0.3", "info": {"title": "x", "version": "1"}, "paths": paths})
@@ -635,16 +639,17 @@ def test_tools_go_into_the_template_and_calls_come_back(tiny, tmp_path):
     tools = [dict(type="function", function=dict(name="add", parameters={}))]
     messages = [*HI, dict(role="assistant", content=None, tool_calls=[dict(id="1", type="function", function=dict(name="add", arguments='{"a": 77}'))]),
                 dict(role="tool", tool_call_id="1", content="78")]
-    ask = read_chat(dict(messages=messages, tools=tools), llm.engine)
-    assert ask.tools and llm.tokenizer.decode(ask.prompts[0]["prompt_token_ids"]) == "T:add Hi|77|78|"
-    assert not read_chat(dict(messages=messages, tools=tools, tool_choice="none"), llm.engine).tools
+    ask = CHAT.read(dict(messages=messages, tools=tools), llm.engine)
+    assert llm.tokenizer.decode(ask.prompts[0]["prompt_token_ids"]) == "T:add Hi|77|78|"
     with pytest.raises(ValueError, match="tool_calls must have JSON arguments"):
-        read_chat(dict(messages=[dict(role="assistant", tool_calls=[dict(function=dict(name="f", arguments="{"))])]), llm.engine)
+        CHAT.read(dict(messages=[dict(role="assistant", tool_calls=[dict(function=dict(name="f", arguments="{"))])]), llm.engine)
     out = SimpleNamespace(text='<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>', finish_reason="stop", logprobs=None, token_ids=[1], stop_reason=None)
     piece = SimpleNamespace(prompt_logprobs=None)
     for stream, key in ((True, "delta"), (False, "message")):
-        made = Choice(Ask([], None, chat=True, stream=stream, tools=True), 0).fields_of(piece, out, None)
+        made = Choice(Ask(CHAT, [], None, dict(stream=stream, tools=tools)), 0).entry(piece, out)
         assert made["finish_reason"] == "tool_calls" and made[key]["tool_calls"][0]["function"] == {"name": "add", "arguments": '{"a": 1}'}
+    made = Choice(Ask(CHAT, [], None, dict(tools=tools, tool_choice="none")), 0).entry(piece, out)
+    assert made["finish_reason"] == "stop" and made["message"]["content"] == out.text
 
 
 def adding(*names):
@@ -660,9 +665,9 @@ def test_a_call_that_is_asked_for_is_made(tiny, tmp_path, choice, called):
     (folder/"chat_template.jinja").write_text("{% for t in tools %}{{ t.function.name }} {% endfor %}{{ messages[0].content }}")
     llm, names = LLM(folder, num_kv_blocks=200), set()
     for seed in range(8):
-        ask = read_chat(dict(messages=HI, tools=adding("add", "sub"), tool_choice=choice, seed=seed), llm.engine)
+        ask = CHAT.read(dict(messages=HI, tools=adding("add", "sub"), tool_choice=choice, seed=seed), llm.engine)
         piece, = llm.generate(ask.prompts, ask.params, use_tqdm=False)
-        made = Choice(ask, 0).fields_of(piece, piece.outputs[0], None)
+        made = Choice(ask, 0).entry(piece, piece.outputs[0])
         if made["finish_reason"] == "length": continue        # a tiny model may write spaces to the end
         call, = made["message"]["tool_calls"]
         assert made["message"]["content"] == "" and made["finish_reason"] == "tool_calls"

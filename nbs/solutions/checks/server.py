@@ -1,7 +1,7 @@
 "Checks of the exercises of the chapter on the server. Nothing here opens a socket."
 import json
 
-from . import WrongAnswer, attempt, exercise, expect, require, show
+from . import attempt, exercise, require, show
 
 
 @exercise
@@ -17,35 +17,6 @@ def check_field_of(field_of):
         case = f"field_of({message!r}, {sorted(names)})"
         got = attempt(case, field_of, message, names)
         require(got == wanted, f"{case} gives {show(got)}, expected {show(wanted)}", why)
-
-
-class Spied:
-    "A key that notes which of its letters have been looked at."
-    def __init__(self, text): self.text, self.seen = text, []
-    def __len__(self): return len(self.text)
-
-    def __getitem__(self, i):
-        if not isinstance(i, int): raise WrongAnswer("same_key takes slices; look at one letter at a time, so that they can be counted")
-        letter = self.text[i]                    # IndexError ends a loop over the letters
-        self.seen.append(i)
-        return letter
-
-
-@exercise
-def check_same_key(same_key):
-    key = "s3cret-key"
-    looks = {}
-    for given in (key, "S3cret-key", "s3cret-keY", "s3cret-kex", "xxxxxxxxxx", "s3cret", "s3cret-key-and-more", ""):
-        a, b = Spied(given), Spied(key)
-        case = f"same_key({given!r}, {key!r})"
-        got = attempt(case, same_key, a, b)
-        require(got is not None, f"{case} gives None. Is a `return` missing?")
-        require(bool(got) == (given == key), f"{case} gives {show(got)}, expected {given == key}")
-        looks.setdefault(len(given), {})[given] = len(a.seen)
-    for length, counts in looks.items():
-        if len(set(counts.values())) == 1: continue
-        (one, n), (other, m) = min(counts.items(), key=lambda c: c[1]), max(counts.items(), key=lambda c: c[1])
-        raise WrongAnswer(f"same_key looks at {n} letters of {one!r} and at {m} of {other!r}: the time tells where the first difference is")
 
 
 EVENTS = [{"text": "One,"}, {"text": "naïve 👋"}, {"text": "a\nb data: [DONE]"}, {"text": "", "usage": {"n": 3}}]
