@@ -9,14 +9,16 @@ except ModuleNotFoundError as e:  # where Triton is not to be had, attention is 
 from . import (layers, model, weights, model_runner, cuda_graphs, scheduler, engine, llm, benchmark,  # noqa: F401
                latency, cli, cpu_kernels, cpu_products, bfloat16, quantization, cpu_attention, cpu_steps,
                fusions, parallel, moe, async_llm, server, structured_output, speculative, lora,
-               sliding_windows, pipeline, routing, replicas, kv_transfer, batch_invariance)
+               sliding_windows, pipeline, routing, replicas, kv_transfer, batch_invariance, pooling)
 from .async_llm import AsyncLLM  # noqa: F401
 from .engine import CompletionOutput, EngineArgs, RequestMetrics, RequestOutput
 from .llm import LLM, LLMEngine, PromptType, TextPrompt, TokensPrompt  # noqa: F401
 from .lora import LoRARequest
+from .pooling import (EmbeddingOutput, EmbeddingRequestOutput, PoolingParams, PoolingRequestOutput, ScoringOutput,  # noqa: F401
+                      ScoringRequestOutput)
 from .sampling_params import Logprob, SamplingParams
 
 llm.add_paths(__name__, llm.PATHS)   # nano_vllm.inputs and others, as in vLLM
 cli.refuse_names(__name__, cli.REFUSED_NAMES)
-__all__ = ["LLM", "SamplingParams", "RequestOutput", "CompletionOutput", "RequestMetrics", "Logprob", "EngineArgs",
+__all__ = ["LLM", "SamplingParams", "PoolingParams", "RequestOutput", "CompletionOutput", "RequestMetrics", "Logprob", "EngineArgs",
            "LLMEngine", "TextPrompt", "TokensPrompt", "LoRARequest"]

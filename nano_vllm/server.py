@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['INTERNAL', 'SAMPLING', 'FIELDS', 'NOUNS', 'IGNORED', 'COMPLETION_FIELDS', 'RESPONSE_FORMATS', 'TOOL_CHOICES',
-           'CHAT_OPTIONS', 'CHAT_FIELDS', 'CALL', 'SECONDS', 'HISTOGRAMS', 'COUNTERS', 'ROUTES', 'access_log', 'HERE',
-           'SERVER_OPTIONS', 'SERVER_LIMITS', 'APIError', 'to_api_error', 'refuse_constant', 'read_json', 'read_fields',
-           'Ask', 'read_common', 'read_completion', 'read_content', 'read_call', 'read_message', 'choose', 'read_form',
-           'render', 'read_chat', 'read_calls', 'Choice', 'number', 'chat_logprob', 'chat_logprobs',
-           'completion_logprobs', 'prompt_logprobs', 'Usage', 'API', 'snapshot', 'Metrics', 'Answer', 'to_events',
-           'to_response', 'read_body', 'unless_gone', 'endpoint', 'Front', 'make_app', 'make_server', 'serving',
-           'serve', 'serve_arguments', 'post', 'timed_request', 'bench_http', 'bench_serve', 'bench_serve_arguments']
+           'CHAT_OPTIONS', 'CHAT_FIELDS', 'CALL', 'SECONDS', 'HISTOGRAMS', 'COUNTERS', 'ROUTES', 'RUNNER_ROUTES',
+           'access_log', 'HERE', 'SERVER_OPTIONS', 'SERVER_LIMITS', 'APIError', 'to_api_error', 'refuse_constant',
+           'read_json', 'read_fields', 'Ask', 'read_common', 'read_completion', 'read_content', 'read_call',
+           'read_message', 'choose', 'read_form', 'render', 'read_chat', 'read_calls', 'Choice', 'number',
+           'chat_logprob', 'chat_logprobs', 'completion_logprobs', 'prompt_logprobs', 'Usage', 'API', 'snapshot',
+           'Metrics', 'Answer', 'to_events', 'to_response', 'read_body', 'unless_gone', 'routes_of', 'endpoint',
+           'Front', 'make_app', 'make_server', 'serving', 'serve', 'serve_arguments', 'post', 'timed_request',
+           'bench_http', 'bench_serve', 'bench_serve_arguments']
 
 # %% ../nbs/31_server.ipynb #c1b76bca
 import argparse, asyncio, hmac, json, logging, math, re, signal, sys
@@ -496,12 +497,18 @@ async def chunks(self: Answer, first: RequestOutput, pieces):
 
 # %% ../nbs/31_server.ipynb #6c363b78
 @patch
-async def answer(self: API, read, body: dict, log: dict):
-    "The answer to a body that `read` understands: an object, or an iterator of them."
+def check_model(self: API, body: dict):
+    "Error 404 if `body` names another model than the one that is served."
     name = body.get("model")
     if isinstance(name, str) and name != self.model_name:
         raise APIError(404, f"model {name[:100]!r} is not served, "
                             f"{self.model_name!r} is", "model")
+
+
+@patch
+async def answer(self: API, read, body: dict, log: dict):
+    "The answer to a body that `read` understands: an object, or an iterator of them."
+    self.check_model(body)
     ask = await self.in_thread(read, body, self.engine)
     requests = await self.llm.make_requests(ask.prompts, ask.params, log["id"])
     answer = Answer(self, ask, log, requests)
@@ -628,11 +635,18 @@ async def unless_gone(request, work):
 
 # %% ../nbs/31_server.ipynb #b9b22952
 ROUTES = {"/v1/models": ("GET", API.models),
-          "/v1/completions": ("POST", API.completions),
-          "/v1/chat/completions": ("POST", API.chat_completions),
           "/tokenize": ("POST", API.tokenize), "/detokenize": ("POST", API.detokenize),
           "/health": ("GET", API.health), "/version": ("GET", API.version),
           "/events": ("GET", API.events)}
+# and what there is only for one of the RUNNERS
+RUNNER_ROUTES = dict(generate={
+    "/v1/completions": ("POST", API.completions),
+    "/v1/chat/completions": ("POST", API.chat_completions)})
+
+
+def routes_of(engine: Engine) -> dict:
+    "The routes of a server with this engine."
+    return ROUTES | RUNNER_ROUTES[engine.input_processor.runner]
 
 # %% ../nbs/31_server.ipynb #716869d0
 def endpoint(api: API, handler, max_body: int, body_seconds: float):
@@ -715,7 +729,8 @@ def make_app(api: API, api_key=None, max_body=2**22, body_seconds=30.,
     async def no_route(request, error):
         return to_response(APIError(error.status_code, error.detail))
     routes = [Route(path, endpoint(api, handler, max_body, body_seconds),
-                    methods=[method]) for path, (method, handler) in ROUTES.items()]
+                    methods=[method])
+              for path, (method, handler) in routes_of(api.engine).items()]
     routes += [Route("/", show), Route("/metrics", metrics)]
     app = Starlette(routes=routes, exception_handlers={HTTPException: no_route})
     if not allowed_origins: return Front(app, api_key)
