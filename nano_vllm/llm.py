@@ -653,8 +653,9 @@ for why, names in ACCEPTED_GROUPS.items():
 # %% ../nbs/18_llm.ipynb #8135ab04
 REFUSED_GROUPS = {
     "prompts are text or token ids here": "enable_prompt_embeds",
-    "this engine generates text": "runner convert pooler_config "
-        "enable_return_routed_experts return_sampling_mask",
+    "this engine generates text": "enable_return_routed_experts return_sampling_mask",
+    "a vector is the last token's state, PoolingParams has what can be chosen":
+        "pooler_config",
     "revision is the tokenizer's, too; or give its folder as tokenizer":
         "tokenizer_revision",
     "code that a checkpoint brings is never run": "code_revision",
@@ -680,14 +681,13 @@ for why, names in REFUSED_GROUPS.items():
 NEUTRAL_VALUES.update(
     dict.fromkeys("nnodes decode_context_parallel_size offload_num_in_group "
                   "offload_prefetch_step".split(), (1,)),
-    runner=("auto", "generate"), convert=("auto", "none"),
     tokenizer_revision=("main",), logprobs_mode=("raw_logprobs",),
     worker_cls=("auto",))
 
 # %% ../nbs/18_llm.ipynb #0ddf4182
 REFUSED_METHODS = {name: why for why, names in {
-    "this engine generates text, and its hidden states stay inside":
-        "encode embed classify score",
+    "models here have no head for classes; embed and score give vectors and how near "
+    "they are": "encode classify",
     "prompts are text here": "reset_mm_cache",
     "collective_rpc('reload_weights') reads new weights from the folder":
         "init_weight_transfer_engine shutdown_weight_transfer_engine update_weights "

@@ -429,6 +429,7 @@ class ModelRunner:
     logits_processors = ()                # of the user's
     processed: list[Sequence] = []        # whose logits they saw last
     adapters = None   # what adds to the model for some sequences, if anything does
+    decodes = True    # False: texts end with their prompts
     def __init__(self, model: Decoder, num_blocks: int, block_size: int,
                  max_num_seqs: int = 256, max_model_len: int | None = None,
                  kv_dtype: torch.dtype | None = None,
@@ -478,13 +479,19 @@ def rate_prompts(logits: Tensor, places: list[tuple[Sequence, int]]) -> list[tup
 
 # %% ../nbs/12_model_runner.ipynb #6fdc26c9
 @patch
+def read_out(self: ModelRunner, hidden: Tensor) -> Tensor:
+    "What is wanted of hidden states (R, hidden): the logits (R, vocab_size), float32."
+    return self.model.compute_logits(hidden).float()
+
+
+@patch
 @torch.inference_mode()
 def compute(self: ModelRunner, batch: Batch, places=(), rated=None) -> Tensor:
     "This rank's part of a step: store its KV, give the logits if it is rank 0."
     if self.adapters: self.adapters.begin(batch.adapters)
     batch = batch.to(self.device)
     hidden = self.forward(batch)
-    logits = self.model.compute_logits(hidden[batch.logits_indices]).float()
+    logits = self.read_out(hidden[batch.logits_indices])
     size = prompt_piece(self.model.config.vocab_size)
     for i, piece in enumerate(batch.prompt_indices.split(size)):
         if len(piece) == 0: continue

@@ -19,13 +19,14 @@ import torch
 
 from exercise_answers import Answers, assert_all_tried, checks_of, name_of, try_answer
 from solutions.checks import (
-    async_llm, batch_invariance, int4, kv_transfer, latent_attention, lora, openai_api, pipeline, replicas, routing, server, sliding_windows, speculative,
-    structured_output)
+    async_llm, batch_invariance, int4, kv_transfer, latent_attention, lora, openai_api, pipeline, pooling, replicas, routing, server, sliding_windows,
+    speculative, structured_output)
 
 MODULES = [
     async_llm, server, structured_output, speculative, lora, sliding_windows, routing, replicas, pipeline, kv_transfer, batch_invariance, int4,
     latent_attention,
-    openai_api]
+    openai_api,
+    pooling]
 CHECKS = checks_of(MODULES)
 ANSWERS = Answers()
 right, wrong = ANSWERS.right, ANSWERS.wrong
@@ -972,6 +973,73 @@ wrong(latent_attention.check_break_even, "the absorbed one multiplies each query
     lambda length, rank, nope, rope, value: rank * (nope + value) // max(1, 2*rank - nope - value) + 1)
 wrong(latent_attention.check_break_even, "up to so many queries absorbing is never more work")(
     lambda length, rank, nope, rope, value: math.floor(length * rank * (nope + value) / (rank * (nope + value) + length * (2*rank - nope - value))) + 1)
+
+
+# ---- pooling
+
+@right(pooling.check_shorten_vector)
+def _(vector, n):
+    "With plain numbers."
+    length = math.sqrt(sum(x * x for x in vector[:n]))
+    return [x / length for x in vector[:n]]
+
+
+wrong(pooling.check_shorten_vector, "and should be 1")(lambda vector, n: vector[:n])
+wrong(pooling.check_shorten_vector, "expected (2,)")(lambda vector, n: vector)
+wrong(pooling.check_shorten_vector, "Is a `return` missing?")(lambda vector, n: None)
+
+
+@right(pooling.check_mean_pool)
+def _(states, lengths):
+    "By a matrix that adds up; the length of a sum does not matter."
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    sums = torch.zeros(len(lengths), states.shape[1]).index_add_(0, owner, states)
+    return sums / sums.norm(dim=1, keepdim=True)
+
+
+def parts_of_texts(states, lengths): return states.split(lengths)
+
+
+wrong(pooling.check_mean_pool, "should have length 1")(lambda states, lengths: torch.stack([p.mean(0) for p in parts_of_texts(states, lengths)]))
+wrong(pooling.check_mean_pool, "the last state, not the mean")(lambda states, lengths: torch.stack([p[-1] / p[-1].norm() for p in parts_of_texts(states, lengths)]))
+wrong(pooling.check_mean_pool, "which tokens belong to which text?")(
+    lambda states, lengths: torch.nn.functional.normalize(states.mean(0).expand(len(lengths), -1), dim=1))
+
+
+@right(pooling.check_running_mean)
+class MovingMean:
+    "The mean itself, moved towards each piece by its share."
+    def __init__(self): self.mean, self.count = None, 0
+
+    def add(self, states):
+        self.count += len(states)
+        if self.mean is None: self.mean = torch.zeros(states.shape[1])
+        self.mean = self.mean + (states - self.mean).sum(0) / self.count
+
+    def vector(self): return self.mean / self.mean.norm()
+
+
+@wrong(pooling.check_running_mean, "a piece counts by its tokens")
+class MeanOfMeans:
+    def __init__(self): self.total = 0
+    def add(self, states): self.total = self.total + states.mean(0)
+    def vector(self): return self.total / self.total.norm()
+
+
+@wrong(pooling.check_running_mean, "one vector and one number are enough")
+class KeepsAll:
+    def __init__(self): self.states = []
+    def add(self, states): self.states += list(states)
+    def vector(self): return torch.nn.functional.normalize(torch.stack(self.states).mean(0), dim=0)
+
+
+@wrong(pooling.check_running_mean, "changes the states it is given")
+class InPlace:
+    def __init__(self): self.total = None
+    def add(self, states):
+        if self.total is None: self.total = torch.zeros(states.shape[1])
+        self.total += states.cumsum_(0)[-1]
+    def vector(self): return self.total / self.total.norm()
 
 
 # ---- what holds for all

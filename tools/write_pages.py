@@ -7,7 +7,9 @@ from quarto_filter import settings
 
 PUBLIC = [("llm", "LLM"), ("engine_args", "EngineArgs"), ("sampling_params", "SamplingParams"), ("llm", "TextPrompt"), ("llm", "TokensPrompt"),
           ("request", "RequestOutput"), ("request", "CompletionOutput"), ("request", "RequestMetrics"), ("sampling_params", "Logprob"),
-          ("lora", "LoRARequest"), ("llm", "LLMEngine"), ("async_llm", "AsyncLLM")]
+          ("lora", "LoRARequest"), ("llm", "LLMEngine"), ("async_llm", "AsyncLLM"), ("pooling", "PoolingParams"),
+          ("pooling", "PoolingRequestOutput"), ("pooling", "EmbeddingOutput"), ("pooling", "ScoringOutput")]
+LATER = {"LLM": ["pooling"]}     # modules that give a class of another one more methods
 HEAD = """# The interface {.unnumbered}
 
 What a program that uses the package needs; everything else is explained in the chapters, and may change. Names, defaults and meanings are vLLM's
@@ -34,7 +36,8 @@ class Module:
     def methods(self, name: str) -> list[ast.FunctionDef]:
         "The public methods of a class, also those that are patched onto it, in the order of the source."
         inside = [node for node in self.find(name).body if isinstance(node, ast.FunctionDef)]
-        patched = [node for node in self.body if isinstance(node, ast.FunctionDef) and node.args.args
+        bodies = [self.body, *(Module(other).body for other in LATER.get(name, ()))]
+        patched = [node for body in bodies for node in body if isinstance(node, ast.FunctionDef) and node.args.args
                    and any("patch" in ast.unparse(d) for d in node.decorator_list)
                    and ast.unparse(node.args.args[0].annotation or ast.Constant(None)) == name]
         return [m for m in inside + patched if not m.name.startswith("_") and ast.get_docstring(m)]
