@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['ENGINE_LIMITS', 'DEFAULT_IS_NONE', 'ACCEPTED_ARGS', 'REFUSED_ARGS', 'OTHER_NAMES', 'NEUTRAL_VALUES', 'SPEC_NAMES',
-           'DTYPE_NAMES', 'PLACEMENTS', 'UTILIZATION', 'OF_FREE_MEMORY', 'ADAPTERS', 'SPECULATORS', 'read_options',
-           'takes_all_names', 'join_speculation', 'EngineArgs', 'choose_dtype', 'choose_device', 'EngineConfig',
-           'choose_kv_dtype', 'find_model', 'resolve_args', 'memory_budget', 'max_sampled', 'kv_memory', 'max_chunk',
-           'block_counter', 'count_blocks', 'own_replica', 'make_group', 'rank_device', 'load_part', 'make_runner',
-           'serve_rank', 'load_tokenizer', 'make_scheduler', 'count_in_flight', 'refuse_beside', 'make_speculator',
-           'Parts', 'make_parts', 'parts_maker', 'make_engine']
+           'RUNNERS', 'DTYPE_NAMES', 'PLACEMENTS', 'UTILIZATION', 'OF_FREE_MEMORY', 'ADAPTERS', 'SPECULATORS',
+           'read_options', 'takes_all_names', 'join_speculation', 'RunnerKind', 'make_inputs', 'choose_runner',
+           'EngineArgs', 'choose_dtype', 'choose_device', 'EngineConfig', 'choose_kv_dtype', 'find_model',
+           'resolve_args', 'memory_budget', 'max_sampled', 'kv_memory', 'max_chunk', 'block_counter', 'count_blocks',
+           'own_replica', 'make_group', 'rank_device', 'load_part', 'make_runner', 'serve_rank', 'load_tokenizer',
+           'make_scheduler', 'count_in_flight', 'refuse_beside', 'make_speculator', 'Parts', 'make_parts',
+           'parts_maker', 'make_engine']
 
 # %% ../nbs/17_engine_args.ipynb #17d4127c
 import os
@@ -99,6 +100,35 @@ def join_speculation(args):
         raise ValueError(f"speculative_config has {both[0]}, and so has a spec_ name")
     args.speculative_config = (config or {}) | given
 
+# %% ../nbs/17_engine_args.ipynb #65363d45
+class RunnerKind(NamedTuple):
+    "Who reads requests and who computes, in one kind of engine."
+    make_inputs: Callable     # of an EngineConfig and what an InputProcessor is made of
+    runner: type[ModelRunner]
+    refused: tuple = ()       # arguments that it cannot be combined with
+
+
+def make_inputs(config, *args, **options) -> InputProcessor:
+    "The `make_inputs` of engines that generate text."
+    return InputProcessor(*args, **options)
+
+
+RUNNERS = dict(generate=RunnerKind(make_inputs, ModelRunner))
+
+
+def choose_runner(runner, convert) -> str:
+    "Which of the RUNNERS the two arguments ask for."
+    known = dict(runner=["auto", *RUNNERS], convert=["auto", "none", "embed"])
+    for name, value in dict(runner=runner, convert=convert).items():
+        if value not in known[name]:
+            raise ValueError(f"{name} must be one of {', '.join(known[name])}, got "
+                             f"{quote(value)}")
+    if (runner, convert) == ("pooling", "none"):
+        raise ValueError("convert must be auto or embed with runner='pooling', got "
+                         "none")
+    if runner != "auto": return runner
+    return "pooling" if convert == "embed" else "generate"
+
 # %% ../nbs/17_engine_args.ipynb #64c22642
 @takes_all_names
 @dataclass
@@ -151,6 +181,8 @@ class EngineArgs:
     max_lora_rank: int = 16               # the highest rank that there is room for
     enable_expert_parallel: bool = False  # whole experts on each rank, if it has some
     batch_invariant: bool = False         # no token's bits depend on its company
+    runner: str = "auto"                  # "generate", or "pooling": see `RUNNERS`
+    convert: str = "auto"                 # "embed": a way to ask for "pooling"
 
     def __post_init__(self):
         for name in DEFAULT_IS_NONE:
@@ -162,6 +194,7 @@ class EngineArgs:
             setattr(self, name, check_number(name, value, *limits))
         self.logits_processors = load_processors(self.logits_processors)
         join_speculation(self)
+        self.runner = choose_runner(self.runner, self.convert)
         if self.scheduling_policy not in POLICIES:
             raise ValueError(f"scheduling_policy must be one of {', '.join(POLICIES)}, "
                              f"got {quote(self.scheduling_policy)}")
@@ -349,8 +382,9 @@ def make_runner(config: EngineConfig, group: TensorParallelGroup) -> ModelRunner
     args, model = config.args, load_part(config, group)
     adapters = ADAPTERS["lora"](model, args) if args.enable_lora else None
     num_blocks = group.minimum(count_blocks(config, model.kv_config, group))
-    runner = ModelRunner(model, num_blocks, args.block_size, args.max_num_seqs,
-                         config.max_model_len, config.kv_dtype, group)
+    make = RUNNERS[args.runner].runner
+    runner = make(model, num_blocks, args.block_size, args.max_num_seqs,
+                  config.max_model_len, config.kv_dtype, group)
     runner.adapters, runner.config = adapters, config
     return runner
 
@@ -447,8 +481,8 @@ def make_parts(config: EngineConfig) -> Parts:
     with group.collective_guard(): runner = make_runner(config, group)
     runner.logits_processors = [make(config, runner.device, False)
                                 for make in args.logits_processors]
-    if not (args.enforce_eager or args.logits_processors):
-        runner.graphs = make_graphs(runner, config.max_model_len)
+    eager = args.enforce_eager or args.logits_processors or not runner.decodes
+    if not eager: runner.graphs = make_graphs(runner, config.max_model_len)
     num_blocks = runner.kv_cache.shape[2]
     return Parts(make_scheduler(config, num_blocks), runner, num_blocks,
                  count_in_flight(config, group))
@@ -466,6 +500,8 @@ def make_engine(args: EngineArgs) -> Engine:
     config = resolve_args(args)
     if args.data_parallel_size == 1:
         refuse_beside(args, "where data_parallel_size is 1", "kv_transfer_config")
+    kind = RUNNERS[args.runner]
+    refuse_beside(args, f"with runner={args.runner!r}", *kind.refused)
     speculator = make_speculator(config)
     folder = dict(auto=config.model_path, vllm="").get(args.generation_config,
                                                        args.generation_config)
@@ -474,12 +510,12 @@ def make_engine(args: EngineArgs) -> Engine:
     eos = config.model.eos_token_ids | {tokenizer.eos_token_id} - {None}
     parts = parts_maker(args)(config)
     if speculator: speculator.measure(parts.runner)
-    inputs = InputProcessor(tokenizer, config.model.vocab_size, config.max_model_len,
-                            parts.num_blocks, args.block_size, eos, default_params,
-                            args.enable_prefix_caching, Random(args.seed),
-                            args.max_logprobs, args.logits_processors,
-                            adapters=parts.runner.adapters,
-                            blocks_needed=block_counter(config))
+    inputs = kind.make_inputs(
+        config, tokenizer, config.model.vocab_size, config.max_model_len,
+        parts.num_blocks, args.block_size, eos, default_params,
+        args.enable_prefix_caching, Random(args.seed), args.max_logprobs,
+        args.logits_processors, adapters=parts.runner.adapters,
+        blocks_needed=block_counter(config))
     engine = Engine(inputs, parts.scheduler, parts.runner,
                     OutputProcessor(tokenizer, eos), parts.num_in_flight, speculator)
     engine.config = config

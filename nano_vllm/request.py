@@ -291,6 +291,7 @@ class InputProcessor:
     num_made: int = 0
     adapters: object = None    # reads the adapters that requests name, if they may
     blocks_needed: Callable = blocks_needed      # of a text's tokens and a block's size
+    runner = "generate"                          # which of the `RUNNERS` it is for
 
 # %% ../nbs/15_request.ipynb #005873cd
 @patch
@@ -414,11 +415,17 @@ def read_adapters(self: InputProcessor, lora_request, num_prompts: int) -> list:
 
 # %% ../nbs/15_request.ipynb #93cf47ee
 @patch
+def params_of(self: InputProcessor, params, num_prompts: int) -> list:
+    "The parameters of each prompt of a call, checked as far as they alone tell."
+    return read_params(params, num_prompts, self.default_params)
+
+
+@patch
 def make_requests(self: InputProcessor, prompts, sampling_params=None,
                   priority=None, lora_request=None) -> list[Request]:
     "A request for each prompt; if one is bad, none: ValueError says which and why."
     prompts, checked = split_prompts(prompts), []
-    params = read_params(sampling_params, len(prompts), self.default_params)
+    params = self.params_of(sampling_params, len(prompts))
     priorities = read_priorities(priority, len(prompts))
     for i, (prompt, p) in enumerate(zip(prompts, params)):
         try:

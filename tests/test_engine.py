@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 from fake_engine import assert_all_free, check_books, expected, fake_engine
 from helpers import Tracing, assert_idle
-from nano_vllm import LLM, SamplingParams, engine as module
+from nano_vllm import LLM, SamplingParams, engine_args as module
 from nano_vllm.attention import TorchAttention
 from nano_vllm.layers import OPS, Linear, Ops
 from nano_vllm.llm import new_outputs

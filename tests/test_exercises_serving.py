@@ -1,4 +1,4 @@
-"""The exercises of the part "Serving, next": each check accepts other right answers, and says what is wrong with wrong ones.
+"""The exercises of the later chapters: each check accepts other right answers, and says what is wrong with wrong ones.
 
 What holds for the notebooks of all chapters with solutions stands in test_exercises.py."""
 import asyncio

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from greedy_reference import hf_greedy
 from helpers import assert_idle, logits_tolerance, rounding_tolerance
 from hypothesis import given, settings, strategies as st
-from nano_vllm import LLM, SamplingParams, engine
+from nano_vllm import LLM, SamplingParams, engine_args
 from nano_vllm.layers import LAUNCHERS, Ops, TensorParallelGroup, silu_and_mul
 from nano_vllm.model import ModelConfig, weight_shards
 from nano_vllm.moe import Experts, MoE, WholeExperts, grouped_linear, route
@@ -72,7 +72,7 @@ def start_threads(size, device_type, target, args):
     given, barrier, messages = [None]*size, threading.Barrier(size), [SimpleQueue() for _ in range(size)]
     groups = [ThreadGroup(rank, size, given, barrier, messages) for rank in range(size)]
     def serve(group):
-        try: engine.serve_rank(group, args)
+        try: engine_args.serve_rank(group, args)
         except BaseException: barrier.abort(); raise
     for group in groups[1:]: threading.Thread(target=serve, args=(group,), daemon=True).start()
     return groups[0]

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from helpers import tiny_folder
-from nano_vllm import LLM, engine as engine_module, fusions
+from nano_vllm import LLM, engine_args as engine_module, fusions
 from nano_vllm.attention import TorchAttention, slots_of
 from nano_vllm.cuda_graphs import make_graphs
 from nano_vllm.fusions import fused_rope_and_cache, norm_rotate_store

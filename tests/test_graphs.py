@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from helpers import tiny_folder
-from nano_vllm import LLM, SamplingParams, engine as engine_module
+from nano_vllm import LLM, SamplingParams, engine_args as engine_module
 from nano_vllm.attention import TorchAttention
 from nano_vllm.cuda_graphs import SEQ_LEN, TEMPERATURE, GpuRecorder, bucket_sizes, make_graphs
 from nano_vllm.kv_blocks import ScheduledSequence, SchedulerOutput, Sequence

@@ -216,7 +216,7 @@ def test_configs_refused_by_name(saved, tmp_path, changes, words):
     (dict(tensor_parallel_size=7), "tensor_parallel_size is 7, supported for 6 heads"),
 ])
 def test_engines_refused_by_name_before_any_work(saved, monkeypatch, options, words):
-    monkeypatch.setattr("nano_vllm.engine.load_model", lambda *args: pytest.fail("weights were read"))
+    monkeypatch.setattr("nano_vllm.engine_args.load_model", lambda *args: pytest.fail("weights were read"))
     with pytest.raises(ValueError, match=words): make_llm(saved()[1], **options)
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from fake_engine import FakeRunner, answer
 from helpers import weight_views
-from nano_vllm import attention, engine, model_runner, sampler
+from nano_vllm import attention, engine_args, model_runner, sampler
 from nano_vllm.attention import ReferenceAttention, TorchAttention
 from nano_vllm.kv_blocks import ScheduledSequence, SchedulerOutput, Sequence, blocks_needed
 from nano_vllm.layers import Ops, TensorParallelGroup
@@ -146,13 +146,13 @@ def kv_memory(monkeypatch, free, total, share, device="cuda", group=TensorParall
     def profile(config, dtype, num_tokens, num_rows, group, device_type, workspace):
         asked.append((config, dtype, num_tokens, num_rows, device_type, workspace))
         return ACTIVATIONS
-    monkeypatch.setattr(engine, "device_memory", lambda device: (free, total))
-    monkeypatch.setattr(engine, "profile_memory", profile)
+    monkeypatch.setattr(engine_args, "device_memory", lambda device: (free, total))
+    monkeypatch.setattr(engine_args, "profile_memory", profile)
     args = SimpleNamespace(speculative_config=None, data_parallel_size=1, pipeline_parallel_size=1, kv_cache_memory_bytes=None, gpu_memory_utilization=share, max_num_batched_tokens=64, max_num_seqs=256)
     model, ops = make_config(num_kv_heads=2, head_dim=8), SimpleNamespace(attention=TorchAttention, hidden_dtype=None)
     config = SimpleNamespace(args=args, device=torch.device(device), model=model, dtype=torch.float32, kv_dtype=torch.bfloat16,
                              max_model_len=5000, ops=ops)
-    found = engine.kv_memory(config, group)
+    found = engine_args.kv_memory(config, group)
     workspace = TorchAttention.workspace(64, 5000, 2 * 2 * 8 * (4 + 2))
     assert asked == [(model, torch.float32, 64, 64, device, workspace)]          # no more rows than tokens
     return found
@@ -163,14 +163,14 @@ def test_kv_memory_is_what_the_share_leaves(monkeypatch):
     assert kv_memory(monkeypatch, 1000, 10_000, 0.95) == 500 - ACTIVATIONS
     assert kv_memory(monkeypatch, 10_000, 10_000, 0.5) == 5000 - ACTIVATIONS
     assert kv_memory(monkeypatch, 1000, 10_000, 0.5) < 0                       # they are in use by others already
-    assert kv_memory(monkeypatch, 1000, 10_000, None) == int(10_000 * engine.UTILIZATION) - 9000 - ACTIVATIONS
+    assert kv_memory(monkeypatch, 1000, 10_000, None) == int(10_000 * engine_args.UTILIZATION) - 9000 - ACTIVATIONS
     assert kv_memory(monkeypatch, 1000, 10_000, 0.95, group=TensorParallelGroup(0, 2)) == 500 - ACTIVATIONS     # a GPU each
 
 
 def test_kv_memory_of_a_cpu_is_shared_by_the_ranks(monkeypatch):
     assert kv_memory(monkeypatch, 1000, 10_000, 0.95, "cpu") == 500 - ACTIVATIONS
     assert kv_memory(monkeypatch, 1000, 10_000, 0.95, "cpu", TensorParallelGroup(1, 2)) == 250 - ACTIVATIONS
-    assert kv_memory(monkeypatch, 1000, 10_000, None, "cpu") == engine.OF_FREE_MEMORY * 1000 - ACTIVATIONS
+    assert kv_memory(monkeypatch, 1000, 10_000, None, "cpu") == engine_args.OF_FREE_MEMORY * 1000 - ACTIVATIONS
 
 
 def test_peak_memory_counts_what_is_alive():

@@ -11,7 +11,7 @@ import test_exactly_once
 import torch
 from fake_engine import LetterTokenizer, assert_all_free, check_books
 from helpers import assert_idle, tiny_folder
-from nano_vllm import LLM, SamplingParams, attention, cuda_graphs, engine as engine_module, model_runner, sampler
+from nano_vllm import LLM, SamplingParams, attention, cuda_graphs, engine_args as engine_module, model_runner, sampler
 from nano_vllm.cuda_graphs import SEED, SEQ_LEN, TEMPERATURE, TOKEN, UNKNOWN, DecodeGraphs, make_graphs
 from nano_vllm.engine import Engine
 from nano_vllm.request import InputProcessor, OutputProcessor
