@@ -330,18 +330,19 @@ def listing(self: API, kind: str, values: list, log: dict) -> dict:
                 usage=dict(prompt_tokens=tokens, total_tokens=tokens))
 
 # %% ../nbs/37_pooling.ipynb #594bd598
-VECTOR_FIELDS = {"use_activation", "dimensions"}
+VECTOR_FIELDS = dict(use_activation=None, dimensions=None)
 
 
 @patch
 async def embeddings(self: API, body: dict, log: dict) -> dict:
     "/v1/embeddings: the vectors of `input`, one prompt or a list."
     self.check_model(body)
-    given = read_fields(body, {"model", "input", "encoding_format"} | VECTOR_FIELDS)
+    given = read_fields(body, dict(model=str, input=None, encoding_format=None)
+                        | VECTOR_FIELDS)
     if given.get("input", []) == []: raise ValueError("input must have a prompt")
     kind = given.get("encoding_format", "float")
     encode = choose("encoding_format", kind, ENCODINGS)
-    params = PoolingParams(**{k: given[k] for k in VECTOR_FIELDS & given.keys()})
+    params = PoolingParams(**{k: given[k] for k in VECTOR_FIELDS.keys() & given.keys()})
     outputs = await self.vectors(given["input"], params, log)
     vectors = [encode(out.outputs.embedding) for out in outputs]
     return self.listing("embedding", vectors, log)
@@ -351,7 +352,7 @@ async def embeddings(self: API, body: dict, log: dict) -> dict:
 async def score(self: API, body: dict, log: dict) -> dict:
     "/score: how near `text_1` and `text_2` are, texts or lists of them."
     self.check_model(body)
-    given = read_fields(body, {"model", "text_1", "text_2"})
+    given = read_fields(body, dict(model=str, text_1=None, text_2=None))
     first, second = read_pairs(given.get("text_1", []), given.get("text_2", []))
     outputs = await self.vectors([*first, *second], PoolingParams(), log)
     scores = score_pairs(outputs, len(first), [])

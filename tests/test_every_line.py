@@ -10,7 +10,7 @@ import random
 from collections import Counter
 
 import pytest
-from fake_engine import Asker, check_books, fake_engine
+from fake_engine import Asker, check_books, fake_engine, logits_after
 from helpers import Tracing
 from test_exactly_once import assert_nothing_is_left, asker, check_prefix, counted, finish
 from nano_vllm import LLM, SamplingParams
@@ -33,6 +33,10 @@ class AtLine(Tracing):
     def __init__(self, at, error):
         self.at, self.error, self.count, self.first = at, error, 0, {}
         self.before_it = {}      # frame -> the line that it ran last
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.before_it.clear()   # or the tracer would keep the frames, and with them requests that were thrown away
 
     def gives_back_lock(self, frame):
         """Is this the end of a `with exclusive(engine)` block? Python names the line of the `with` again, before it calls the lock's `__exit__`.
@@ -266,9 +270,11 @@ def test_a_hundred_thousand_interruptions_of_one_engine():
     "Nothing piles up, either: not a thousand Python objects more after the second half than after the first."
     soak = Soak(1, "two steps in flight")
     soak.run(50_000)
+    logits_after.cache_clear()      # the fake model's own memory
     gc.collect()
     before = len(gc.get_objects())
     answers = soak.run(100_000)
+    logits_after.cache_clear()
     gc.collect()
     print(soak.num_raised, "interruptions,", answers, "answers")
     assert len(gc.get_objects()) < before + 1000 and answers > 10_000
