@@ -290,7 +290,7 @@ def test_outputs_come_from_the_code_above_them(chapter):
 
 REVIEWED = {   # (cell, number): why it stands there although no output or record of the page gives it
     ("b01fde53", "three milliseconds"): "of other machines, for comparison",
-    ("a8e9dc07", "40 milliseconds"): "a premise of the ledger; 32 tokens at the rate that the verdict's cell prints for the bare engine take 48",
+    ("a8e9dc07", "40 milliseconds"): "a premise of the ledger; 32 tokens at the rate that the verdict's cell prints for the bare engine take 39",
     ("13fc0e57", "10 microseconds"): "an estimate, which the next cell checks",
     ("73f0bba5", "five times"): "seven matrices of a layer against two, counted from their shapes",
     ("17477b50", "101 %"): "of queues in general",
