@@ -61,6 +61,8 @@ def pack_blocks(q: Tensor, scale: Tensor) -> Tensor:
 DOT_INT4 = r"""
 #ifdef __AVX2__
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 // in each lane, sum + the four numbers of w, 0 to 15, times the four of x, with signs
 static inline ints dot(ints sum, ints w, int32_t x) {
@@ -74,6 +76,8 @@ static inline ints dot(ints sum, ints w, int32_t x) {
 #elif LANES == 8 && defined(__AVX2__)
   __m256i pairs = _mm256_maddubs_epi16((__m256i)w, _mm256_set1_epi32(x));
   return sum + (ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#elif defined(__ARM_FEATURE_DOTPROD)           // up to 15 is the same with a sign
+  return (ints)vdotq_s32((int32x4_t)sum, (int8x16_t)w, (int8x16_t)vdupq_n_s32(x));
 #else
   for (int at = 0; at < 32; at += 8) sum += (w >> at & 255) * (int8_t)(x >> at);
   return sum;
@@ -92,7 +96,7 @@ struct Block { ints words[4]; shorts scale; };   // their weights for LANES outp
 # %% ../nbs/28_four_bits.ipynb #7c7b7aa8
 TILE_INT4 = r"""
 template <int R>
-static void tile(const Inputs* x, const Block* w, const Block* ahead, int64_t groups,
+static void tile(const Inputs* x, const Block* w, const Block*, int64_t groups,
                  floats sum[ROWS][WIDE]) {
   for (int j = 0; j < WIDE; j++, w += groups) {
     floats total[R] = {};
@@ -174,23 +178,23 @@ def int4_linear(weight: Tensor):
 
 # %% ../nbs/28_four_bits.ipynb #8054d559
 def int4_ops(target: Target) -> Ops | None:
-    """quantization='int4' on a CPU with AVX2 and g++, without compile.
+    """quantization='int4' on a CPU for which kernels can be built, without compile.
 
-    The output layer has 8 bits. ValueError without AVX2 or g++, and for models that do
-    not compute in float32: those in float16, and mixtures of experts in bfloat16."""
+    The output layer has 8 bits. ValueError where none can, and for models that do not
+    compute in float32: those in float16, and mixtures of experts in bfloat16."""
     if target.quantization != "int4" or target.device.type != "cpu" or target.compile:
         return None
     plain = replace(target, quantization=None)
     ops = bfloat16_ops(plain) or cpu_products_ops(plain)
     if not fits_kernels() or not in_float32(target, ops):
         raise ValueError("quantization must be None or 'int8' here, got 'int4', which "
-                         "needs AVX2, g++ and a model in float32, or one in bfloat16 "
-                         f"without experts; this is {target}")
+                         "needs AVX2 or NEON, g++ or clang++, and a model in float32, "
+                         f"or one in bfloat16 without experts; this is {target}")
     return replace(ops, linear=int4_linear, head_linear=int8_linear_widened)
 OPS["int4"] = QUANTIZED["int4"] = int4_ops
 
 # %% ../nbs/28_four_bits.ipynb #855ab093
 def int4_steps_ops(target: Target) -> Ops | None:
-    "quantization='int4', otherwise as cpu_steps: AVX2, sizes of 16 n."
+    "quantization='int4', otherwise as cpu_steps: sizes of 16 n."
     return with_one_call(int4_ops, target)
 OPS["int4_steps"] = int4_steps_ops

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from nano_vllm import SamplingParams, cpu_attention, cpu_kernels, cpu_products, cpu_steps, lora, quantization
+from nano_vllm import SamplingParams, cpu_attention, cpu_kernels, cpu_products, cpu_steps, int4, lora, quantization
 from nano_vllm.attention import make_batch
 from nano_vllm.bfloat16 import bfloat16_product
 from nano_vllm.cpu_kernels import COMMON, InPlaceQueries, Queries, Toolchain, build, can_build, run_compiler, toolchain
@@ -46,7 +46,8 @@ def sources(bits):
                            "product": cpu_products.float_product.__wrapped__, "rope": lambda: cpu_products.rope_kernel.__wrapped__(*heads),
                            "draw": cpu_products.draw_kernel.__wrapped__, "bfloat16": bfloat16_product.__wrapped__,
                            "widened": lambda: bfloat16_product.__wrapped__(True), "quantize": lambda: quantization.quantize_kernel.__wrapped__(INPUTS),
-                           "int8": lambda: quantization.int8_product.__wrapped__(INPUTS), "attend_all": lambda: cpu_attention.attention_kernel.__wrapped__(*heads),
+                           "int8": lambda: quantization.int8_product.__wrapped__(INPUTS), "int4": lambda: int4.int4_product.__wrapped__(INPUTS),
+                           "attend_all": lambda: cpu_attention.attention_kernel.__wrapped__(*heads),
                            "run_layers": lambda: cpu_steps.run_layers_kernel.__wrapped__(*heads), "lora": lora.lora_product_kernel.__wrapped__}.items(): make()
     return found
 
@@ -196,6 +197,7 @@ class Guest:
 def guest(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu_products, "TILE_OUTPUTS", 16)      # of a tile for vectors of 4 numbers
+        for name, number in dict(LANES=4, WIDE=4).items(): patch.setattr(int4, name, number)
         yield Guest(tmp_path_factory.mktemp("guest"))
 
 
@@ -251,6 +253,22 @@ def test_whole_numbers(guest, march):
     dots = dict(zip(("sdot", "usdot"), ("dotprod" in march, "8.6" in march)))
     text = subprocess.run([CROSS.replace("g++", "objdump"), "-d", guest.library("int8", march)], capture_output=True, text=True, check=True).stdout
     assert {word: f"\t{word}\t" in text for word in dots} == dots
+
+
+@emulated
+@pytest.mark.parametrize("march", ["armv8-a", "armv8.2-a+dotprod"])
+def test_four_bits(guest, march):
+    "By multiplications of 32 bits and by `sdot`."
+    weight, x, bias, y = random(48, INPUTS), random(7, INPUTS), guest.put(random(48)), guest.put(torch.zeros(7, 48))
+    q, scale = int4.quantize_groups(hadamard(weight))
+    matrix = guest.matrix(guest.put(int4.pack_blocks(q, scale)), weight.shape, "int4", march)
+    guest.call("int4", "product", matrix, guest.put(x), bias, y, 7, march=march)
+    rows, row_scale = quantize(hadamard(x))
+    exact = (rows.double() * row_scale.double()) @ (q.double() * scale.double().repeat_interleave(int4.GROUP, 1)).T + bias.double()
+    unit = float((row_scale * scale.float().abs().max() * 8).max())       # what one step more or less of an input can do
+    assert (y.double() - exact).abs().max() <= 2 * unit and (y.double() - exact).abs().mean() < unit / 4
+    text = subprocess.run([CROSS.replace("g++", "objdump"), "-d", guest.library("int4", march)], capture_output=True, text=True, check=True).stdout
+    assert ("\tsdot\t" in text) == ("dotprod" in march)
 
 
 @emulated
