@@ -6,9 +6,9 @@
 __all__ = ['CAPABILITY', 'IS_ARM', 'LANES', 'CAN_BUILD', 'COMMON', 'X86', 'PROCESSOR', 'LATER', 'OPENMP', 'PROBE', 'VECTOR_TYPES',
            'SUMS', 'EXP', 'REDUCE', 'CACHE', 'SIZES', 'FIND', 'SCORES', 'RESCALE', 'ATTEND', 'QUERIES', 'DECODE',
            'SOURCE', 'NORM', 'SWIGLU', 'PLAIN', 'PackedProduct', 'PlainProduct', 'are_float32', 'packed_linear',
-           'find_compilers', 'Toolchain', 'toolchains', 'run_compiler', 'build', 'digest', 'predefined_macros', 'load',
-           'is_whole', 'toolchain', 'can_build', 'load_library', 'address', 'call', 'kernels', 'Queries',
-           'InPlaceQueries', 'max_in_place_query_len', 'InPlaceAttention', 'small_kernels', 'fits_kernels',
+           'find_compilers', 'Toolchain', 'toolchains', 'run_compiler', 'build', 'digest', 'predefined_macros',
+           'open_library', 'is_whole', 'toolchain', 'can_build', 'load_library', 'address', 'call', 'kernels',
+           'Queries', 'InPlaceQueries', 'max_in_place_query_len', 'InPlaceAttention', 'small_kernels', 'fits_kernels',
            'fused_norm', 'fused_swiglu', 'takes_float32', 'cpu_kernels_ops']
 
 # %% ../nbs/22_cpu_kernels.ipynb #043fced6
@@ -127,7 +127,7 @@ def predefined_macros(compile: tuple[str, ...]) -> str:
     return run_compiler(*compile, "-dM", "-E", "-xc++", "-")
 
 # %% ../nbs/22_cpu_kernels.ipynb #eff24c3b
-def load(tools: Toolchain, source: str, **numbers: int) -> ctypes.CDLL:
+def open_library(tools: Toolchain, source: str, **numbers: int) -> ctypes.CDLL:
     "The library of C++ `source`, where `numbers` are constants; compiled once."
     defines = [f"-D{name}={n}" for name, n in dict(LANES=LANES, **numbers).items()]
     recipe = repr((source, tools, defines, predefined_macros(tools.compile)))
@@ -167,7 +167,7 @@ def toolchain() -> Toolchain | None:
         for path in packages.glob(name): ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
     for tools in toolchains() if CAN_BUILD else ():
         try:
-            if load(tools, PROBE).probe() == sum(range(5, 10)) - sum(range(5)):
+            if open_library(tools, PROBE).probe() == sum(range(5, 10)) - sum(range(5)):
                 return tools
             reasons.append(f"what {tools.compile[0]} compiles gives wrong numbers")
         except (RuntimeError, OSError) as e: reasons.append(e)
@@ -184,7 +184,7 @@ def can_build() -> bool:
 def load_library(source: str, **numbers: int) -> ctypes.CDLL:
     "`load` by this machine's toolchain; RuntimeError if there is none."
     if not can_build(): raise RuntimeError("no kernels can be built here")
-    return load(toolchain(), source, **numbers)
+    return open_library(toolchain(), source, **numbers)
 
 # %% ../nbs/22_cpu_kernels.ipynb #e15a3b2e
 def address(x: Tensor | None) -> int | None:
