@@ -25,7 +25,7 @@ seeds = st.integers(0, 2**31)
 widths = st.sampled_from([32, 64, 96, 160, 576, 1536])
 quick = settings(max_examples=40, deadline=None)
 compiled = pytest.mark.skipif(not CAN_BUILD, reason="no AVX2 or no g++ here")
-REFUSAL = "quantization must be None or 'int8' here, got 'int4', which needs AVX2, g"
+REFUSAL = "quantization must be None or 'int8' here, got 'int4', which needs AVX2 or NEON, g"
 
 
 def random(seed, *shape): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
