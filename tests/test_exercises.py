@@ -1021,13 +1021,13 @@ def _(in_config, in_generation_config, of_tokenizer):
     return {i for i in found if i is not None}
 
 
-def ending(*sources, keep=lambda i: i is not None):
+def ending_of(*sources, keep=lambda i: i is not None):
     return {i for ids in sources for i in (ids if isinstance(ids, list) else [ids]) if keep(i)}
 
 
-wrong(engine_args.check_end_tokens, "0 is a token")(lambda *a: ending(*a, keep=bool))
-wrong(engine_args.check_end_tokens, "the tokenizer has none")(lambda *a: ending(*a, keep=lambda i: True))
-wrong(engine_args.check_end_tokens, "all three have a say")(lambda config, generation, tokenizer: ending(generation or config, tokenizer))
+wrong(engine_args.check_end_tokens, "0 is a token")(lambda *a: ending_of(*a, keep=bool))
+wrong(engine_args.check_end_tokens, "the tokenizer has none")(lambda *a: ending_of(*a, keep=lambda i: True))
+wrong(engine_args.check_end_tokens, "all three have a say")(lambda config, generation, tokenizer: ending_of(generation or config, tokenizer))
 
 
 # ---- what holds for all
