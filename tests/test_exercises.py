@@ -1026,7 +1026,7 @@ def ending_of(*sources, keep=lambda i: i is not None):
 
 
 wrong(engine_args.check_end_tokens, "0 is a token")(lambda *a: ending_of(*a, keep=bool))
-wrong(engine_args.check_end_tokens, "the tokenizer has none")(lambda *a: ending_of(*a, keep=lambda i: True))
+wrong(engine_args.check_end_tokens, "two places agree")(lambda *a: ending_of(*a, keep=lambda i: True))
 wrong(engine_args.check_end_tokens, "all three have a say")(lambda config, generation, tokenizer: ending_of(generation or config, tokenizer))
 
 
