@@ -182,7 +182,7 @@ def can_build() -> bool:
 
 
 def load_library(source: str, **numbers: int) -> ctypes.CDLL:
-    "`load` by this machine's toolchain; RuntimeError if there is none."
+    "`open_library` by this machine's toolchain; RuntimeError if there is none."
     if not can_build(): raise RuntimeError("no kernels can be built here")
     return open_library(toolchain(), source, **numbers)
 

@@ -17,7 +17,7 @@ from .engine_args import EngineConfig, refuse_beside
 from .layers import (ColumnParallelLinear, Ops, RMSNorm, RowParallelLinear,
                               ShardRange, TensorParallelGroup, fixed, rotate)
 from .model import (ARCHITECTURES, MLP, MODEL_TYPES, Decoder, DecoderLayer,
-                             ModelConfig, rope_settings, shard_heads)
+                             ModelConfig, refuse_all_but, rope_settings, shard_heads)
 from .moe import MoE
 from .sampling_params import check_number, quote
 
@@ -176,9 +176,7 @@ LIMITS = dict(
 
 def refuse_others(hf):
     "ValueError for settings that would silently come out wrong."
-    for name, supported in ONLY.items():
-        if (value := getattr(hf, name, supported)) != supported:
-            raise ValueError(f"{name} is {quote(value)}, supported: {supported!r}")
+    refuse_all_but(hf, ONLY)
     limits = LIMITS | dict(num_experts_per_tok=(int, 1, hf.n_routed_experts))
     if hf.q_lora_rank is not None: limits["q_lora_rank"] = int, 1, 2**14
     for name, limit in limits.items(): check_number(name, getattr(hf, name), *limit)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'MODEL_TYPES', 'CONFIG_LIMITS', 'MAY_BE_NONE', 'DTYPES', 'ONLY', 'ModelConfig', 'PlainAttention',
            'shard_heads', 'Attention', 'MLP', 'DecoderLayer', 'Decoder', 'weight_shards', 'read_json', 'llama',
-           'mistral', 'qwen2', 'qwen3', 'read_hf_config', 'read_eos_ids', 'rope_settings', 'refuse_unsupported']
+           'mistral', 'qwen2', 'qwen3', 'read_hf_config', 'read_eos_ids', 'rope_settings', 'refuse_all_but',
+           'refuse_unsupported']
 
 # %% ../nbs/10_model.ipynb #7d159f7f
 import json
@@ -336,16 +337,21 @@ DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.floa
 ONLY = dict(hidden_act="silu", use_sliding_window=False, quantization_config=None)
 
 
+def refuse_all_but(hf, supported: dict):
+    "ValueError names a field of `hf` that is there and not as in `supported`."
+    for name, wanted in supported.items():
+        value = getattr(hf, name, wanted)
+        if value != wanted:
+            raise ValueError(f"{name} is {quote(value)}, supported: {wanted!r}")
+
+
 def refuse_unsupported(hf):
     "ValueError for a setting that this decoder would silently get wrong."
     for name, limits in CONFIG_LIMITS.items():
         value = getattr(hf, name, None)
         if value is None and name in MAY_BE_NONE: continue
         check_number(name, value, *limits)
-    for name, supported in ONLY.items():
-        value = getattr(hf, name, supported)
-        if value != supported:
-            raise ValueError(f"{name} is {quote(value)}, supported: {supported!r}")
+    refuse_all_but(hf, ONLY)
     if hf.dtype not in (None, *DTYPES.values()):
         raise ValueError(f"dtype is {hf.dtype}, supported: {tuple(DTYPES.values())}")
     if hf.num_attention_heads % hf.num_key_value_heads:

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from .engine_args import PLACEMENTS
 from .layers import Linear, Ops, TensorParallelGroup, WeightShard, empty, shard
-from .model import ARCHITECTURES, MODEL_TYPES, ModelConfig, qwen3
-from .sampling_params import log_once, quote
+from .model import (ARCHITECTURES, MODEL_TYPES, ModelConfig, qwen3,
+                             refuse_all_but)
+from .sampling_params import log_once
 
 # %% ../nbs/32_mixture_of_experts.ipynb #ec2708b7
 def route(scores: Tensor, top_k: int, normalise: bool) -> tuple[Tensor, Tensor]:
@@ -97,9 +98,7 @@ class MoE(nn.Module):
 # %% ../nbs/32_mixture_of_experts.ipynb #829a4d67
 def qwen3_moe(hf) -> dict:
     "Qwen3, with a mixture of experts in every layer; ValueError for other layouts."
-    for name, supported in dict(decoder_sparse_step=1, mlp_only_layers=[]).items():
-        if (value := getattr(hf, name)) != supported:
-            raise ValueError(f"{name} is {quote(value)}, supported: {supported!r}")
+    refuse_all_but(hf, dict(decoder_sparse_step=1, mlp_only_layers=[]))
     num_experts, top_k = hf.num_experts, hf.num_experts_per_tok
     if (width := hf.moe_intermediate_size) < 1:
         raise ValueError(f"moe_intermediate_size is {width}, supported: from 1")

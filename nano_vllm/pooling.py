@@ -20,7 +20,7 @@ from torch import Tensor
 from .cli import ENGINE_OPTIONS
 from .engine_args import RUNNERS, EngineConfig, RunnerKind
 from .request import (Completion, InputProcessor, Request, RequestMetrics,
-                               read_prompt, split_prompts)
+                               one_for_each, read_prompt, split_prompts)
 from .kv_blocks import Sequence
 from .llm import LLM, PATHS
 from .model import read_json
@@ -153,14 +153,12 @@ class PoolingInputs(InputProcessor):
     runner = "pooling"
 
     def params_of(self, params, num_prompts: int) -> list[PoolingParams]:
-        several = list(params) if isinstance(params, (list, tuple)) else [params]
+        several = params if isinstance(params, (list, tuple)) else [params]
         if not all(isinstance(p, PoolingParams) for p in several):
             raise ValueError("this engine was made with runner='pooling': it has embed "
                              "and score; to generate text, leave runner out")
-        if several == [params]: several *= num_prompts
-        if len(several) == num_prompts: return [replace(p) for p in several]
-        raise ValueError(f"pooling_params must be one or a list of {num_prompts}, one "
-                         f"for each prompt, got a list of {len(several)}")
+        params = one_for_each("pooling_params", params, num_prompts)
+        return [replace(p) for p in params]
 
 # %% ../nbs/37_pooling.ipynb #5d5ce33e
 @patch

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOKEN_MASKS', 'CompletionOutput', 'since', 'RequestMetrics', 'RequestOutput', 'Completion', 'Request',
-           'is_token_list', 'split_prompts', 'unwrap', 'read_prompt', 'read_params', 'read_priorities',
+           'is_token_list', 'split_prompts', 'unwrap', 'read_prompt', 'one_for_each', 'read_params', 'read_priorities',
            'read_default_params', 'InputProcessor', 'spell', 'with_text', 'OutputProcessor']
 
 # %% ../nbs/15_request.ipynb #342515b3
@@ -239,14 +239,20 @@ def read_prompt(prompt, tokenizer: Tokenizer, vocab_size: int) -> tuple:
     return text, [int(t) for t in ids]
 
 # %% ../nbs/15_request.ipynb #9c0ecded
+def one_for_each(field: str, value, num_prompts: int) -> list:
+    "`value` for each prompt, or one of a list for each; ValueError names the `field`."
+    several = isinstance(value, (list, tuple))
+    values = list(value) if several else [value] * num_prompts
+    if len(values) == num_prompts: return values
+    raise ValueError(f"{field} must be one or a list of {num_prompts}, one for each "
+                     f"prompt, got a list of {len(values)}")
+
+
 def read_params(sampling_params, num_prompts: int,
                 default=SamplingParams()) -> list[SamplingParams]:
     "One checked copy of SamplingParams for each prompt."
     params = default if sampling_params is None else sampling_params
-    if not isinstance(params, (list, tuple)): params = [params] * num_prompts
-    if len(params) != num_prompts:
-        raise ValueError(f"sampling_params must be one or a list of {num_prompts}, "
-                         f"one for each prompt, got a list of {len(params)}")
+    params = one_for_each("sampling_params", params, num_prompts)
     for p in params:
         if not isinstance(p, SamplingParams):
             raise ValueError(f"sampling_params must be SamplingParams, got {quote(p)}")
@@ -256,10 +262,8 @@ def read_params(sampling_params, num_prompts: int,
 def read_priorities(priority, num_prompts: int) -> list[int]:
     "A priority for each prompt, lower is more important: of one number or a list."
     values = priority if isinstance(priority, (list, tuple)) else [priority or 0]
-    if len(values) == 1: values = list(values) * num_prompts
-    if len(values) != num_prompts:
-        raise ValueError(f"priority must be one or a list of {num_prompts}, one for "
-                         f"each prompt, got a list of {len(values)}")
+    values = values[0] if len(values) == 1 else values
+    values = one_for_each("priority", values, num_prompts)
     return [check_number("priority", p, int, -2**63, 2**63 - 1) for p in values]
 
 # %% ../nbs/15_request.ipynb #28f9fc8e
@@ -403,11 +407,7 @@ def make_request(self: InputProcessor, text, ids: list[int],
 @patch
 def read_adapters(self: InputProcessor, lora_request, num_prompts: int) -> list:
     "The adapter of each prompt, or None; ValueError if one cannot be had."
-    several = isinstance(lora_request, (list, tuple))
-    wanted = list(lora_request) if several else [lora_request] * num_prompts
-    if len(wanted) != num_prompts:
-        raise ValueError(f"lora_request must be one or a list of {num_prompts}, one "
-                         f"for each prompt, got a list of {len(wanted)}")
+    wanted = one_for_each("lora_request", lora_request, num_prompts)
     for w in wanted:
         if w is not None and self.adapters is None:
             raise ValueError(f"lora_request must be None without enable_lora, got {w}")

@@ -23,7 +23,7 @@ from .attention import Batch
 from .kv_blocks import Sequence, blocks_needed
 from .layers import Ops, RMSNorm, Rotary, TensorParallelGroup
 from .model import (ARCHITECTURES, MLP, MODEL_TYPES, Attention, Decoder,
-                             ModelConfig)
+                             ModelConfig, refuse_all_but)
 from .model_runner import InputBatch
 from .prefix_cache import KVCacheManager, PrefixCache
 from .weights import MODELS
@@ -191,9 +191,7 @@ ONLY = dict(hidden_activation="gelu_pytorch_tanh", attn_logit_softcapping=None,
 
 def gemma3(hf) -> dict:
     "What Gemma 3 sets of a ModelConfig; ValueError for what it would get wrong."
-    for name, supported in ONLY.items():
-        if (value := getattr(hf, name)) != supported:
-            raise ValueError(f"{name} is {value!r}, supported: {supported!r}")
+    refuse_all_but(hf, ONLY)
     if getattr(hf, "use_bidirectional_attention", False):
         raise ValueError("use_bidirectional_attention is True, supported: False")
     windows = layer_windows(hf)

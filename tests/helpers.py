@@ -1,9 +1,10 @@
 "What several test files need: an engine that has to be idle, and a tiny model in a folder of its own."
+import json
 import shutil
 import sys
 
 import torch
-from nano_vllm.model import weight_shards
+from nano_vllm.model import ModelConfig, weight_shards
 from nano_vllm.workbench import fetch
 
 
@@ -52,6 +53,13 @@ def tiny_folder(folder, tokenizer=True, **changes):
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja") if tokenizer else ():
         shutil.copy(fetch()/name, folder/name)
     return folder
+
+
+def config_of(folder, tmp_path, **changes):
+    "What the engine reads of a folder's config.json with these changes, written into `tmp_path`."
+    config = json.loads((folder/"config.json").read_text())
+    (tmp_path/"config.json").write_text(json.dumps(config | changes))
+    return ModelConfig.from_folder(tmp_path)
 
 
 class Tracing:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from greedy_reference import hf_greedy
-from helpers import assert_idle, logits_tolerance, rounding_tolerance
+from helpers import assert_idle, config_of, logits_tolerance, rounding_tolerance
 from nano_vllm import LLM, SamplingParams
 from nano_vllm.attention import BACKENDS, Batch, attention_backend
 from nano_vllm.engine_args import EngineArgs, EngineConfig
@@ -40,12 +40,6 @@ def saved(tmp_path_factory):
 
 def make_llm(folder, **options):
     return LLM(folder, **dict(tokenizer=fetch(), device="cpu", block_size=4, num_kv_blocks=100, max_model_len=64) | options)
-
-
-def config_of(folder, tmp_path, **changes):
-    config = json.loads((folder/"config.json").read_text())
-    (tmp_path/"config.json").write_text(json.dumps(config | changes))
-    return ModelConfig.from_folder(tmp_path)
 
 
 def answers(llm, prompts, num_tokens=NUM_TOKENS, **params):

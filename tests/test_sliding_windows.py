@@ -1,12 +1,11 @@
 """Layers with a window: Gemma 3 through every path that a CPU takes, the blocks it holds, and what is refused by name."""
 import copy
-import json
 from collections import defaultdict
 
 import pytest
 import torch
 from greedy_reference import hf_greedy
-from helpers import assert_idle, logits_tolerance
+from helpers import assert_idle, config_of, logits_tolerance
 from nano_vllm import LLM, SamplingParams
 from nano_vllm.attention import BACKENDS
 from nano_vllm.kv_blocks import Sequence, blocks_needed
@@ -33,12 +32,6 @@ def gemma(tmp_path_factory):
 
 def make_llm(folder, **options):
     return LLM(folder, **dict(tokenizer=fetch(), device="cpu", block_size=4, num_kv_blocks=200, max_model_len=64) | options)
-
-
-def config_of(folder, tmp_path, **changes):
-    config = json.loads((folder/"config.json").read_text())
-    (tmp_path/"config.json").write_text(json.dumps(config | changes))
-    return ModelConfig.from_folder(tmp_path)
 
 
 # ---- the family
