@@ -256,14 +256,21 @@ static inline floats exps(floats x) {
 # %% ../nbs/22_cpu_kernels.ipynb #03c8a650
 REDUCE = r"""
 static inline float max_lane(floats x) {
-  float m = x[0];
-  for (int i = 1; i < LANES; i++) m = std::max(m, x[i]);
-  return m;
+  ints at;
+  for (int far = LANES / 2; far; far /= 2) {
+    for (int i = 0; i < LANES; i++) at[i] = i ^ far;
+    floats other = shuffle(x, x, at);
+    x = other > x ? other : x;
+  }
+  return x[0];
 }
 static inline float sum_lanes(floats x) {
-  float s = 0;
-  for (int i = 0; i < LANES; i++) s += x[i];
-  return s;
+  ints at;
+  for (int far = LANES / 2; far; far /= 2) {
+    for (int i = 0; i < LANES; i++) at[i] = i ^ far;
+    x += shuffle(x, x, at);
+  }
+  return x[0];
 }
 """
 

@@ -375,7 +375,8 @@ def test_a_cache_in_bfloat16_has_twice_the_blocks(tmp_path, monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kv_cache_dtype", ["float32", "bfloat16", "float16"])
 def test_every_cache_under_every_model(dtype, kv_cache_dtype, tmp_path):
-    "Both backends read the same rounded numbers: the same first tokens, for decodes, chunks and prompts."
+    """Both backends read the same rounded numbers: the same first tokens, for decodes, chunks and prompts. Beside a cache in bfloat16,
+    queries and weights may be rounded as well."""
     folder = tiny_folder(tmp_path, hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
     prompts = [dict(prompt_token_ids=[(7*i*i + n) % 900 + 50 for i in range(n)]) for n in (3, 40, 300)]
     answers = []
@@ -384,7 +385,7 @@ def test_every_cache_under_every_model(dtype, kv_cache_dtype, tmp_path):
         outs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=8, logprobs=1, ignore_eos=True), use_tqdm=False)
         answers.append([max(p.logprob for p in o.outputs[0].logprobs[0].values()) for o in outs])
         assert llm.engine.runner.kv_cache.dtype == getattr(torch, kv_cache_dtype)
-    assert torch.allclose(*map(torch.tensor, answers), atol=1e-3 if dtype == "float32" else 0.1)
+    assert torch.allclose(*map(torch.tensor, answers), atol=0.1 if "bfloat16" in (dtype, kv_cache_dtype) else 1e-3)
 
 
 def test_a_cache_of_another_kind_is_refused(tmp_path):
