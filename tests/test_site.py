@@ -25,11 +25,19 @@ def filtered():
 
 def test_each_chapter_says_what_it_takes_and_needs(filtered):
     for c in CHAPTERS:
-        facts = filtered[c.name]["cells"][1]["source"]
+        facts = "".join(filtered[c.name]["cells"][1]["source"])
         assert facts.startswith("::: {.chapter-facts}") and facts.endswith("\n:::")
         assert re.search(r"\*\*How long:\*\* \d+ minutes to read", facts)
         assert f"/blob/main/nbs/{c.name}.ipynb" in facts and f"/raw/main/nbs/{c.name}.ipynb" in facts
         for link in re.findall(r"\]\((\w+\.ipynb)\)", facts): assert (ROOT/"nbs"/link).exists()
+
+
+def test_each_source_leaves_as_lines(filtered):
+    "Of a source that is one string, Quarto's markdown has no newline left: no list, no box, no paragraph."
+    for name, nb in filtered.items():
+        for cell in nb["cells"]:
+            lines = cell["source"]
+            assert isinstance(lines, list) and lines == "".join(lines).splitlines(keepends=True), name
 
 
 def test_each_chapter_names_a_file_of_vllm_to_open():
@@ -161,7 +169,7 @@ def test_what_was_not_measured_anew_is_listed(tmp_path):
 def test_the_edition_of_a_chapter_stands_below_its_title():
     nb = load(CHAPTERS[0])
     nb["metadata"]["edition"] = dict(machine="AMD EPYC, 2 cores", commit="abc1234", date="2026-01-02", code="0")
-    assert "**Edition:** AMD EPYC, 2 cores, commit abc1234, 2026-01-02" in quarto_filter.filtered(nb)["cells"][1]["source"]
+    assert "**Edition:** AMD EPYC, 2 cores, commit abc1234, 2026-01-02" in "".join(quarto_filter.filtered(nb)["cells"][1]["source"])
 
 
 def test_the_map_names_what_is_here():

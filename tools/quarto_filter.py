@@ -225,8 +225,13 @@ def with_terms(nb: dict) -> dict:
     return {**nb, "cells": cells}
 
 
+def as_lines(nb: dict) -> dict:
+    "The notebook `nb` with each source as a list of lines: Quarto takes one string too, and loses its newlines."
+    return {**nb, "cells": [{**c, "source": "".join(c["source"]).splitlines(keepends=True)} for c in nb["cells"]]}
+
+
 def filtered(nb: dict) -> dict:
-    return clean(with_alt_texts(with_solutions(with_facts(with_terms(nb)))))
+    return as_lines(clean(with_alt_texts(with_solutions(with_facts(with_terms(nb))))))
 
 
 if __name__ == "__main__":
