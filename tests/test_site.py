@@ -40,6 +40,16 @@ def test_each_source_leaves_as_lines(filtered):
             assert isinstance(lines, list) and lines == "".join(lines).splitlines(keepends=True), name
 
 
+def test_every_link_of_a_chapter_leads_to_a_file(filtered):
+    "Also those that a solution's text brings along from its own folder."
+    for name, nb in filtered.items():
+        for cell in nb["cells"]:
+            if cell["cell_type"] != "markdown": continue
+            prose = re.sub(r"(`{3,}).*?\1|`[^`]*`", "", "".join(cell["source"]), flags=re.S)
+            for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)[^)]*\)", prose):
+                assert (ROOT/"nbs"/link).exists(), f"{name}: {link}"
+
+
 def test_each_chapter_names_a_file_of_vllm_to_open():
     missing = [c.name for c in CHAPTERS if not quarto_filter.vllm_file(load(c))]
     assert not missing, "these name no file such as `vllm/v1/core/sched/scheduler.py` in their part on vLLM: " + ", ".join(missing)

@@ -75,6 +75,7 @@ def box(number: str, cells: list[dict]) -> dict:
     for cell in cells:
         text = SOLUTION.sub("", text_of(cell)).strip()
         if cell["cell_type"] == "code": text = fenced(text, "python")
+        else: text = text.replace("](../", "](")          # the box stands one folder higher
         printed = "".join("".join(output.get("text", "")) for output in cell.get("outputs", []))
         parts += [text, fenced(printed, "text")] if printed else [text]
     lines = ['::: {.callout-tip collapse="true" title="Solution"}', *parts, ":::"]
