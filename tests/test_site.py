@@ -121,11 +121,13 @@ def test_the_interface_lists_every_public_name():
 
 def test_the_home_page_has_what_sells_the_book():
     page = (ROOT/"index.qmd").read_text(encoding="utf-8")
+    assert page.startswith("# Start here {.unnumbered}\n")        # without its own title it would be chapter 1
     screen = page[:page.index("## What a chapter is like")]
     for what in ("images/throughput.svg", "labs/scheduler.html", "An evening", "A week", "Eight sessions", "half an hour", "**You need**"): assert what in screen
 
 
 def test_the_site_asks_no_other_host():
+    assert "$web-font-path: false;" in (ROOT/"tools/book.scss").read_text(encoding="utf-8")      # or the themes fetch fonts
     texts = {name: (ROOT/name).read_text(encoding="utf-8") for name in ("index.qmd", "404.html", "tools/book.scss", "images/favicon.svg")}
     for name, text in texts.items():
         assert not re.search(r'(src|href)="https?://|url\(|@import|!\[[^]]*\]\(http', text), name

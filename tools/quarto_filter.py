@@ -9,7 +9,7 @@ the lines that are bare directives go (`#| export`), and options (`#| label: fig
 - a text for those who cannot see a figure, from its caption, unless the cell has one (`fig-alt`);
 - a link to the glossary where a chapter first uses one of its terms;
 - the solution of each exercise from the notebook that the chapter links to: text, code and output in one closed box. The box
-  is a single markdown cell, since Quarto shows those as they are.
+  is a single markdown cell, since Quarto shows those as they are, and HTML's own `details`: a callout that is closed has no key that opens it.
 
 Standard library only, because Quarto runs this with whatever Python it finds.
 """
@@ -78,7 +78,7 @@ def box(number: str, cells: list[dict]) -> dict:
         else: text = text.replace("](../", "](")          # the box stands one folder higher
         printed = "".join("".join(output.get("text", "")) for output in cell.get("outputs", []))
         parts += [text, fenced(printed, "text")] if printed else [text]
-    lines = ['::: {.callout-tip collapse="true" title="Solution"}', *parts, ":::"]
+    lines = ['<details class="answer">', "<summary>Solution</summary>", *parts, "</details>"]
     return {"cell_type": "markdown", "id": f"solution-{number}", "metadata": {}, "source": "\n\n".join(lines)}
 
 
