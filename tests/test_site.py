@@ -50,6 +50,15 @@ def test_every_link_of_a_chapter_leads_to_a_file(filtered):
                 assert (ROOT/"nbs"/link).exists(), f"{name}: {link}"
 
 
+def test_what_is_drawn_in_letters_fits_the_page():
+    "A page that is 1,400 pixels wide shows 98 columns of code; a drawing that is scrolled is none."
+    texts = {c.name: [text for cell in load(c)["cells"] if cell["cell_type"] == "markdown" for text in ["".join(cell["source"])]] for c in CHAPTERS}
+    texts |= {p.name: [p.read_text(encoding="utf-8")] for p in [*ROOT.glob("*.qmd"), *ROOT.glob("nbs/course/*.md")]}
+    for name, parts in texts.items():
+        for fence in re.findall(r"^(```\w*\n.*?)^```", "\n".join(parts), re.M | re.S):
+            for line in fence.splitlines(): assert len(line) <= 98, f"{name}: {line}"
+
+
 def test_each_chapter_names_a_file_of_vllm_to_open():
     missing = [c.name for c in CHAPTERS if not quarto_filter.vllm_file(load(c))]
     assert not missing, "these name no file such as `vllm/v1/core/sched/scheduler.py` in their part on vLLM: " + ", ".join(missing)
