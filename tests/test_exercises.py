@@ -1091,8 +1091,8 @@ def test_the_site_has_each_solution_in_a_closed_box_below_its_exercise(chapter):
     boxes = [c for c in page if c["id"].startswith("solution-")]
     assert len(boxes) == len(chapter.exercises) and len(page) == len(nb["cells"]) + len(boxes)
     for number, cell in enumerate(boxes, 1):
-        assert cell["source"].startswith('::: {.callout-tip collapse="true" title="Solution"}\n')
-        assert cell["source"].count(":::") == 2 and cell["source"].endswith("\n:::")
+        assert cell["source"].startswith('<details class="answer">\n\n<summary>Solution</summary>\n')
+        assert cell["source"].count("details") == 2 and cell["source"].endswith("\n</details>")
         is_open = "open problem" in chapter.exercises[number - 1]    # what one would build may be told in words
         assert cell["source"].count("````") % 2 == 0 and ("````python" in cell["source"] or is_open)
         above = [c for c in page[:page.index(cell)] if c["cell_type"] == "markdown" and not c["id"].startswith("solution-")]

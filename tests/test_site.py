@@ -25,11 +25,38 @@ def filtered():
 
 def test_each_chapter_says_what_it_takes_and_needs(filtered):
     for c in CHAPTERS:
-        facts = filtered[c.name]["cells"][1]["source"]
+        facts = "".join(filtered[c.name]["cells"][1]["source"])
         assert facts.startswith("::: {.chapter-facts}") and facts.endswith("\n:::")
         assert re.search(r"\*\*How long:\*\* \d+ minutes to read", facts)
         assert f"/blob/main/nbs/{c.name}.ipynb" in facts and f"/raw/main/nbs/{c.name}.ipynb" in facts
         for link in re.findall(r"\]\((\w+\.ipynb)\)", facts): assert (ROOT/"nbs"/link).exists()
+
+
+def test_each_source_leaves_as_lines(filtered):
+    "Of a source that is one string, Quarto's markdown has no newline left: no list, no box, no paragraph."
+    for name, nb in filtered.items():
+        for cell in nb["cells"]:
+            lines = cell["source"]
+            assert isinstance(lines, list) and lines == "".join(lines).splitlines(keepends=True), name
+
+
+def test_every_link_of_a_chapter_leads_to_a_file(filtered):
+    "Also those that a solution's text brings along from its own folder."
+    for name, nb in filtered.items():
+        for cell in nb["cells"]:
+            if cell["cell_type"] != "markdown": continue
+            prose = re.sub(r"(`{3,}).*?\1|`[^`]*`", "", "".join(cell["source"]), flags=re.S)
+            for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)[^)]*\)", prose):
+                assert (ROOT/"nbs"/link).exists(), f"{name}: {link}"
+
+
+def test_what_is_drawn_in_letters_fits_the_page():
+    "A page that is 1,400 pixels wide shows 98 columns of code; a drawing that is scrolled is none."
+    texts = {c.name: [text for cell in load(c)["cells"] if cell["cell_type"] == "markdown" for text in ["".join(cell["source"])]] for c in CHAPTERS}
+    texts |= {p.name: [p.read_text(encoding="utf-8")] for p in [*ROOT.glob("*.qmd"), *ROOT.glob("nbs/course/*.md")]}
+    for name, parts in texts.items():
+        for fence in re.findall(r"^(```\w*\n.*?)^```", "\n".join(parts), re.M | re.S):
+            for line in fence.splitlines(): assert len(line) <= 98, f"{name}: {line}"
 
 
 def test_each_chapter_names_a_file_of_vllm_to_open():
@@ -103,11 +130,13 @@ def test_the_interface_lists_every_public_name():
 
 def test_the_home_page_has_what_sells_the_book():
     page = (ROOT/"index.qmd").read_text(encoding="utf-8")
+    assert page.startswith("# Start here {.unnumbered}\n")        # without its own title it would be chapter 1
     screen = page[:page.index("## What a chapter is like")]
     for what in ("images/throughput.svg", "labs/scheduler.html", "An evening", "A week", "Eight sessions", "half an hour", "**You need**"): assert what in screen
 
 
 def test_the_site_asks_no_other_host():
+    assert "$web-font-path: false;" in (ROOT/"tools/book.scss").read_text(encoding="utf-8")      # or the themes fetch fonts
     texts = {name: (ROOT/name).read_text(encoding="utf-8") for name in ("index.qmd", "404.html", "tools/book.scss", "images/favicon.svg")}
     for name, text in texts.items():
         assert not re.search(r'(src|href)="https?://|url\(|@import|!\[[^]]*\]\(http', text), name
@@ -161,7 +190,7 @@ def test_what_was_not_measured_anew_is_listed(tmp_path):
 def test_the_edition_of_a_chapter_stands_below_its_title():
     nb = load(CHAPTERS[0])
     nb["metadata"]["edition"] = dict(machine="AMD EPYC, 2 cores", commit="abc1234", date="2026-01-02", code="0")
-    assert "**Edition:** AMD EPYC, 2 cores, commit abc1234, 2026-01-02" in quarto_filter.filtered(nb)["cells"][1]["source"]
+    assert "**Edition:** AMD EPYC, 2 cores, commit abc1234, 2026-01-02" in "".join(quarto_filter.filtered(nb)["cells"][1]["source"])
 
 
 def test_the_map_names_what_is_here():

@@ -9,7 +9,7 @@ the lines that are bare directives go (`#| export`), and options (`#| label: fig
 - a text for those who cannot see a figure, from its caption, unless the cell has one (`fig-alt`);
 - a link to the glossary where a chapter first uses one of its terms;
 - the solution of each exercise from the notebook that the chapter links to: text, code and output in one closed box. The box
-  is a single markdown cell, since Quarto shows those as they are.
+  is a single markdown cell, since Quarto shows those as they are, and HTML's own `details`: a callout that is closed has no key that opens it.
 
 Standard library only, because Quarto runs this with whatever Python it finds.
 """
@@ -75,9 +75,10 @@ def box(number: str, cells: list[dict]) -> dict:
     for cell in cells:
         text = SOLUTION.sub("", text_of(cell)).strip()
         if cell["cell_type"] == "code": text = fenced(text, "python")
+        else: text = text.replace("](../", "](")          # the box stands one folder higher
         printed = "".join("".join(output.get("text", "")) for output in cell.get("outputs", []))
         parts += [text, fenced(printed, "text")] if printed else [text]
-    lines = ['::: {.callout-tip collapse="true" title="Solution"}', *parts, ":::"]
+    lines = ['<details class="answer">', "<summary>Solution</summary>", *parts, "</details>"]
     return {"cell_type": "markdown", "id": f"solution-{number}", "metadata": {}, "source": "\n\n".join(lines)}
 
 
@@ -225,8 +226,13 @@ def with_terms(nb: dict) -> dict:
     return {**nb, "cells": cells}
 
 
+def as_lines(nb: dict) -> dict:
+    "The notebook `nb` with each source as a list of lines: Quarto takes one string too, and loses its newlines."
+    return {**nb, "cells": [{**c, "source": "".join(c["source"]).splitlines(keepends=True)} for c in nb["cells"]]}
+
+
 def filtered(nb: dict) -> dict:
-    return clean(with_alt_texts(with_solutions(with_facts(with_terms(nb)))))
+    return as_lines(clean(with_alt_texts(with_solutions(with_facts(with_terms(nb))))))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Write what the site derives from the package and the chapters: api.qmd, the public interface, and llms.txt, a table of contents for programs."""
 import ast
 from dataclasses import dataclass
+from textwrap import indent
 
 from book import ROOT, chapters
 from quarto_filter import settings
@@ -69,7 +70,9 @@ def entry(module: Module, name: str, chapter) -> str:
     "What the page says of one class."
     doc = ast.get_docstring(module.find(name)) or ""
     parts = [f"## `{name}`", doc, f"Explained in [{chapter.title}](nbs/{chapter.path.name})."]
-    for method in module.methods(name): parts.append(f"`{signature(method)}`\n: {ast.get_docstring(method)}")
+    for method in module.methods(name):
+        said = indent(ast.get_docstring(method), "    ").lstrip()          # all of its paragraphs belong to the method
+        parts.append(f"`{signature(method)}`\n\n:   {said}")
     rows = [f"| `{n}` | {code(kind)} | {code(default)} | {text} |".replace(" | None`", " \\| None`").replace("str | ", "str \\| ")
             for n, kind, default, text in module.fields(name)]
     if rows: parts.append("\n".join(["| field | type | default | |", "|---|---|---|---|", *rows]))
