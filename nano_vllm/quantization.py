@@ -287,7 +287,8 @@ def read_w8a8(config: dict) -> str:
     require(where, group, dict(targets=["Linear"], output_activations=None))
     require(where, {"format": group.get("format") or "int-quantized"},
             dict(format="int-quantized"))
-    for kind, wanted in W8A8.items(): require(f"{where}{kind}.", group.get(kind), wanted)
+    for kind, wanted in W8A8.items():
+        require(f"{where}{kind}.", group.get(kind), wanted)
     if config.get("ignore") == ["re:.*lm_head"]: return "int8"
     require("", config, dict(ignore=["lm_head"]))
     return "int8"
