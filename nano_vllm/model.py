@@ -71,7 +71,8 @@ class ModelConfig:
         config = cls(hf.vocab_size, hf.hidden_size, hf.intermediate_size,
                      hf.num_hidden_layers, heads, hf.num_key_value_heads, head_dim,
                      hf.rms_norm_eps, rope, longest, hf.tie_word_embeddings,
-                     dtype=hf.dtype or torch.float32, quantization=read_quantization(hf),
+                     dtype=hf.dtype or torch.float32,
+                     quantization=read_quantization(hf),
                      eos_token_ids=read_eos_ids(Path(path)))
         return replace(config, **ARCHITECTURES[name](hf))
 
@@ -372,4 +373,4 @@ def read_quantization(hf) -> str | None:
     method = given.get("quant_method") if isinstance(given, dict) else None
     if method in list(QUANT_METHODS): return QUANT_METHODS[method](given)
     raise ValueError(f"quantization_config is {quote(given)}, supported as its "
-                     f"quant_method: {', '.join(QUANT_METHODS)}")
+                     f"quant_method: {', '.join(QUANT_METHODS) or 'none'}")
