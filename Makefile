@@ -48,7 +48,7 @@ bench: venv      ## this engine on this machine: throughput, waits, memory, into
 gpu:             ## tests and measurements on this machine's GPU, about 8 minutes: PARTS="kernels throughput" for some of it, PARTS=--toy to try it without a GPU
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tools/gpu_suite.py $(PARTS)
 
-peers: venv      ## this engine beside vLLM on this machine (fetches several GB the first time)
+peers: venv      ## this engine beside vLLM and llama.cpp on this machine, 20 minutes (the first time it fetches several GB, and compiles for ten minutes)
 	$(BIN)/python tools/peers.py
 
 fuzz: venv       ## the fuzz tests for longer: FUZZ=number of workloads

@@ -79,6 +79,7 @@ def obstacle(target: Target) -> str | None:
             "with compile": target.compile,
             "for a mixture of experts": c.mlp is not None,
             "for this architecture": (c.decoder or c.kv_layout) is not None,
+            "for a checkpoint in int8": c.quantization is not None,
             "with float16": torch.float16 in dtypes}.items():
         if is_so: return why
     cut = 16 * target.tensor_parallel_size

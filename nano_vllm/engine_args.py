@@ -7,10 +7,10 @@ __all__ = ['ENGINE_LIMITS', 'DEFAULT_IS_NONE', 'ACCEPTED_ARGS', 'REFUSED_ARGS', 
            'RUNNERS', 'DTYPE_NAMES', 'PLACEMENTS', 'UTILIZATION', 'OF_FREE_MEMORY', 'ADAPTERS', 'SPECULATORS',
            'read_options', 'takes_all_names', 'join_speculation', 'RunnerKind', 'make_inputs', 'choose_runner',
            'EngineArgs', 'choose_dtype', 'choose_device', 'EngineConfig', 'choose_kv_dtype', 'find_model',
-           'resolve_args', 'memory_budget', 'max_sampled', 'kv_memory', 'max_chunk', 'block_counter', 'count_blocks',
-           'own_replica', 'make_group', 'rank_device', 'load_part', 'make_runner', 'serve_rank', 'load_tokenizer',
-           'make_scheduler', 'count_in_flight', 'refuse_beside', 'make_speculator', 'Parts', 'make_parts',
-           'parts_maker', 'make_engine']
+           'choose_quantization', 'resolve_args', 'memory_budget', 'max_sampled', 'kv_memory', 'max_chunk',
+           'block_counter', 'count_blocks', 'own_replica', 'make_group', 'rank_device', 'load_part', 'make_runner',
+           'serve_rank', 'load_tokenizer', 'make_scheduler', 'count_in_flight', 'refuse_beside', 'make_speculator',
+           'Parts', 'make_parts', 'parts_maker', 'make_engine']
 
 # %% ../nbs/17_engine_args.ipynb #17d4127c
 import os
@@ -27,7 +27,8 @@ from .cuda_graphs import make_graphs
 from .engine import Engine
 from .kv_blocks import blocks_needed
 from .layers import LAUNCHERS, Ops, Target, TensorParallelGroup, choose_ops
-from .model import DTYPES, Decoder, ModelConfig, shard_heads
+from .model import (DTYPES, QUANT_METHODS, Decoder, ModelConfig,
+                             shard_heads)
 from .model_runner import (ModelRunner, device_memory, kv_block_bytes,
                                     load_processors, profile_memory)
 from .prefix_cache import KVCacheManager
@@ -247,6 +248,14 @@ def find_model(args: EngineArgs) -> Path:
     hub = dict(revision=args.revision, token=args.hf_token, cache_dir=args.download_dir)
     return with_overrides(resolve_model(args.model, **hub), args.hf_overrides)
 
+# %% ../nbs/17_engine_args.ipynb #40d8c03e
+def choose_quantization(args: EngineArgs, model: ModelConfig) -> str | None:
+    "The checkpoint's quantization if it has one, and otherwise what is asked for."
+    held, asked = model.quantization, args.quantization
+    if held is None or asked in (None, held, *QUANT_METHODS): return held or asked
+    raise ValueError(f"quantization must be {held!r} or left out, as the checkpoint's "
+                     f"matrices are in {held}, got {quote(asked)}")
+
 # %% ../nbs/17_engine_args.ipynb #be69c7ba
 # "experts": a function of (ModelConfig, number of ranks) that gives each rank whole
 # experts; a later chapter adds it
@@ -266,6 +275,7 @@ def resolve_args(args: EngineArgs) -> EngineConfig:
     longest = model.max_position
     max_model_len = check_number("max_model_len", args.max_model_len or longest, int, 2,
                                  longest)
+    args = replace(args, quantization=choose_quantization(args, model))
     target = Target(model, device, dtype, kv_dtype, args.quantization, args.compile,
                     args.tensor_parallel_size, args.block_size, args.batch_invariant)
     ops = choose_ops(target, args.ops, args.attention_backend)

@@ -221,6 +221,7 @@ def test_obstacles(tiny):
     for changes, says in ((dict(device=torch.device("cuda")), "on device 'cuda'"), (dict(compile=True), "with compile"),
                           (dict(dtype=torch.float16), "with float16"), (dict(kv_cache_dtype=torch.float16), "with float16"),
                           (dict(config=replace(config, mlp=MoE)), "for a mixture of experts"),
+                          (dict(config=replace(config, quantization="int8")), "for a checkpoint in int8"),
                           (dict(tensor_parallel_size=5, config=replace(config, intermediate_size=80)), "unless vocab_size is a multiple of 80"),
                           (dict(tensor_parallel_size=2), "unless intermediate_size is a multiple of 32"),
                           (dict(config=replace(config, hidden_size=40)), "unless hidden_size is a multiple of 16"),

