@@ -233,7 +233,10 @@ def json_schema_format(response_format: dict) -> dict:
 RESPONSE_FORMATS = dict(
     text=lambda response_format: {}, json_schema=json_schema_format,
     json_object=lambda response_format: dict(
-        structured_outputs=StructuredOutputsParams(json_object=True)))
+        structured_outputs=StructuredOutputsParams(json_object=True)),
+    structural_tag=lambda response_format: dict(
+        structured_outputs=StructuredOutputsParams(
+            structural_tag=json.dumps(response_format))))
 
 # %% ../nbs/36_openai_api.ipynb #ede65890
 def function_name(tool):

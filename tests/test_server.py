@@ -689,6 +689,10 @@ def test_an_answer_has_the_form_that_a_client_asks_for(client):
     assert texts <= {'"red"', '"blue"'}
     made = client.chat.completions.create(model=NAME, messages=HI, response_format=dict(type="json_object"), max_tokens=5)
     assert made.choices[0].message.content.startswith("{")
+    tag = dict(begin="<f>", schema=dict(enum=[7]), end="</f>")
+    for tags, status in (([tag], 200), ([dict(tag, begin="g")], 400)):
+        body = dict(messages=HI, response_format=dict(type="structural_tag", structures=tags, triggers=["<f"]), max_tokens=3)
+        assert httpx.post(f"{client.base_url}chat/completions", json=body).status_code == status
     for extra, allowed in ((dict(choice=["yes", "no"]), "yes|no"), (dict(regex="[0-9]{4}"), "[0-9]{4}")):
         made = client.completions.create(model=NAME, prompt="Hi", max_tokens=20, extra_body=dict(structured_outputs=extra))
         assert re.fullmatch(allowed, made.choices[0].text) and made.choices[0].finish_reason == "stop"

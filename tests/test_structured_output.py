@@ -276,16 +276,17 @@ def test_a_tag_is_free_text_until_its_trigger(llm, spelled, text):
     "All tokens that may come next are those of the expression, for all tokens that are whole letters."
     mask, ids = GrammarMask(form_of(llm, **TAGGED)), llm.tokenizer.encode(text, add_special_tokens=False)
     allowed, end = set(tokens_of(mask, ids)), llm.tokenizer.eos_token_id
+    special = special_ids(llm.tokenizer).values()
     assert (end in allowed) == fits(text, False)
     for t in random.Random(text).sample(range(len(spelled)), 3000) + [t for t in range(len(spelled)) if re.search(rb'[<{"0-9re]', spelled[t])]:
         try: new = spelled[t].decode()
         except UnicodeDecodeError: continue
-        if new: assert (t in allowed) == fits(text + new, True), (text, new)
+        if new and t not in special: assert (t in allowed) == fits(text + new, True), (text, new)
 
 
 def test_a_trigger_may_be_a_special_token(llm):
     inputs = llm.engine.input_processor
-    special, text = special_ids(inputs.tokenizer), "Hi"
+    special, text = special_ids(llm.tokenizer), "Hi"
     start = special["<|im_start|>"]
     given = tags([dict(begin="<|im_start|>f", schema=NUMBER, end="!")], ["<|im_start|>"])
     mask = inputs.make_mask(held(StructuredOutputsParams(structural_tag=given)))
