@@ -506,8 +506,10 @@ def serve(args):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     name = args.served_model_name or str(args.model)
     print(f"loading {args.model} ...", file=sys.stderr, flush=True)
-    llm = AsyncLLM.from_engine_args(EngineArgs.from_cli_args(args))
-    llm.max_open = llm.engine.scheduler.max_running + args.max_queue
+    engine_args = EngineArgs.from_cli_args(args)
+    llm = AsyncLLM.from_engine_args(engine_args)
+    most = engine_args.max_num_seqs * engine_args.data_parallel_size
+    llm.max_open = most + args.max_queue
     server = make_server(API(llm, name), allowed_origins=args.allowed_origin,
                          **chosen(args, SERVER_OPTIONS))
     where = f"http://{server.config.host}:{server.config.port}"

@@ -462,6 +462,16 @@ def test_sigterm_lets_answers_end_and_is_an_ordinary_exit(tiny):
         assert all("length" in a.text for a in found)
 
 
+@pytest.mark.slow
+def test_the_command_serves_several_engines(tiny):
+    "All of a server's options, with engines in processes of their own (test_replicas has the rest)."
+    pytest.importorskip("ray")
+    with command(tiny, "--data-parallel-size", 2, "--max-num-seqs", 4, "--max-queue", 0) as s:
+        def ask(n): return httpx.post(s.url + "/v1/completions", json=dict(prompt="Hi", n=n, max_tokens=4, ignore_eos=True), timeout=60)
+        assert ask(8).json()["usage"]["completion_tokens"] == 32
+        assert ask(9).status_code == 400        # more than both have places for
+
+
 def test_what_does_not_end_in_time_is_cut(tiny):
     with command(tiny, "--shutdown-timeout", 1) as s:
         raw(s, http_post(b'{"prompt": ', length=100))         # half a body, whose 30 seconds are longer
