@@ -325,7 +325,8 @@ def collective_rpc(self: LLM, method: str | Callable, timeout: float | None = No
 
 # %% ../nbs/18_llm.ipynb #69d1170f
 def call_with_model(runner: ModelRunner, function: Callable):
-    return function(runner.model)
+    if runner.model: return function(runner.model)
+    raise RuntimeError("there are no weights after sleep(level=2) until wake_up()")
 
 
 @patch
@@ -338,34 +339,38 @@ MEMORY = "weights", "kv_cache"
 
 
 @patch
-def sleep(self: ModelRunner, parts: set[str]):
-    "Give back the memory of `parts` of MEMORY; weights go to the host."
+def sleep(self: ModelRunner, parts: set[str], level: int):
+    "Give back the memory of `parts` of MEMORY; level 1 keeps weights on the host."
     if self.device.type == "cuda": torch.cuda.synchronize(self.device)
+    if self.model: self.kv_config = self.model.kv_config
     if "kv_cache" in parts:
         self.layout = (self.kv_cache.dtype, self.graphs is not None,
                        *self.kv_cache.shape[2:4])
         self.kv_cache, self.graphs = self.kv_cache.new_empty(0), None
-    if "weights" in parts: self.model.to("cpu")
+    if "weights" in parts: self.model = self.model.to("cpu") if level == 1 else None
     if self.device.type == "cuda": torch.cuda.empty_cache()
 
 
 @patch
-def wake_up(self: ModelRunner, parts: set[str]):
+def wake_up(self: ModelRunner, parts: set[str], still_asleep: set[str]):
     "Take back the memory of `parts`; ValueError if it is not there any more."
-    if "weights" in parts: self.model.to(self.device)
-    if "kv_cache" not in parts: return
+    if "weights" in parts:
+        if self.model: self.model.to(self.device)
+        else: self.reload_weights()
     dtype, has_graphs, num_blocks, block_size = self.layout
-    self.kv_cache = allocate_kv_cache(self.model.kv_config, num_blocks, block_size,
-                                      dtype, self.device)
-    if has_graphs: self.graphs = make_graphs(self, self.config.max_model_len)
+    if "kv_cache" in parts:
+        self.kv_cache = allocate_kv_cache(self.kv_config, num_blocks, block_size, dtype,
+                                          self.device)
+    if has_graphs and not still_asleep:      # to record a step takes both
+        self.graphs = make_graphs(self, self.config.max_model_len)
 
 # %% ../nbs/18_llm.ipynb #56c77088
 @patch
-def fall_asleep(self: LLM, parts):
+def fall_asleep(self: LLM, parts, level: int = 1):
     "Have all ranks give back what of `parts` they still hold."
     new = {part for part in parts if part not in self.engine.asleep}
     if not new: return
-    self.collective_rpc("sleep", args=(new,))
+    self.collective_rpc("sleep", args=(new, level))
     self.engine.asleep |= new
 
 
@@ -380,7 +385,7 @@ def wake_up(self: LLM, tags: list[str] | None = None) -> bool:
     if odd := [tag for tag in tags or () if tag not in known]:
         raise ValueError(f"tags must be of {', '.join(known)}, got {quote(odd[0])}")
     woken = self.engine.asleep & set(tags or MEMORY)
-    if woken: self.collective_rpc("wake_up", args=(woken,))
+    if woken: self.collective_rpc("wake_up", args=(woken, self.engine.asleep - woken))
     self.engine.asleep -= woken
     return True
 
@@ -389,16 +394,17 @@ def wake_up(self: LLM, tags: list[str] | None = None) -> bool:
 def sleep(self: LLM, level: int = 1, mode: str = "abort"):
     """Give back the KV cache's memory and, on a GPU, the weights'; level 0: nothing.
 
-    `mode` tells what becomes of running requests: "abort", "wait" or "keep"."""
+    Level 2: also the weights' on the host; ValueError with adapters. `mode` tells what becomes of running requests: "abort", "wait" or "keep"."""
     check_number("level", level, int, 0, 2)
     if mode not in ("abort", "wait", "keep"):
         raise ValueError(f"mode must be abort, wait or keep, got {quote(mode)}")
+    if level == 2 and self.args.enable_lora:
+        raise ValueError("level must be at most 1 with enable_lora, got 2")
     with exclusive(self.engine):
         while mode == "wait" and self.engine.requests: self.engine.step()
         for request_id in list(self.engine.requests) if mode == "abort" else ():
             self.engine.abort(request_id)
-        if level == 2: log_once("sleep: weights are kept on the host, as in level 1")
-        if level: self.fall_asleep(MEMORY)
+        if level: self.fall_asleep(MEMORY, level)
 
 # %% ../nbs/18_llm.ipynb #0151e4f6
 @dataclass

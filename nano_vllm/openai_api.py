@@ -10,8 +10,8 @@ __all__ = ['LOGPROBS', 'TEMPLATE_FIELDS', 'CALL', 'RESPONSE_FORMATS', 'TOOL_CHOI
            'with_calls', 'read_conversation', 'read_calls', 'CallFilter', 'write_calls', 'choose', 'json_schema_format',
            'function_name', 'call_schema', 'call_form', 'require_call', 'require_function', 'require_nothing',
            'read_form', 'snapshot', 'Metrics', 'tokenize', 'detokenize', 'events', 'show_page', 'show_metrics',
-           'version', 'Front', 'allow_origins', 'serve', 'serve_arguments', 'post', 'timed_request', 'bench_http',
-           'bench_serve', 'bench_serve_arguments']
+           'version', 'Front', 'allow_origins', 'serve', 'serve_arguments', 'read_head', 'read_parts', 'write_post',
+           'post_lines', 'timed_request', 'run_all', 'bench_http', 'bench_serve', 'bench_serve_arguments']
 
 # %% ../nbs/36_openai_api.ipynb #a0edbcec
 import argparse, asyncio, hmac, json, logging, math, re, signal, sys, time, uuid
@@ -19,8 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
-from urllib.error import HTTPError
-from urllib.request import ProxyHandler, Request, build_opener
+from urllib.parse import SplitResult, urlsplit
 from fastcore.basics import patch
 from .async_llm import AsyncLLM
 from .benchmark import Workload, random_workload
@@ -234,7 +233,10 @@ def json_schema_format(response_format: dict) -> dict:
 RESPONSE_FORMATS = dict(
     text=lambda response_format: {}, json_schema=json_schema_format,
     json_object=lambda response_format: dict(
-        structured_outputs=StructuredOutputsParams(json_object=True)))
+        structured_outputs=StructuredOutputsParams(json_object=True)),
+    structural_tag=lambda response_format: dict(
+        structured_outputs=StructuredOutputsParams(
+            structural_tag=json.dumps(response_format))))
 
 # %% ../nbs/36_openai_api.ipynb #ede65890
 def function_name(tool):
@@ -504,8 +506,10 @@ def serve(args):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     name = args.served_model_name or str(args.model)
     print(f"loading {args.model} ...", file=sys.stderr, flush=True)
-    llm = AsyncLLM.from_engine_args(EngineArgs.from_cli_args(args))
-    llm.max_open = llm.engine.scheduler.max_running + args.max_queue
+    engine_args = EngineArgs.from_cli_args(args)
+    llm = AsyncLLM.from_engine_args(engine_args)
+    most = engine_args.max_num_seqs * engine_args.data_parallel_size
+    llm.max_open = most + args.max_queue
     server = make_server(API(llm, name), allowed_origins=args.allowed_origin,
                          **chosen(args, SERVER_OPTIONS))
     where = f"http://{server.config.host}:{server.config.port}"
@@ -528,43 +532,82 @@ def serve_arguments(parser):
 COMMANDS["serve"] = (serve, serve_arguments)
 
 # %% ../nbs/36_openai_api.ipynb #b97edea4
-def post(base_url: str, path: str, body: dict, api_key: str | None = None):
-    "The HTTP response to a JSON object; RuntimeError unless its status is 200."
-    headers = {"Content-Type": "application/json"}
-    if api_key: headers["Authorization"] = f"Bearer {api_key}"
-    asked = Request(base_url + path, json.dumps(body).encode(), headers)
-    try: return build_opener(ProxyHandler({})).open(asked, timeout=600)
-    except HTTPError as e:
-        raise RuntimeError(f"{path}: status {e.code}, {e.read(1000)!r}") from None
+async def read_head(reader) -> tuple[int, bool]:
+    "The status of an HTTP response, and whether its body comes in chunks."
+    first, *fields = (await reader.readuntil(b"\r\n\r\n")).lower().split(b"\r\n")
+    coding = [f for f in fields if f.startswith(b"transfer-encoding:")]
+    return int(first.split()[1]), any(b"chunked" in f for f in coding)
+
+
+async def read_parts(reader, in_chunks: bool):
+    "The body of the response, in parts as they come."
+    while in_chunks and (size := int(await reader.readline(), 16)):
+        yield (await reader.readexactly(size + 2))[:-2]
+    if not in_chunks: yield await reader.read()
+
+# %% ../nbs/36_openai_api.ipynb #25c410aa
+def write_post(to: SplitResult, path: str, body: dict, api_key=None) -> bytes:
+    "An HTTP request that brings a JSON object."
+    data = json.dumps(body).encode()
+    fields = {"Host": to.netloc, "Connection": "close", "Content-Length": len(data),
+              "Content-Type": "application/json"}
+    if api_key: fields["Authorization"] = f"Bearer {api_key}"
+    head = [f"POST {to.path.rstrip('/')}{path} HTTP/1.1",
+            *(f"{name}: {value}" for name, value in fields.items()), "", ""]
+    return "\r\n".join(head).encode() + data
+
+# %% ../nbs/36_openai_api.ipynb #4d6c3d8e
+async def post_lines(base_url: str, path: str, body: dict, api_key: str | None = None):
+    "Lines of the answer to a JSON object; RuntimeError unless its status is 200."
+    to, rest = urlsplit(base_url), b""
+    is_safe = to.scheme == "https"
+    reader, writer = await asyncio.open_connection(
+        to.hostname, to.port or (443 if is_safe else 80), ssl=is_safe or None)
+    try:
+        writer.write(write_post(to, path, body, api_key))
+        status, in_chunks = await read_head(reader)
+        if status != 200: raise RuntimeError(f"{path}: status {status}, "
+                                             f"{await reader.read(1000)!r}")
+        async for part in read_parts(reader, in_chunks):
+            *lines, rest = (rest + part).split(b"\n")
+            for line in lines: yield line
+        if rest: yield rest
+    except EOFError: raise RuntimeError(f"{path}: the answer has no end") from None
+    finally: writer.close()
 
 # %% ../nbs/36_openai_api.ipynb #065773c7
-def timed_request(send, body: dict, arrival: float, start: float) -> Timeline:
+async def timed_request(send, body: dict, arrival: float, start: float) -> Timeline:
     "Send a request at its time; when its tokens came, in seconds since `start`."
-    time.sleep(max(0, start + arrival - time.perf_counter()))
+    await asyncio.sleep(start + arrival - time.perf_counter())
     times, num_tokens = [], 0
     options = dict(stream=True, stream_options=dict(include_usage=True))
-    with send("/v1/completions", body | options) as response:
-        for line in response:
-            if not line.startswith(b"data: {"): continue
-            event = json.loads(line[6:])
-            if "error" in event: raise RuntimeError(event["error"]["message"])
-            if event["choices"]: times.append(time.perf_counter() - start)
-            if event.get("usage"): num_tokens = event["usage"]["completion_tokens"]
+    async for line in send("/v1/completions", body | options):
+        if not line.startswith(b"data: {"): continue
+        event = json.loads(line[6:])
+        if "error" in event: raise RuntimeError(event["error"]["message"])
+        if event["choices"]: times.append(time.perf_counter() - start)
+        if event.get("usage"): num_tokens = event["usage"]["completion_tokens"]
     return Timeline(arrival, times + times[-1:] * (num_tokens - len(times)))
 
 # %% ../nbs/36_openai_api.ipynb #16bc8cea
+def run_all(tasks):
+    "The results of coroutines, which run in a loop of their own beside a notebook's."
+    async def together(): return await asyncio.gather(*tasks)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, together()).result()
+
+
 def bench_http(base_url: str, model: str, work: Workload, request_rate=math.inf, seed=0,
                api_key=None) -> dict:
     "The work `under_load`, at a server."
     bodies = [dict(model=model, prompt=prompt, max_tokens=p.max_tokens,
                    temperature=p.temperature, ignore_eos=True)
               for prompt, p in zip(work.prompts, work.params)]
-    send = partial(post, base_url, api_key=api_key)
+    send = partial(post_lines, base_url, api_key=api_key)
     def serve_at(arrivals):
         start = time.perf_counter()
-        def run(body, arrival): return timed_request(send, body, arrival, start)
-        with ThreadPoolExecutor(len(bodies)) as threads:
-            return list(threads.map(run, bodies, arrivals))
+        return run_all([timed_request(send, body, arrival, start)
+                        for body, arrival in zip(bodies, arrivals)])
     return under_load(serve_at, work, request_rate, seed)
 
 # %% ../nbs/36_openai_api.ipynb #4cbe5e4f

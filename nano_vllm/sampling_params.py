@@ -120,12 +120,12 @@ def check_form(name: str, value):
     raise ValueError(f"structured_outputs.{name} must be {limit}, got {quote(value)}")
 
 # %% ../nbs/00_sampling_params.ipynb #33de31a7
-FORMS = ("json", "regex", "choice", "grammar", "json_object")
+FORMS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
 
 @dataclass
 class StructuredOutputsParams:
-    "The form that a text must have, in one of the five ways; ValueError if not in one."
+    "The form that a text must have, in one of the six ways; ValueError if not in one."
     json: str | dict | None = None       # a JSON schema
     regex: str | None = None             # a regular expression for all of the text
     choice: list[str] | None = None      # one of these texts
@@ -133,11 +133,9 @@ class StructuredOutputsParams:
     json_object: bool | None = None      # True: any JSON object
     disable_any_whitespace: bool = False # in JSON
     whitespace_pattern: str | None = None  # what may stand between parts of JSON
-    structural_tag: str | None = None
+    structural_tag: str | None = None    # JSON: tags in a free text, and their forms
 
     def __post_init__(self):
-        if self.structural_tag is not None:
-            raise ValueError("structural_tag is refused: write it as a grammar")
         check_number("disable_any_whitespace", self.disable_any_whitespace, bool, 0, 1)
         given = [name for name in FORMS if getattr(self, name) not in (None, False)]
         if len(given) != 1:

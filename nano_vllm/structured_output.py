@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NEVER', 'EMPTY', 'OneOf', 'Either', 'either', 'Then', 'then', 'Repeat', 'literal', 'move', 'walk',
-           'grammar_vocabulary', 'slow_mask', 'json_grammar', 'to_grammar', 'Form', 'first_state', 'num_shared',
-           'GrammarMask', 'make_grammar_mask']
+           'grammar_vocabulary', 'slow_mask', 'json_options', 'json_grammar', 'quoted', 'tag_rules', 'tag_grammar',
+           'to_grammar', 'Form', 'first_state', 'num_shared', 'GrammarMask', 'special_ids', 'make_grammar_mask']
 
 # %% ../nbs/35_structured_output.ipynb #9f772f31
 import json
@@ -112,22 +112,64 @@ def slow_mask(state, spelled: list[bytes], eos_token_ids: Iterable[int]) -> Tens
     return torch.tensor(allowed)
 
 # %% ../nbs/35_structured_output.ipynb #2c615f18
-def json_grammar(p: StructuredOutputsParams) -> str:
-    "The grammar of JSON that fits a schema, or of any JSON object."
-    from llguidance import LLMatcher
+def json_options(p: StructuredOutputsParams) -> dict:
+    "What the library should know of white space in JSON."
     options = dict(whitespace_flexible=not p.disable_any_whitespace)
     if p.whitespace_pattern is not None:
         options["whitespace_pattern"] = p.whitespace_pattern
+    return options
+
+
+def json_grammar(p: StructuredOutputsParams) -> str:
+    "The grammar of JSON that fits a schema, or of any JSON object."
+    from llguidance import LLMatcher
     schema = {"type": "object"} if p.form == "json_object" else p.json
     text = schema if isinstance(schema, str) else json.dumps(schema)
-    return LLMatcher.grammar_from_json_schema(text, overrides=options)
+    return LLMatcher.grammar_from_json_schema(text, overrides=json_options(p))
+
+# %% ../nbs/35_structured_output.ipynb #1a34d465
+def quoted(text: str) -> str: return json.dumps(text) if text else ""
 
 
-def to_grammar(p: StructuredOutputsParams) -> str:
+def tag_rules(i: int, tag: dict, triggers: list, special: dict, options: dict) -> str:
+    "The rule of `tag_i`: text up to a trigger, and all that must follow."
+    given = tag if isinstance(tag, dict) else {}
+    begin, end, schema = (given.get(name) for name in ("begin", "end", "schema"))
+    if not (isinstance(begin, str) and isinstance(end, str)
+            and isinstance(schema, dict)):
+        raise ValueError("structures must have begin and end, which are strings, and "
+                         f"schema, an object, got {shorten(tag)}")
+    trigger = next((t for t in triggers if t and begin.startswith(t)), None)
+    if trigger is None:
+        raise ValueError(f"begin must start with one of triggers, got {shorten(begin)}")
+    content = json.dumps(schema | {"x-guidance": options})
+    rest = f"{quoted(begin[len(trigger):])} %json {content} {quoted(end)}"
+    if trigger in special: return f"tag_{i}: TEXT <[{special[trigger]}]> {rest}"
+    return (f"text_{i}[lazy]: TEXT {quoted(trigger)}\n"
+            f"tag_{i}: text_{i} {rest}")
+
+# %% ../nbs/35_structured_output.ipynb #1e00a3c1
+def tag_grammar(p: StructuredOutputsParams, special: dict[str, int]) -> str:
+    "Free text with tags in it; `special`: the ids of special tokens."
+    given = json.loads(p.structural_tag)
+    if not isinstance(given, dict): given = {}
+    tags, triggers = given.get("structures"), given.get("triggers")
+    if not (tags and isinstance(tags, list) and isinstance(triggers, list)):
+        raise ValueError("it must have lists of structures and triggers, got "
+                         f"{shorten(given)}")
+    rules = [tag_rules(i, tag, triggers, special, json_options(p))
+             for i, tag in enumerate(tags)]
+    names = " | ".join(f"tag_{i}" for i in range(len(rules)))
+    return "\n".join([f"start: ({names})* rest", "rest: TEXT", r"TEXT: /(.|\n)*/",
+                      *rules])
+
+# %% ../nbs/35_structured_output.ipynb #d25e8756
+def to_grammar(p: StructuredOutputsParams, special: dict[str, int] = {}) -> str:
     "The form in llguidance's notation; ValueError if it cannot be read."
     from llguidance import grammar_from
     try:
         if p.form in ("json", "json_object"): return json_grammar(p)
+        if p.form == "structural_tag": return tag_grammar(p, special)
         value = getattr(p, p.form)
         return grammar_from(p.form, json.dumps(value) if p.form == "choice" else value)
     except (ValueError, TypeError, RecursionError) as e:
@@ -196,6 +238,12 @@ def bits(self: GrammarMask, output_token_ids: list[int]) -> Tensor:
     return torch.frombuffer(data, dtype=torch.int32)[:num_words]
 
 # %% ../nbs/35_structured_output.ipynb #6d029651
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    "The ids of special tokens, which no text is encoded as."
+    added = tokenizer.hf.added_tokens_decoder
+    return {str(token): i for i, token in added.items() if token.special}
+
+
 def make_grammar_mask(p: StructuredOutputsParams, inputs: InputProcessor):
     "The mask for a new sequence; ValueError if the form cannot be had here."
     try: import llguidance  # noqa: F401
@@ -205,7 +253,8 @@ def make_grammar_mask(p: StructuredOutputsParams, inputs: InputProcessor):
     ends = tuple(sorted(t for t in inputs.eos_token_ids if t < inputs.vocab_size))
     if not ends:
         raise ValueError("structured_outputs needs a model with an end token (EOS)")
-    form = Form(to_grammar(p), str(inputs.tokenizer.path), inputs.vocab_size, ends)
+    form = Form(to_grammar(p, special_ids(inputs.tokenizer)), str(inputs.tokenizer.path),
+                inputs.vocab_size, ends)
     first_state(form)
     return GrammarMask(form)
 

@@ -191,6 +191,41 @@ if __name__ == "__main__":
     assert "of_the_script of __main__ must be a function of a module" in lines[2] and "<lambda>" in lines[3]
 
 
+def test_weights_given_away(tmp_path, tiny):
+    "Level 2: the weights' memory is gone until they are read again, by wake_up or as in vLLM's scripts."
+    out, _ = run(tmp_path, f'''
+from nano_vllm import LLM, SamplingParams
+def resident(): return int(open("/proc/self/statm").read().split()[1]) * 4096
+greedy = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+def answer(): return llm.generate("Hello", greedy, use_tqdm=False)[0].outputs[0].token_ids
+def size_of(model): return sum(p.nbytes for p in model.parameters())
+llm = LLM(model={str(tiny)!r}, num_kv_blocks=50, load_format="dummy", hf_overrides=dict(hidden_size=512))
+whole, size = answer(), llm.apply_model(size_of)[0]
+assert size > 50e6, size                # enough to be seen
+full = resident()
+llm.sleep(level=2)
+assert llm.engine.runner.model is None and resident() < full - .8 * size, (full, resident(), size)
+try: llm.apply_model(size_of)
+except RuntimeError as e: print(e)
+llm.wake_up(tags=["weights"])
+llm.collective_rpc("reload_weights")
+llm.wake_up(tags=["kv_cache"])
+assert answer() == whole
+for tags in (None, ["kv_cache"]):
+    llm.sleep(level=2)
+    llm.wake_up(tags)
+    if tags:
+        try: answer()
+        except RuntimeError as e: print(e)
+        llm.wake_up()
+    assert answer() == whole and size_of(llm.engine.runner.model) == size
+try: LLM(model={str(tiny)!r}, num_kv_blocks=50, enable_lora=True).sleep(2)
+except ValueError as e: print(e)
+''')
+    assert out.splitlines() == ["there are no weights after sleep(level=2) until wake_up()", "the engine sleeps until wake_up() is called",
+                                "level must be at most 1 with enable_lora, got 2"]
+
+
 def test_memory_given_back(tmp_path, tiny):
     "The parts of RL loops that sleep: requests end, wait or go on, and the memory is really gone."
     out, _ = run(tmp_path, f'''

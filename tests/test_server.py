@@ -462,6 +462,16 @@ def test_sigterm_lets_answers_end_and_is_an_ordinary_exit(tiny):
         assert all("length" in a.text for a in found)
 
 
+@pytest.mark.slow
+def test_the_command_serves_several_engines(tiny):
+    "All of a server's options, with engines in processes of their own (test_replicas has the rest)."
+    pytest.importorskip("ray")
+    with command(tiny, "--data-parallel-size", 2, "--max-num-seqs", 4, "--max-queue", 0) as s:
+        def ask(n): return httpx.post(s.url + "/v1/completions", json=dict(prompt="Hi", n=n, max_tokens=4, ignore_eos=True), timeout=60)
+        assert ask(8).json()["usage"]["completion_tokens"] == 32
+        assert ask(9).status_code == 400        # more than both have places for
+
+
 def test_what_does_not_end_in_time_is_cut(tiny):
     with command(tiny, "--shutdown-timeout", 1) as s:
         raw(s, http_post(b'{"prompt": ', length=100))         # half a body, whose 30 seconds are longer
@@ -689,6 +699,10 @@ def test_an_answer_has_the_form_that_a_client_asks_for(client):
     assert texts <= {'"red"', '"blue"'}
     made = client.chat.completions.create(model=NAME, messages=HI, response_format=dict(type="json_object"), max_tokens=5)
     assert made.choices[0].message.content.startswith("{")
+    tag = dict(begin="<f>", schema=dict(enum=[7]), end="</f>")
+    for tags, status in (([tag], 200), ([dict(tag, begin="g")], 400)):
+        body = dict(messages=HI, response_format=dict(type="structural_tag", structures=tags, triggers=["<f"]), max_tokens=3)
+        assert httpx.post(f"{client.base_url}chat/completions", json=body).status_code == status
     for extra, allowed in ((dict(choice=["yes", "no"]), "yes|no"), (dict(regex="[0-9]{4}"), "[0-9]{4}")):
         made = client.completions.create(model=NAME, prompt="Hi", max_tokens=20, extra_body=dict(structured_outputs=extra))
         assert re.fullmatch(allowed, made.choices[0].text) and made.choices[0].finish_reason == "stop"

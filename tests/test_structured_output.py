@@ -1,6 +1,7 @@
 """Structured output: the masks are an oracle's, every finished answer has its form, and nobody else notices.
 
 (What the server makes of `response_format` and `tool_choice`: test_server.)"""
+import importlib
 import json
 import pickle
 import random
@@ -16,7 +17,7 @@ from nano_vllm import LLM, SamplingParams
 from nano_vllm.sampler import unpack_mask
 from nano_vllm.sampling_params import StructuredOutputsParams
 from nano_vllm.structured_output import (EMPTY, NEVER, Form, GrammarMask, OneOf, Repeat, either, first_state, grammar_vocabulary, literal,
-                                         move, slow_mask, then, to_grammar, walk)
+                                         move, slow_mask, special_ids, then, to_grammar, walk)
 
 
 @pytest.fixture(scope="module")
@@ -222,9 +223,9 @@ WAYS = dict(overlapped=dict(async_scheduling=True), synchronous=dict(async_sched
 @pytest.mark.parametrize("way", WAYS)
 def test_tokens_are_the_same_in_every_way(tiny, llm, way):
     schema = dict(type="object", properties=dict(a=dict(enum=["x", "yy"]), b=dict(type="array", items=dict(type="integer"))), required=["a", "b"])
-    forms = [dict(json=schema), dict(regex="(ab|ba){4,20}"), None, dict(choice=["one two three four", "one two five"]), dict(json_object=True)]
-    params = [SamplingParams(temperature=.9, seed=i, max_tokens=20, structured_outputs=forms[i % 5]) for i in range(10)]
-    prompts = [[7, 8, 9] * (1 + i % 5) for i in range(10)]
+    forms = [dict(json=schema), dict(regex="(ab|ba){4,20}"), None, dict(choice=["one two three four", "one two five"]), dict(json_object=True), TAGGED]
+    params = [SamplingParams(temperature=.9, seed=i, max_tokens=20, structured_outputs=forms[i % 6]) for i in range(12)]
+    prompts = [[7, 8, 9] * (1 + i % 5) for i in range(12)]
     alone = [llm.generate([p], [q], use_tqdm=False)[0]["token_ids"] for p, q in zip(prompts, params)]
     other = LLM(tiny, **dict(num_kv_blocks=400) | WAYS[way])
     if way == "ngram":
@@ -254,11 +255,58 @@ def test_greedy_logprobs_and_a_stop_string(llm):
     assert out["text"] == "a " and out.outputs[0].stop_reason == "stop"
 
 
+# ---- tags in a free text
+
+def tags(structures, triggers): return json.dumps(dict(structures=structures, triggers=triggers))
+
+
+NUMBER, COLOR = {"type": "integer", "minimum": 0, "maximum": 9}, {"enum": ["red", "é"]}
+TAGS = dict(begin="<f=one>", schema=NUMBER, end="</f>"), dict(begin="<f=two>", schema=COLOR, end=""), dict(begin='{"', schema=NUMBER, end="}")
+TAGGED = dict(structural_tag=tags(TAGS, ["<f=", '{"']))
+# the same as an expression of the library `regex`, which knows of a text whether it can become one that matches
+FREE = r'(?:(?!<f=|\{").)*'
+EXPRESSION = rf'(?s){FREE}(?:(?:<f=one>[0-9]</f>|<f=two>(?:"red"|"é")|\{{"[0-9]\}}){FREE})*'
+
+
+def fits(text, partial): return importlib.import_module("regex").fullmatch(EXPRESSION, text, partial=partial) is not None
+
+
+@pytest.mark.parametrize("text", ["", "no tag", "a <f=one>5</f> and <f=two>\"é\"<f=one>0</f>.", '{"7}{"8}', "<f=", "<f<f=one>", "x <f=two>\"re", "a { b", "<f=one>5</f", "\n<f"])
+def test_a_tag_is_free_text_until_its_trigger(llm, spelled, text):
+    "All tokens that may come next are those of the expression, for all tokens that are whole letters."
+    mask, ids = GrammarMask(form_of(llm, **TAGGED)), llm.tokenizer.encode(text, add_special_tokens=False)
+    allowed, end = set(tokens_of(mask, ids)), llm.tokenizer.eos_token_id
+    special = special_ids(llm.tokenizer).values()
+    assert (end in allowed) == fits(text, False)
+    for t in random.Random(text).sample(range(len(spelled)), 3000) + [t for t in range(len(spelled)) if re.search(rb'[<{"0-9re]', spelled[t])]:
+        try: new = spelled[t].decode()
+        except UnicodeDecodeError: continue
+        if new and t not in special: assert (t in allowed) == fits(text + new, True), (text, new)
+
+
+def test_a_trigger_may_be_a_special_token(llm):
+    inputs = llm.engine.input_processor
+    special, text = special_ids(llm.tokenizer), "Hi"
+    start = special["<|im_start|>"]
+    given = tags([dict(begin="<|im_start|>f", schema=NUMBER, end="!")], ["<|im_start|>"])
+    mask = inputs.make_mask(held(StructuredOutputsParams(structural_tag=given)))
+    ids = llm.tokenizer.encode(text, add_special_tokens=False)
+    assert start in tokens_of(mask, ids) and special["<|endoftext|>"] not in tokens_of(mask, ids)
+    assert {llm.tokenizer.decode([t])[0] for t in tokens_of(mask, [*ids, start])} == {"f"}
+    done = [*ids, start, *llm.tokenizer.encode("f5!", add_special_tokens=False)]
+    assert {start, llm.tokenizer.eos_token_id} <= set(tokens_of(mask, done))
+
+
 # ---- what is refused
 
 BAD = [(dict(regex="(a"), "invalid regex"), (dict(regex="a(?=b)"), "look-around"), (dict(json={"type": "strin"}), "Invalid type"), (dict(json="{"), "json"),
        (dict(json={"enum": []}), "Unsatisfiable"), (dict(json={"a": {1, 2}}), "not JSON serializable"), (dict(json={"type": "string", "minLength": 3, "maxLength": 1}), "minLength"),
        (dict(json={"$ref": "http://127.0.0.1:9/x"}), "not present"), (dict(grammar="{{{"), "GBNF"), (dict(grammar="start: b"), "b"),
+       (dict(structural_tag="{"), "structural_tag"), (dict(structural_tag="[]"), "lists of structures and triggers"), (dict(structural_tag=tags([], ["<f="])), "lists of"),
+       (dict(structural_tag=tags([dict(begin="<f=a>", end="", schema=None)], ["<f="])), "schema, an object"), (dict(structural_tag=tags(["x"], ["<f="])), "got x"),
+       (dict(structural_tag=tags([dict(begin="<g>", end="", schema={})], ["<f="])), "begin must start with one of triggers, got <g>"),
+       (dict(structural_tag=tags([dict(begin="<f=a>", end="", schema={})], [3])), "structural_tag"),
+       (dict(structural_tag=tags([dict(begin="<f=a>", end="", schema={"type": "strin"})], ["<f="])), "Invalid type"),
        (dict(json_object=True, whitespace_pattern="("), "unclosed group"), (dict(json={"enum": [json.loads("[" * 500 + "]" * 500)]}), "recursion")]
 
 
@@ -271,7 +319,7 @@ def test_a_bad_form_is_refused_before_any_work(llm, form, why):
 
 
 @pytest.mark.parametrize("fields", [{}, dict(regex="a", choice=["b"]), dict(regex=""), dict(regex=5), dict(choice=[]), dict(choice=["a", 3]), dict(choice="abc"),
-                                    dict(json=3), dict(json=True), dict(json_object="yes"), dict(structural_tag="{}"), dict(grammar=None), dict(regex="\ud800"),
+                                    dict(json=3), dict(json=True), dict(json_object="yes"), dict(structural_tag={}), dict(structural_tag=""), dict(grammar=None), dict(regex="\ud800"),
                                     dict(regex="a", disable_any_whitespace="no"), dict(schema={})])
 def test_bad_fields_are_refused_by_name(fields):
     with pytest.raises(ValueError, match="structured_outputs|structural_tag|disable_any_whitespace"): SamplingParams(structured_outputs=fields)
