@@ -13,6 +13,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import warm
 from helpers import assert_idle, logits_tolerance, tiny_folder
 from nano_vllm import LLM, SamplingParams
 from nano_vllm.attention import Batch, make_batch
@@ -28,7 +29,7 @@ LIMITS = dict(device="cpu", max_model_len=256, num_kv_blocks=64)
 ROOT = Path(__file__).parent.parent
 
 
-def children(): return {p.pid for p in psutil.Process().children(recursive=True)}
+def children(): return {p.pid for p in psutil.Process().children(recursive=True)} - {warm.server().pid}
 
 
 def wait_until(condition, seconds=10):
