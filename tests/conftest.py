@@ -14,7 +14,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may depend on a dow
 if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is imported
 
 # the book, and then what takes longest: so no worker begins a long file when the other has nothing left to do
-FIRST = [f"test_{name}.py" for name in ("book", "tensor_parallel", "greedy", "tiny", "triton_attention", "families", "api", "gpu_suite", "weights")]
+FIRST = [f"test_{name}.py" for name in (
+    "book", "exactly_once", "exercises", "replicas", "kv_transfer", "pipeline", "tensor_parallel", "triton_attention", "scripts", "gpu_suite", "greedy",
+    "course", "weights", "families", "api")]
 
 
 def pytest_configure(config):
