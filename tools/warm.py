@@ -1,7 +1,7 @@
 """Python programs that find PyTorch, transformers and the package imported: forks of a process that has done so and computed nothing.
 
-Each saves two seconds of a core. Ranks that tests start are such programs (conftest.py), and scripts where a test says so. Those that
-begin from nothing are tried by the notebooks, and by the tests of what becomes of processes when their program ends."""
+Each saves two seconds of a core. Ranks that tests start are such programs (tests/conftest.py, test_notebooks.py), and scripts where a test
+says so. Ranks that begin from nothing are tried by their own chapter, and by the tests of what becomes of them when their program ends."""
 import os
 import pickle
 import runpy
@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import traceback
 from functools import cache
 from pathlib import Path
 
@@ -21,13 +22,20 @@ PIPES = socket.AF_UNIX, socket.SOCK_SEQPACKET   # one message at a time
 class Server:
     "The process that forks; it ends with this one."
 
-    def __init__(self):
+    def __init__(self, forked=False):
+        "`forked`: from this process, which has computed nothing; else it begins anew."
         self.asks, theirs = socket.socketpair(*PIPES)
+        if forked:
+            self.pid = os.fork()
+            if self.pid == 0: self.asks.close(), be_program(theirs)
+        else: self.begin(theirs)
+        theirs.close()
+
+    def begin(self, theirs):
         path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
         self.process = subprocess.Popen([sys.executable, "-c", f"import warm; warm.be_forked({theirs.fileno()})"],
                                         env=os.environ | dict(PYTHONPATH=path), pass_fds=[theirs.fileno()])
         self.pid = self.process.pid
-        theirs.close()
 
 
 server = cache(Server)
@@ -81,6 +89,19 @@ def be_forked(fd):
     become(*next_request(socket.socket(fileno=fd)))
 
 
+def be_program(asks):
+    "The same, in a process that has the rest of another program behind it."
+    code = 1
+    try:
+        become(*next_request(asks))
+        code = 0
+    except SystemExit as e: code = e.code if isinstance(e.code, int) else int(e.code is not None)
+    except BaseException: traceback.print_exc()
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+
+
 def next_request(asks):
     "In a fork, what it is to be. Whoever asks hears the fork's number, and then how it ended."
     running = {}     # file of a process -> (its number, who hears of its end)
@@ -99,8 +120,8 @@ def next_request(asks):
         answers, pid = socket.socket(fileno=answers), os.fork()
         if pid == 0:
             for end in (asks, answers, *(s for _, s in running.values())): end.close()
-            for file in running: os.close(file)
-            for number, file in enumerate(files): os.dup2(file, number), os.close(file)
+            for number, file in enumerate(files): os.dup2(file, number)
+            os.closerange(3, 4096)
             return pickle.loads(request)
         for file in files: os.close(file)
         running[os.pidfd_open(pid)] = pid, answers
