@@ -25,6 +25,7 @@ import quarto_filter
 import renumber
 from book import (
     NBDEV, NUMBERED, ROOT, Cell, Chapter, chapters, code_lines, listed, plain, quarto)
+from short_runs import SHORT, name_of
 
 CHAPTERS = chapters()
 MODULES = [c.module for c in CHAPTERS if c.module]            # in reading order
@@ -586,6 +587,12 @@ def test_a_prediction_needs_no_support_and_may_be_repeated(tmp_path):
 def test_times_that_no_record_holds_are_found(tmp_path, code, live):
     claim, = said_and_printed(tmp_path, "It takes 3.1 ms.", code, "3.14 ms\n")
     assert claim.only_live == live and bool(claim.page.live) == live
+
+
+def test_what_is_shortened_in_tests_of_notebooks_is_there():
+    sources = {(name_of(c.path), cell.id): cell.source for c in CHAPTERS for cell in c.cells}
+    none(f"{name}, cell {cell}: no {old!r}" for name, cells in SHORT.items() for cell, pairs in cells.items() for old, _ in pairs
+         if old not in sources.get((name, cell), ""))
 
 
 def test_all_notebooks_run_and_those_that_fail_are_named(tmp_path):

@@ -15,6 +15,8 @@ DATA = Path(__file__).parent/"data"
 PROMPTS = json.loads((DATA/"prompts.json").read_text())
 REFERENCE = json.loads((DATA/"greedy_reference.json").read_text())
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+# in which an engine that cuts the work differently says the same: one token and some hundred, a common beginning, many scripts
+FEW, FEW_TOKENS = [1, 3, 9, 11, 12, 16, 21, 23, 24, 26, 27], 24
 NEAR_TIE = 1e-3  # logits that differ by less are as good as equal: rounding decides
 
 
@@ -62,14 +64,15 @@ def test_prompts_are_what_they_should_be():
 def test_reference_is_what_generate_gives(hf):
     for i in (0, 3, 23):
         assert hf[1].encode(PROMPTS[i]) == REFERENCE[i]["prompt_token_ids"]
-        token_ids = hf_greedy(hf[0], REFERENCE[i]["prompt_token_ids"])
-        if token_ids != REFERENCE[i]["token_ids"]: assert unexcused(hf[0], i, token_ids) == []
+        token_ids = hf_greedy(hf[0], REFERENCE[i]["prompt_token_ids"], 16)
+        if token_ids != REFERENCE[i]["token_ids"][:16]: assert unexcused(hf[0], i, token_ids) == []
 
 
 def test_reference_is_greedy_token_by_token(hf):
+    "Every fourth; that the engine, which knows nothing of the reference, says all of it is the test of the others."
     for i, r in enumerate(REFERENCE):
         assert hf[1].encode(PROMPTS[i]) == r["prompt_token_ids"] and len(r["token_ids"]) == NUM_TOKENS
-        assert unexcused(hf[0], i, r["token_ids"]) == []
+        if i % 4 == 2: assert unexcused(hf[0], i, r["token_ids"]) == []
 
 
 def test_the_excuse_is_narrow(hf):
@@ -105,9 +108,8 @@ def test_answers_that_end_by_themselves(smol, hf):
         expected = whole[:whole.index(2) + 1]  # generate, too, keeps the token that ends the text
         if out["token_ids"] != expected: assert unexcused(hf[0], i, out["token_ids"]) == [] and out["token_ids"][-1] == 2
         assert out["finish_reason"] == "stop" and out["stop_reason"] is None and "<|im_end|>" not in out["text"]
-    i = indices[0]
-    ids = REFERENCE[i]["prompt_token_ids"]
-    assert hf_greedy(hf[0], ids, eos=2) == REFERENCE[i]["token_ids"][:REFERENCE[i]["token_ids"].index(2) + 1]
+    ids, whole = REFERENCE[4]["prompt_token_ids"], REFERENCE[4]["token_ids"]
+    assert hf_greedy(hf[0], ids, eos=2) == whole[:whole.index(2) + 1] != whole
     assert_idle(smol)
 
 
@@ -117,16 +119,16 @@ def test_answers_that_end_by_themselves(smol, hf):
     ids=lambda options: " ".join(f"{k}={v}" for k, v in options.items()))
 def test_the_same_with(options, hf):
     llm = make_llm(**options)
-    outs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
-    check(outs, hf)
+    outs = llm.generate([PROMPTS[i] for i in FEW], replace(GREEDY, max_tokens=FEW_TOKENS), use_tqdm=False)
+    check(outs, hf, FEW, FEW_TOKENS)
     assert llm.engine.scheduler.num_preemptions == 0
     if not options.get("enable_prefix_caching", True): assert not any(out.num_cached_tokens for out in outs)
     assert_idle(llm)
 
 
 def test_the_same_after_preemptions(hf):
-    llm = make_llm(num_tokens=1600)  # the longest needs 1,563 of them
-    check(llm.generate(PROMPTS, GREEDY, use_tqdm=False), hf)
+    llm = make_llm(num_tokens=448)  # the longest needs 422 of them
+    check(llm.generate([PROMPTS[i] for i in FEW], GREEDY, use_tqdm=False), hf, FEW)
     print(f"{llm.engine.scheduler.num_preemptions} preemptions")
     assert llm.engine.scheduler.num_preemptions > 0
     assert_idle(llm)
@@ -145,6 +147,6 @@ def test_the_same_with_everything_scarce(hf):
 def test_each_prompt_alone(hf):
     llm = make_llm(num_tokens=1600, enable_prefix_caching=False)
     lengths = [len(r["prompt_token_ids"]) for r in REFERENCE]
-    for i in {*range(0, 32, 4), lengths.index(1), lengths.index(1500)}:
-        check(llm.generate(PROMPTS[i], GREEDY, use_tqdm=False), hf, [i])
+    for i in {*range(2, 32, 8), lengths.index(1), lengths.index(1500)}:
+        check(llm.generate(PROMPTS[i], replace(GREEDY, max_tokens=FEW_TOKENS), use_tqdm=False), hf, [i], FEW_TOKENS)
     assert_idle(llm)

@@ -126,7 +126,16 @@ def test_a_length_that_no_file_has(gguf_bytes, tmp_path, count):
 # ---- The files of a model folder ----
 
 @pytest.fixture(scope="module")
-def good(tmp_path_factory): return tiny_folder(tmp_path_factory.mktemp("good"))
+def good(tmp_path_factory):
+    "A small model, with the first of the demo model's tokens: it is loaded often."
+    folder = tiny_folder(tmp_path_factory.mktemp("good"))
+    data = json.loads((folder/"tokenizer.json").read_text())
+    model = data["model"]
+    model["vocab"] = {token: i for token, i in model["vocab"].items() if i < 300}
+    model["merges"] = [pair for pair in model["merges"] if "".join(pair if isinstance(pair, list) else pair.split(" ")) in model["vocab"]]
+    (folder/"tokenizer.json").write_text(json.dumps(data))
+    assert use(folder)
+    return folder
 
 
 def use(folder):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 
 from nano_vllm.utils.network_utils import get_open_port
 
@@ -15,10 +16,12 @@ HELLO = 'prompts = ["Hello, my name is", "The capital of France is"]\n'
 
 
 def run(tmp_path, text, *words, ok=True, head=()):
-    "Standard output and error of a script; it may end by an error only if that is said."
+    "Standard output and error of a script, after `head` in an interpreter of its own; it may end by an error only if that is said."
     (tmp_path/"script.py").write_text(text)
     env = os.environ | dict(PYTHONPATH=str(ROOT), HF_HUB_OFFLINE="1", NANO_VLLM_CACHE=os.environ.get("NANO_VLLM_CACHE", str(Path.home()/".cache/nano_vllm")))
-    done = subprocess.run([sys.executable, *head, "script.py", *map(str, words)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, *head, "script.py", *map(str, words)]
+    if head: done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    else: done = warm.run(command, cwd=tmp_path, env=env)
     assert (done.returncode == 0) == ok, done.stdout + done.stderr
     return done.stdout, done.stderr
 
@@ -328,7 +331,7 @@ if __name__ == "__main__":
     for p in processes: p.start()
     for p in processes: p.join()
     assert not any(p.exitcode for p in processes)
-''', "--model", tiny, "-dp=2", "--num-kv-blocks", 20, "--device", "cpu")
+''', "--model", tiny, "-dp=2", "--num-kv-blocks", 20, "--device", "cpu", head=["-B"])
     assert [(tmp_path/str(rank)).read_text() for rank in range(2)] == ["Hello, my name is", "The capital of France is"]
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import warm
 from helpers import assert_idle, logits_tolerance, tiny_folder
 from nano_vllm import LLM, SamplingParams
 from nano_vllm.attention import Batch, make_batch
@@ -28,7 +29,7 @@ LIMITS = dict(device="cpu", max_model_len=256, num_kv_blocks=64)
 ROOT = Path(__file__).parent.parent
 
 
-def children(): return {p.pid for p in psutil.Process().children(recursive=True)}
+def children(): return {p.pid for p in psutil.Process().children(recursive=True)} - {warm.server().pid}
 
 
 def wait_until(condition, seconds=10):
@@ -113,14 +114,16 @@ def test_a_killed_rank_ends_the_engine_with_its_name(tmp_path):
 
 def test_a_rank_that_does_nothing_is_not_waited_for(tmp_path, monkeypatch):
     "It is alive, its sockets are open, and it does not move: a debugger may have stopped it."
-    monkeypatch.setenv("NANO_VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "3")
+    monkeypatch.setenv("NANO_VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "55")
     llm = LLM(tiny_folder(tmp_path), tensor_parallel_size=2, device="cpu", num_kv_blocks=100)
     llm.generate("Hello", SamplingParams(max_tokens=2), use_tqdm=False)
     worker = llm.engine.runner.group.processes[0]
+    assert llm.engine.runner.group.limit == 55
+    llm.engine.runner.group.limit = 1
     worker.send_signal(signal.SIGSTOP)
     start = time.monotonic()
-    with pytest.raises(RuntimeError, match="the other ranks did not answer in 3.0 s"): llm.generate("Hello", use_tqdm=False)
-    assert 2 < time.monotonic() - start < 20 and worker.poll() is not None
+    with pytest.raises(RuntimeError, match="the other ranks did not answer in 1 s"): llm.generate("Hello", use_tqdm=False)
+    assert 1 <= time.monotonic() - start < 20 and worker.poll() is not None
     with pytest.raises(RuntimeError, match="this engine has ended: rank 0 failed"): llm.generate("Hello", use_tqdm=False)
     assert_idle(llm)
 
@@ -331,7 +334,7 @@ time.sleep(0 if rank else 2)
 
 def test_a_rank_may_end_right_after_a_message():
     "The group's thread lets go of its last tensor before Python ends, or the process would abort."
-    ports = [get_open_port() for _ in range(4)]
+    ports = [get_open_port() for _ in range(2)]
     ranks = [subprocess.Popen([sys.executable, "-c", LEAVES_AT_ONCE, str(rank), str(port)], cwd=ROOT)
              for port in ports for rank in range(2)]
     try: assert [p.wait(timeout=100) for p in ranks] == [0] * len(ranks)

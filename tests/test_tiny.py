@@ -66,15 +66,27 @@ def test_at_most_150_lines():
     assert count <= 150
 
 
+@lru_cache
+def their_logits():
+    "Of each prompt and our answer to it, (N, vocabulary), by transformers."
+    return [hf_logits(reference(), prompt + ours) for prompt, ours in zip(prompts(), answers())]
+
+
 def test_greedy_equals_hugging_face():
-    for prompt, ours in zip(prompts(), answers()):
-        inputs = dict(inputs=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)))
+    "Each token is the best after all that stand before it, as transformers sees them; for two prompts its `generate` says so itself."
+    for prompt, ours, logits in zip(prompts(), answers(), their_logits()):
+        for token, row in zip(ours, logits[len(prompt) - 1:]):
+            if token == row.argmax(): continue
+            print(f"near-tie: {token} has logit {row[token]}, {row.argmax()} has {row.max()}")
+            assert row.max() - row[token] < 1e-3
+    for i in (0, -1):
+        inputs = dict(inputs=torch.tensor([prompts()[i]]), attention_mask=torch.ones(1, len(prompts()[i])))
         theirs = reference().generate(**inputs, do_sample=False, max_new_tokens=MAX_TOKENS, pad_token_id=0)
-        assert_same_or_tied(prompt, ours, theirs[0, len(prompt):].tolist())
+        assert_same_or_tied(prompts()[i], answers()[i], theirs[0, len(prompts()[i]):].tolist())
 
 
 def test_greedy_alone_equals_batch():
-    for prompt, together in zip(prompts(), answers()):
+    for prompt, together in list(zip(prompts(), answers()))[::3]:
         alone, = engine().generate_ids([prompt], MAX_TOKENS)
         assert_same_or_tied(prompt, together, alone)
 
@@ -89,9 +101,8 @@ def test_batch_covers_both_ways_to_end():
 
 def test_logits_equal_hugging_face_with_padding():
     logits, padding = our_logits(engine().config, engine().weights, prompts())
-    for row, prompt in enumerate(prompts()):
-        ours, theirs = logits[row, padding[row]:], hf_logits(reference(), prompt)
-        assert (ours - theirs).abs().max() < 1e-3
+    for row, (prompt, theirs) in enumerate(zip(prompts(), their_logits())):
+        assert (logits[row, padding[row]:] - theirs[:len(prompt)]).abs().max() < 1e-3
 
 
 def test_cache_changes_nothing():

@@ -129,7 +129,7 @@ def agrees(batch, cache, q, k, v, tiles=None, window=None):
     torch.testing.assert_close(after, stored, atol=0, rtol=0, equal_nan=True)
 
 
-@few(50)
+@few(30)
 @given(cases())
 def test_agrees_with_the_reference(case):
     agrees(*case)
@@ -167,7 +167,7 @@ def test_scores_that_grow_or_fall_along_the_context(grow, new_tokens):
     torch.testing.assert_close(out, expected, atol=2e-5, rtol=1e-4)
 
 
-@few(30)
+@few(20)
 @given(cases(dtypes=(torch.float16, torch.bfloat16)))
 def test_agrees_in_half_precision(case):
     """The oracle runs in float32 on the same rounded inputs, so only the operator's own rounding is measured: scores stay
@@ -190,7 +190,7 @@ def test_nothing_before_the_window_is_read(case):
     assert not attend(batch, cache, q, k, v, tiles, window)[0].isnan().any()
 
 
-@few(15)
+@few(10)
 @given(cases(dtypes=list(DTYPES)))
 def test_the_layout_makes_no_difference(case):
     batch, cache, q, k, v, tiles, window = case
@@ -209,7 +209,7 @@ def test_split_and_transposed_inputs():
     assert torch.equal(attend(batch, cache, *views)[0], attend(batch, cache, q, k, v)[0])
 
 
-@few(20)
+@few(12)
 @given(cases(dtypes=list(DTYPES)), st.randoms(use_true_random=False))
 def test_a_sequence_gets_the_same_bits_whoever_shares_its_batch(case, rng):
     batch, cache, q, k, v, tiles, window = case
@@ -266,7 +266,7 @@ def fill(metadata, batch):
     metadata.list_work()
 
 
-@few(12)
+@few(8)
 @given(st.lists(st.lists(st.integers(1, 400), min_size=1, max_size=6), min_size=2, max_size=3), st.none() | st.integers(1, 400),
        st.integers(0, 99))
 def test_static_metadata_serves_step_after_step(steps, window, seed):
