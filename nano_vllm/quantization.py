@@ -299,7 +299,7 @@ QUANT_METHODS["compressed-tensors"] = read_w8a8
 # %% ../nbs/25_quantization.ipynb #0e075c0c
 def write_w8a8(folder: Path, made: Path):
     "Fill folder `made` with the model in `folder`, the matrices of its layers in int8."
-    for file in folder.glob("*"):
+    for file in filter(Path.is_file, folder.iterdir()):
         if file.suffix != ".safetensors" and not file.name.endswith(".index.json"):
             shutil.copy(file, made)
     tensors = {}

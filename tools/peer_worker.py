@@ -5,6 +5,7 @@
 It imports nothing but the engine it measures, so it runs in a peer's environment as well."""
 import functools
 import json
+import logging
 import os
 import random
 import sys
@@ -22,6 +23,7 @@ class LlamaCpp:
         import llama_cpp
         import numpy
         self.lib, self.numpy = llama_cpp, numpy
+        logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)   # it says much
         llama_cpp.llama_backend_init()
         self.model = llama_cpp.llama_model_load_from_file(file.encode(), llama_cpp.llama_model_default_params())
         if not self.model: raise ValueError(f"llama.cpp cannot load {file}")

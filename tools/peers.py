@@ -128,7 +128,7 @@ class Engine:
 
 
 TYPES = {"float32": "", "bfloat16": " bf16", "int8": " int8"}   # and what stands behind an engine's name
-GGUF = {"bfloat16": "BF16", "int8": "Q8_0"}
+GGUF = {"bfloat16": "BF16", "int8": "Q8_0"}   # llama.cpp's; where the processor multiplies bfloat16, faster than its F16
 
 
 def start_engines(folder: Path, kind: str, *options: str) -> list[Engine]:
