@@ -135,6 +135,11 @@ def test_the_home_page_has_what_sells_the_book():
     for what in ("images/throughput.svg", "labs/scheduler.html", "An evening", "A week", "Eight sessions", "half an hour", "**You need**"): assert what in screen
 
 
+def test_a_render_leaves_the_working_tree_clean():
+    "Quarto appends these lines to .gitignore unless they stand there, letter by letter."
+    assert {"/.quarto/", "**/*.quarto_ipynb"} <= set((ROOT/".gitignore").read_text(encoding="utf-8").splitlines())
+
+
 def test_the_site_asks_no_other_host():
     assert "$web-font-path: false;" in (ROOT/"tools/book.scss").read_text(encoding="utf-8")      # or the themes fetch fonts
     texts = {name: (ROOT/name).read_text(encoding="utf-8") for name in ("index.qmd", "404.html", "tools/book.scss", "images/favicon.svg")}
