@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
-from .layers import (OPS, Ops, Target, last_that_suits, rms_norm, rope_and_cache,
-                              rotate, silu_and_mul, triton_ops)
+from .layers import (OPS, Ops, Target, last_that_suits, rms_norm,
+                              rope_and_cache, rotate, silu_and_mul, triton_ops)
 
 
 try:

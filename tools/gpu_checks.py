@@ -216,20 +216,33 @@ def fusions(toy: bool) -> dict:
 
 def small_model(toy: bool) -> Path:
     "A folder with a random Qwen3 of a few million parameters, livelier than dummy weights, and a tokenizer of numbers."
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3Config, Qwen3ForCausalLM
     vocab, hidden, layers, heads = (300, 64, 2, 2) if toy else (4096, 512, 4, 8)
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(Qwen3Config(
         vocab_size=vocab, hidden_size=hidden, intermediate_size=2*hidden, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=heads//2, head_dim=32 if toy else 64, max_position_embeddings=1024, tie_word_embeddings=False, eos_token_id=2))
     for name, p in model.named_parameters(): torch.nn.init.normal_(p, float("norm" in name), 0.1)
-    folder = Path(tempfile.mkdtemp(prefix="gpu-suite-model-"))
-    model.float().save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({str(i): i for i in range(vocab)}, unk_token="0"))
+    return save(model.float(), Path(tempfile.mkdtemp(prefix="gpu-suite-model-")))
+
+
+def save(model, folder: Path) -> Path:
+    "The folder, with a model of transformers and a tokenizer of numbers in it."
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    model.save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(model.config.vocab_size)}, unk_token="0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
     return folder
+
+
+def with_weights(config_folder: Path) -> Path:
+    "A folder with a model of this config: random weights, bfloat16 unless the config says otherwise."
+    from transformers import AutoConfig, AutoModelForCausalLM
+    config = AutoConfig.from_pretrained(config_folder)
+    model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.bfloat16)
+    return save(model, Path(tempfile.mkdtemp(prefix="gpu-suite-weights-")))
 
 
 def requests(toy: bool, vocab: int, seed: int = 0) -> tuple[list, list]:
