@@ -679,7 +679,8 @@ def choose(self: ModelRunner, output: SchedulerOutput, inputs: RowInputs,
     "Choose a token for each row of the logits (R, vocab_size)."
     edited = self.process_logits(logits, inputs.sampled)
     ids = self.ops.sample(edited, inputs.metadata)
-    self.input_batch.device.last_token[inputs.sampled_rows] = ids
+    last_token = self.input_batch.device.last_token     # several ranks': on the host
+    last_token[inputs.sampled_rows] = ids.to(last_token.device)
     return self.make_handle(output, inputs.sampled, logits, ids, prompt_logprobs)
 
 # %% ../nbs/12_model_runner.ipynb #d1899958

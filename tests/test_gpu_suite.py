@@ -25,7 +25,7 @@ sys.meta_path.insert(0, Missing())
 
 def suite(*args, **env):
     "The suite in a process of its own, where the packages of the book and the tests cannot be imported."
-    return subprocess.run([sys.executable, SUITE, *map(str, args)], capture_output=True, text=True, timeout=300,
+    return subprocess.run([sys.executable, SUITE, *map(str, args)], capture_output=True, text=True, timeout=600,
                           env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | env)
 
 
