@@ -42,7 +42,7 @@ class GpuRecorder:
         "A function that repeats what `step()` launches, on the same addresses."
         step()   # kernels are compiled and loaded now, and not in the recording
         graph = torch.cuda.CUDAGraph()
-        # "thread_local": meanwhile other threads, such as NCCL's, may ask the GPU things
+        # "thread_local": other threads, such as NCCL's, may ask the GPU meanwhile
         with torch.cuda.graph(graph, self.pool, self.stream, "thread_local"): step()
         return graph.replay
 
