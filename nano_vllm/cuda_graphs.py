@@ -14,7 +14,8 @@ from fastcore.basics import patch
 from torch import Tensor
 from tqdm import tqdm
 from .kv_blocks import SchedulerOutput, Sequence
-from .model_runner import ModelRunner
+from .model import shard_heads
+from .model_runner import Call, ModelRunner
 from .sampler import SamplingMetadata, gumbel_sample, make_keys, to_device
 
 
@@ -41,7 +42,8 @@ class GpuRecorder:
         "A function that repeats what `step()` launches, on the same addresses."
         step()   # kernels are compiled and loaded now, and not in the recording
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, self.pool, self.stream): step()
+        # "thread_local": other threads, such as NCCL's, may ask the GPU meanwhile
+        with torch.cuda.graph(graph, self.pool, self.stream, "thread_local"): step()
         return graph.replay
 
 # %% ../nbs/13_cuda_graphs.ipynb #e52528d9
@@ -118,13 +120,16 @@ class DecodeGraphs:
         num_rows, device = len(rows.last_token), runner.device
         self.fields = torch.zeros(5, num_rows, dtype=torch.int64, device=device)
         rows.last_token = self.fields[TOKEN]     # eager steps put theirs here, too
+        self.group, self.block_tables = runner.group, rows.block_tables.to(device)
+        self.known_tables = np.zeros_like(self.input_batch.block_tables)
         self.mirror = np.full((5, num_rows), UNKNOWN)
         self.logits = torch.zeros(num_rows, c.vocab_size, device=device)
-        self.tiles = Tiles(c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim,
+        heads, kv_heads = (part.length for part in shard_heads(c, runner.group))
+        self.tiles = Tiles(kv_heads, heads // kv_heads, c.head_dim,
                            itemsize=self.kv_cache.element_size())
         self.sizes = bucket_sizes(num_rows)
         self.metadata = prepare_for_capture(
-            self.sizes, rows.block_tables, self.tiles, max_model_len,
+            self.sizes, self.block_tables, self.tiles, max_model_len,
             num_blocks * self.block_size, c.sliding_window)
         self.replay = {n: recorder.record(partial(self.step, n))
                        for n in tqdm(self.metadata, desc="recording graphs")}
@@ -135,16 +140,25 @@ def step(self: DecodeGraphs, n: int):
     "What is recorded: `n` rows, from static tensors to static tensors."
     metadata, logits, fields = self.metadata[n], self.logits[:n], self.fields[:, :n]
     tokens, seq_lens, seeds, num_output_tokens, bits = fields
+    if self.group.size > 1: self.share(tokens)
     positions = prepare_for_replay(metadata, seq_lens, self.block_size)
     attention = self.ops.attention(None, self.kv_cache, self.scale, metadata.window,
                                    metadata)
     hidden = self.model(tokens, positions, attention)
-    logits.copy_(self.model.compute_logits(hidden))
+    found = self.model.compute_logits(hidden)
+    if self.group.rank == 0: logits.copy_(found)    # elsewhere it is but a part
     temperature = bits.int().view(torch.float32)
     keys = make_keys(seeds, num_output_tokens)
     sampled = gumbel_sample(logits, temperature, keys)
     tokens.copy_(sampled.where(seq_lens > 0, tokens))   # padding may be someone's row
     advance(fields)
+
+
+@patch
+def share(self: DecodeGraphs, tokens: Tensor):
+    "Rank 0's tokens (n,) for all ranks, in place: it alone chooses and moves them."
+    if self.group.rank > 0: tokens.zero_()
+    tokens.copy_(self.group.all_reduce(tokens))
 
 # %% ../nbs/13_cuda_graphs.ipynb #034df1c8
 @patch
@@ -225,6 +239,43 @@ def sampling_metadata(self: DecodeGraphs, seq_lens: np.ndarray) -> SamplingMetad
         **columns, seeds=torch.from_numpy(rows.seeds[:n]),
         num_output_tokens=torch.from_numpy(num_output_tokens), sequences=rows.seqs[:n])
 
+# %% ../nbs/13_cuda_graphs.ipynb #cc12a3f0
+@patch
+def new_cells(self: DecodeGraphs, size: int) -> np.ndarray:
+    "Rows, places and blocks (3, M) of the first tables that the ranks do not know."
+    if self.group.size == 1: return np.empty((3, 0), np.int64)   # sent by `update`
+    area = slice(size), slice(max(self.input_batch.num_blocks))
+    tables, known = self.input_batch.block_tables[area], self.known_tables[area]
+    row, place = np.nonzero(tables != known)
+    known[row, place] = tables[row, place]
+    return np.stack([row, place, tables[row, place]])
+
+
+@patch
+def repeat(self: DecodeGraphs, size: int, changes: np.ndarray, cells: np.ndarray):
+    "On every rank: write what is new, and replay the step of `size` rows."
+    self.send(changes)
+    if cells.size:
+        row, place, block = to_device(torch.from_numpy(cells), self.fields.device)
+        self.block_tables[row, place] = block
+    self.replay[size]()
+
+
+@patch
+@torch.inference_mode()
+def repeat_graph(self: ModelRunner, *what):
+    "What the other ranks are called to do."
+    self.graphs.repeat(*what)
+
+
+@patch
+def repeat_on_all(self: DecodeGraphs, size: int, changes: np.ndarray):
+    "Have all ranks replay the step of `size` rows, behind `changes` (3, M)."
+    what = size, changes, self.new_cells(size)
+    with self.group.collective_guard():
+        self.group.broadcast(Call("repeat_graph", what, wants_answer=False))
+        self.repeat(*what)
+
 # %% ../nbs/13_cuda_graphs.ipynb #b186b4c7
 @patch
 def run(self: DecodeGraphs,
@@ -237,8 +288,7 @@ def run(self: DecodeGraphs,
     wanted = self.wanted_fields(tokens, seq_lens, size)
     changes = self.find_changes(wanted)
     self.mirror[:, :size] = UNKNOWN      # if anything interrupts what follows
-    self.send(changes)
-    self.replay[size]()
+    self.repeat_on_all(size, changes)
     advance(wanted)
     wanted[TOKEN] = UNKNOWN
     self.mirror[:, :size] = wanted
@@ -259,10 +309,10 @@ def make_graphs(runner: ModelRunner, max_model_len: int,
                 recorder=None) -> DecodeGraphs | None:
     """Recorded decode steps; None if device, attention or model do not allow them.
 
+    Several ranks make theirs together, or none does.
     `recorder` stands in for a GPU's, on any device."""
     config = runner.model.config
     if TritonAttention is None or config.mlp or config.kv_layout: return None
-    if runner.group.size > 1: return None
     if not issubclass(runner.ops.attention, TritonAttention): return None
     if recorder is None and runner.device.type != "cuda": return None
     with torch.inference_mode(), torch.cuda.device_of(runner.kv_cache):

@@ -9,8 +9,8 @@ __all__ = ['ENGINE_LIMITS', 'DEFAULT_IS_NONE', 'ACCEPTED_ARGS', 'REFUSED_ARGS', 
            'EngineArgs', 'choose_dtype', 'choose_device', 'EngineConfig', 'choose_kv_dtype', 'find_model',
            'choose_quantization', 'resolve_args', 'memory_budget', 'max_sampled', 'kv_memory', 'max_chunk',
            'block_counter', 'count_blocks', 'own_replica', 'make_group', 'rank_device', 'load_part', 'make_runner',
-           'serve_rank', 'load_tokenizer', 'make_scheduler', 'count_in_flight', 'refuse_beside', 'make_speculator',
-           'Parts', 'make_parts', 'parts_maker', 'make_engine']
+           'record_graphs', 'serve_rank', 'load_tokenizer', 'make_scheduler', 'count_in_flight', 'refuse_beside',
+           'make_speculator', 'Parts', 'make_parts', 'parts_maker', 'make_engine']
 
 # %% ../nbs/17_engine_args.ipynb #17d4127c
 import os
@@ -399,9 +399,18 @@ def make_runner(config: EngineConfig, group: TensorParallelGroup) -> ModelRunner
     return runner
 
 # %% ../nbs/17_engine_args.ipynb #20a91313
+def record_graphs(runner: ModelRunner):
+    "Let the runner have recorded steps, if it may; all ranks together."
+    args = runner.config.args
+    eager = args.enforce_eager or args.logits_processors or not runner.decodes
+    if not eager: runner.graphs = make_graphs(runner, runner.config.max_model_len)
+
+
 def serve_rank(group: TensorParallelGroup, args: EngineArgs):
     "What a process started for one of the ranks runs: it follows rank 0."
-    make_runner(resolve_args(args), group).worker_loop()
+    runner = make_runner(resolve_args(args), group)
+    record_graphs(runner)
+    runner.worker_loop()
 
 # %% ../nbs/17_engine_args.ipynb #1c45ec2a
 @patch
@@ -444,12 +453,11 @@ def make_scheduler(config: EngineConfig, num_blocks: int,
                 args.max_loras if args.enable_lora else 0)
 
 
-def count_in_flight(config: EngineConfig, group: TensorParallelGroup) -> int:
+def count_in_flight(config: EngineConfig) -> int:
     "2 if a step is to be prepared while one is computed; the default on a GPU."
     wanted = config.args.async_scheduling
     if wanted is None: wanted = config.device.type == "cuda"
-    alone = group.size == 1 and not config.args.logits_processors
-    return 2 if wanted and alone else 1
+    return 2 if wanted and not config.args.logits_processors else 1
 
 # %% ../nbs/17_engine_args.ipynb #3e10aa02
 SPECULATORS = {}   # method -> a function that makes its speculator for an EngineConfig
@@ -488,14 +496,14 @@ def make_parts(config: EngineConfig) -> Parts:
     "The parts of an engine that know no text."
     args = config.args
     group = make_group(args, config.device)
-    with group.collective_guard(): runner = make_runner(config, group)
+    with group.collective_guard():
+        runner = make_runner(config, group)
+        record_graphs(runner)
     runner.logits_processors = [make(config, runner.device, False)
                                 for make in args.logits_processors]
-    eager = args.enforce_eager or args.logits_processors or not runner.decodes
-    if not eager: runner.graphs = make_graphs(runner, config.max_model_len)
     num_blocks = runner.kv_cache.shape[2]
     return Parts(make_scheduler(config, num_blocks), runner, num_blocks,
-                 count_in_flight(config, group))
+                 count_in_flight(config))
 
 # %% ../nbs/17_engine_args.ipynb #18125c4f
 def parts_maker(args: EngineArgs) -> Callable[[EngineConfig], Parts]:

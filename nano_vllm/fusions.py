@@ -5,16 +5,21 @@
 # %% auto #0
 __all__ = ['norm', 'add_norm', 'split_norm_rotate', 'compiled', 'compiled_norm', 'compiled_activation', 'compiled_rope_and_cache',
            'half_offsets', 'load_heads', 'store_heads', 'rotate_heads', 'rounded', 'norm_heads', 'norm_rotate_heads',
-           'norm_rotate_store_kernel', 'norm_rotate_store', 'fused_rope_and_cache', 'fusion_ops']
+           'norm_rotate_store_kernel', 'norm_rotate_store', 'add_norm_kernel', 'fused_norm', 'silu_and_mul_kernel',
+           'fused_silu_and_mul', 'fused_rope_and_cache', 'fused_or_compiled_rope_and_cache', 'triton_fusion_ops',
+           'fusion_ops', 'LaunchList', 'launches', 'CountingRecorder']
 
 # %% ../nbs/30_fusions.ipynb #0650ae4d
 import functools
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 import torch
 from torch import Tensor
-from .layers import (OPS, Ops, Target, last_that_suits, rms_norm, rotate,
-                              silu_and_mul)
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+from .layers import (OPS, Ops, Target, last_that_suits, rms_norm,
+                              rope_and_cache, rotate, silu_and_mul, triton_ops)
 
 
 try:
@@ -201,18 +206,92 @@ def norm_rotate_store(qkv: Tensor, cos: Tensor, sin: Tensor,
         enable_fp_fusion=False)
     return q
 
+# %% ../nbs/30_fusions.ipynb #e7663932
+@triton.jit
+def add_norm_kernel(x, residual, weight, eps, y, total, x_row, x_dim, residual_row,
+                    residual_dim, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    "One program for each row: its norm to `y`; its sum with a `residual` to `total`."
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, WIDTH)
+    there = i < DIM
+    factor = tl.load(weight + i, mask=there, other=0.).to(tl.float32)
+    z = tl.load(x + row*x_row + i*x_dim, mask=there, other=0.).to(tl.float32)
+    if residual is not None:
+        at = row*residual_row + i*residual_dim
+        z += tl.load(residual + at, mask=there, other=0.).to(tl.float32)
+        z = rounded(z, total)
+        tl.store(total + row*DIM + i, z, mask=there)
+    scale = tl.rsqrt(tl.sum(z*z, 0) / DIM + eps)
+    tl.store(y + row*DIM + i, rounded(z*scale, total) * factor, mask=there)
+
+# %% ../nbs/30_fusions.ipynb #34c9a05f
+def fused_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None):
+    "What `rms_norm(x, weight, eps, residual)` gives, in one launch."
+    dim = x.shape[-1]
+    rows, width = x.reshape(-1, dim), triton.next_power_of_2(dim)
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    y, total, others = x.new_empty(x.shape, dtype=dtype), x, None
+    if residual is not None:
+        total, others = x.new_empty(x.shape), residual.reshape(-1, dim)
+    steps = rows.stride() if others is None else others.stride()
+    add_norm_kernel[(len(rows),)](
+        rows, others, weight, eps, y, total, *rows.stride(), *steps, dim, width,
+        num_warps=min(max(4, width // 512), 16), enable_fp_fusion=False)
+    return y if residual is None else (y, total)
+
+# %% ../nbs/30_fusions.ipynb #1dee14c4
+@triton.jit
+def silu_and_mul_kernel(x, y, x_row, x_dim, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    "One program for BLOCK numbers of a row of x (N, 2*DIM): silu(gate) * up to `y`."
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1)*BLOCK + tl.arange(0, BLOCK)
+    there = i < DIM
+    gate_at = x + row*x_row + i*x_dim
+    gate = tl.load(gate_at, mask=there, other=0.).to(tl.float32)
+    up = tl.load(gate_at + DIM*x_dim, mask=there, other=0.).to(tl.float32)
+    silu = rounded(gate / (1 + tl.exp(-gate)), x)
+    tl.store(y + row*DIM + i, silu * up, mask=there)
+
+# %% ../nbs/30_fusions.ipynb #3d92490e
+def fused_silu_and_mul(x: Tensor) -> Tensor:
+    "What `silu_and_mul(x)` gives, in one launch."
+    dim, block = x.shape[-1] // 2, 1024
+    rows, y = x.reshape(-1, 2*dim), x.new_empty(*x.shape[:-1], dim)
+    silu_and_mul_kernel[(len(rows), triton.cdiv(dim, block))](
+        rows, y, *rows.stride(), dim, block, enable_fp_fusion=False)
+    return y
+
 # %% ../nbs/30_fusions.ipynb #a494752a
 def fused_rope_and_cache(attention_layer, qkv: Tensor, cos: Tensor, sin: Tensor,
-                         attention) -> Tensor:
-    "What `rope_and_cache` gives: one launch, where Triton's kernels run."
+                         attention, otherwise=rope_and_cache) -> Tensor:
+    "What `rope_and_cache` gives: in one launch for our attention, else `otherwise`."
     layer = attention_layer
     if not isinstance(attention, TritonAttention):
-        return compiled_rope_and_cache(layer, qkv, cos, sin, attention)
+        return otherwise(layer, qkv, cos, sin, attention)
     weights, eps = [None, None], 0.
     if layer.q_norm is not None:
         weights, eps = [layer.q_norm.weight, layer.k_norm.weight], layer.q_norm.eps
     return norm_rotate_store(qkv, cos, sin, weights, eps, attention.slot_mapping,
                              attention.kv_cache, layer.layer)
+
+
+def fused_or_compiled_rope_and_cache(*args) -> Tensor:
+    "What `rope_and_cache` gives: in one launch for our attention, else compiled."
+    return fused_rope_and_cache(*args, otherwise=compiled_rope_and_cache)
+
+# %% ../nbs/30_fusions.ipynb #7f0d2829
+def triton_fusion_ops(target: Target) -> Ops | None:
+    """Triton's attention and fusions: device 'cuda', neither quantization nor compile.
+
+    Of families with a decoder of their own, norms and activations."""
+    ops = triton_ops(target)
+    if ops is None: return None
+    ops = replace(ops, norm=fused_norm, activation=fused_silu_and_mul)
+    if target.config.decoder is not None: return ops
+    return replace(ops, rope_and_cache=fused_rope_and_cache)
+
+
+if TritonAttention: OPS["triton_fusions"] = triton_fusion_ops
 
 # %% ../nbs/30_fusions.ipynb #43322abb
 def fusion_ops(target: Target) -> Ops | None:
@@ -220,5 +299,47 @@ def fusion_ops(target: Target) -> Ops | None:
     if not target.compile or target.config.decoder is not None: return None
     _, ops = last_that_suits(replace(target, compile=False))
     return replace(ops, norm=compiled_norm, activation=compiled_activation,
-                   rope_and_cache=fused_rope_and_cache, batch_invariant=False)
+                   rope_and_cache=fused_or_compiled_rope_and_cache,
+                   batch_invariant=False)
 OPS["fusions"] = fusion_ops
+
+# %% ../nbs/30_fusions.ipynb #376578ae
+class LaunchList(TorchDispatchMode):
+    "Writes down, in `names`, the operations that launch something."
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out, (name, *_) = op(*args, **kwargs or {}), op.__name__.split(".")
+        given, made = (
+            {x.untyped_storage().data_ptr() for x in tree_leaves(tree)
+             if isinstance(x, Tensor)} for tree in ((args, kwargs), out))
+        is_view = made <= given and not op._schema.is_mutable
+        if not is_view and "empty" not in name: self.names.append(name)
+        return out
+
+
+@contextmanager
+def launches():
+    "A list that gets the name of each launch in the block, in order."
+    mode, kernel_type = LaunchList(), type(add_norm_kernel)
+    run = kernel_type.run
+    def listed(kernel, *args, **kwargs):
+        mode.names.append(kernel.fn.__name__)
+        with _disable_current_modes(): return run(kernel, *args, **kwargs)
+    kernel_type.run = listed
+    try:
+        with mode: yield mode.names
+    finally: kernel_type.run = run
+
+# %% ../nbs/30_fusions.ipynb #0ffd31e4
+class CountingRecorder:
+    "Stands in for a GPU's recorder: keeps the names of what each step launches."
+    def __init__(self): self.steps = []
+
+    def record(self, step):
+        "The step itself; its launches are the last of `steps`."
+        with launches() as names: step()
+        self.steps.append(names)
+        return step

@@ -28,9 +28,9 @@ from .layers import LAUNCHERS, TensorParallelGroup
 
 # %% ../nbs/31_ranks.ipynb #7cc80455
 class Pickler(pickle.Pickler):
-    "Pickles tensors of the CPU by way of NumPy, as they are small here."
+    "Pickles tensors by way of NumPy, as they are small here; waits for a GPU's."
     def reducer_override(self, obj):
-        if isinstance(obj, torch.Tensor): return torch.from_numpy, (obj.numpy(),)
+        if isinstance(obj, torch.Tensor): return torch.from_numpy, (obj.cpu().numpy(),)
         return NotImplemented
 
 

@@ -53,8 +53,9 @@ class Tiles:
 
     @property
     def chunk_rows(self) -> int:
-        "Rows of a tile of several tokens."
-        return max(self.chunk, self.decode_rows)
+        "Rows of a tile of several tokens: as many as fit into 32 KiB, or `chunk`."
+        fit = 2**15 // (self.width * self.itemsize)
+        return max(MIN_DOT, min(self.chunk, fit), self.decode_rows)
 
     @property
     def chunk_tokens(self) -> int:

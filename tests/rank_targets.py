@@ -1,7 +1,14 @@
-"What the started ranks of test_tensor_parallel.py and test_batch_invariance.py run."
+"What the started ranks of test_tensor_parallel.py, test_batch_invariance.py and test_graphs_on_ranks.py run."
+from pathlib import Path
+
 import torch
 
 from nano_vllm.batch_invariance import ordered_all_reduce
+from nano_vllm.cuda_graphs import make_graphs
+from nano_vllm.layers import Ops
+from nano_vllm.model import ModelConfig
+from nano_vllm.model_runner import ModelRunner
+from nano_vllm.weights import load_model
 
 
 def echo(group, payload):
@@ -20,3 +27,25 @@ def add_in_order(group, cases):
     "Of each case (rows, hidden size, dtype), the ranks' sums go to rank 0: [ordered, the group's own] of each."
     for case in cases:
         group.collect([add(group, partial_sums(group.rank, *case)).float() for add in (ordered_all_reduce, type(group).all_reduce)])
+
+
+def ranked_runner(group, folder, recorder=None):
+    "This rank's part of the model in `folder`, with Triton's attention; with a recorder, its decode steps are recorded."
+    from nano_vllm.triton_attention import TritonAttention    # here: Triton is not everywhere
+    config = ModelConfig.from_folder(Path(folder))
+    model = load_model(Path(folder), config, torch.float32, torch.device("cpu"), "auto", group, Ops(attention=TritonAttention))
+    runner = ModelRunner(model, 60, 4, 4, 40, group=group)
+    if recorder: runner.graphs = make_graphs(runner, 40, recorder)
+    return runner
+
+
+class Again:
+    "Records by remembering."
+    def record(self, step):
+        step()
+        return step
+
+
+def serve_graphs(group, folder):
+    "A rank with recorded steps that follows rank 0."
+    ranked_runner(group, folder, Again()).worker_loop()

@@ -13,7 +13,7 @@ from helpers import tiny_folder
 from nano_vllm import LLM, engine_args as engine_module, fusions
 from nano_vllm.attention import TorchAttention, slots_of
 from nano_vllm.cuda_graphs import make_graphs
-from nano_vllm.fusions import fused_rope_and_cache, norm_rotate_store
+from nano_vllm.fusions import fused_or_compiled_rope_and_cache, norm_rotate_store
 from nano_vllm.layers import OPS, Ops, Rotary, Target, choose_ops, last_that_suits, qk_norm_rope, rotate
 from nano_vllm.sampling_params import SamplingParams
 from test_graphs import StandIn, make_config, make_model, own_tables
@@ -164,7 +164,7 @@ def test_one_launch_whose_arguments_stay(monkeypatch):
 def by_hand_ops(target: Target) -> Ops | None:
     "For compile: the kernel alone."
     if not target.compile: return None
-    return replace(last_that_suits(replace(target, compile=False))[1], rope_and_cache=fused_rope_and_cache)
+    return replace(last_that_suits(replace(target, compile=False))[1], rope_and_cache=fused_or_compiled_rope_and_cache)
 
 
 @pytest.fixture
@@ -183,7 +183,7 @@ def by_hand(monkeypatch):
 def test_the_switch():
     "compile=True is all fusions; which one stores keys and values depends on the attention that is there."
     target = Target(make_config(), torch.device("cpu"), torch.float32, torch.float32, compile=True)
-    for name in ("torch", "triton"): assert choose_ops(target, attention_backend=name).rope_and_cache is fused_rope_and_cache
+    for name in ("torch", "triton"): assert choose_ops(target, attention_backend=name).rope_and_cache is fused_or_compiled_rope_and_cache
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
@@ -198,7 +198,7 @@ def test_other_attention_gets_the_compiled_functions(monkeypatch, qk_norm):
     class Kept:
         def store(self, k, v, layer): self.stored = k, v, layer
     attention = Kept()
-    q = fused_rope_and_cache(layer, qkv, *turned, attention)
+    q = fused_or_compiled_rope_and_cache(layer, qkv, *turned, attention)
     for ours, theirs in zip((q, *attention.stored), (*qk_norm_rope(layer, qkv, *turned), 2)):
         assert torch.equal(ours, theirs) if torch.is_tensor(ours) else ours == theirs
     assert called == [fusions.split_norm_rotate]

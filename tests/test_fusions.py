@@ -15,7 +15,7 @@ from nano_vllm.model import ModelConfig
 from nano_vllm.weights import load_model
 
 inductor = pytest.mark.skipif(not torch.cuda.is_available() and shutil.which("g++") is None, reason="no compiler for C++ here")
-FUSED = Ops(norm=fusions.compiled_norm, activation=fusions.compiled_activation, rope_and_cache=fusions.fused_rope_and_cache)
+FUSED = Ops(norm=fusions.compiled_norm, activation=fusions.compiled_activation, rope_and_cache=fusions.fused_or_compiled_rope_and_cache)
 
 
 def config(**changes):

@@ -25,7 +25,7 @@ sys.meta_path.insert(0, Missing())
 
 def suite(*args, **env):
     "The suite in a process of its own, where the packages of the book and the tests cannot be imported."
-    return subprocess.run([sys.executable, SUITE, *map(str, args)], capture_output=True, text=True, timeout=300,
+    return subprocess.run([sys.executable, SUITE, *map(str, args)], capture_output=True, text=True, timeout=600,
                           env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | env)
 
 
@@ -64,6 +64,35 @@ def test_what_is_there_is_not_repeated_and_what_is_missing_is(toy):
     assert data["prefill"] == marked and data["decode"]["rows"]
     file.write_text(json.dumps(entry | dict(source="of another version")))
     assert "prefill: done" in suite("--toy", "--out", out, "kernels", **env).stdout
+
+
+FAKES = {"nanovllm": """
+class SamplingParams:
+    def __init__(self, temperature, max_tokens, ignore_eos): self.max_tokens = max_tokens
+class LLM:
+    def __init__(self, folder, max_model_len):
+        import json
+        assert json.load(open(folder + "/config.json"))["vocab_size"] == 300 and max_model_len == 100
+    def generate(self, prompts, params, use_tqdm): return [dict(text="", token_ids=p[:1] * s.max_tokens) for p, s in zip(prompts, params)]
+""", "vllm": "import a_library_for_gpus"}
+
+
+def test_peers_that_can_be_imported_do_the_same_work(tmp_path, monkeypatch):
+    "A stand-in for nano-vllm, whose lists and dicts are its own; a vllm that lacks something; and ourselves."
+    for name, source in FAKES.items(): (tmp_path/f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    ours, theirs = gpu_timings.peer_nano_vllm(True), gpu_timings.peer_nanovllm(True)
+    assert [r["output_tokens"] for r in ours["runs"]] == [r["output_tokens"] for r in theirs["runs"]] and len(ours["runs"]) == 2
+    assert gpu_timings.peer_vllm(True) == "not run: ModuleNotFoundError: No module named 'a_library_for_gpus'"
+
+
+def test_launches_of_a_step(toy):
+    "On the processor operations are not fused, and the model has 2 layers."
+    file, = toy[1].glob("*-gpu-throughput.json")
+    data = json.loads(file.read_text())["data"]
+    found = data["launches"]
+    assert found["layers"] == 2 and found["a_step"] == sum(found["names"].values()) >= 2*found["a_layer"] > 40
+    assert data["host_gap"]["kernels_per_step"] == data["host_gap"]["kernels"] / data["host_gap"]["steps"]
 
 
 def test_the_decode_table_counts_bytes(toy):

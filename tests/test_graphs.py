@@ -15,9 +15,9 @@ import torch
 from helpers import tiny_folder
 from nano_vllm import LLM, SamplingParams, engine_args as engine_module
 from nano_vllm.attention import TorchAttention
-from nano_vllm.cuda_graphs import SEQ_LEN, TEMPERATURE, GpuRecorder, bucket_sizes, make_graphs
+from nano_vllm.cuda_graphs import SEQ_LEN, TEMPERATURE, GpuRecorder, bucket_sizes, make_graphs, prepare_for_capture
 from nano_vllm.kv_blocks import ScheduledSequence, SchedulerOutput, Sequence
-from nano_vllm.layers import Ops, TensorParallelGroup
+from nano_vllm.layers import Ops
 from nano_vllm.model import ModelConfig
 from nano_vllm.model_runner import ModelRunner
 from nano_vllm.weights import load_model
@@ -237,13 +237,26 @@ def test_a_step_with_more_splits_than_there_is_memory_for_is_eager(monkeypatch):
     assert [m.capacity for m in graphs.graphs.metadata.values()] == [5 + 7, 4 + 7, 2 + 7, 1 + 7]    # 8 * 240 slots / 256
 
 
+@pytest.mark.parametrize("rows, longest", [(256, 4096), (256, 40960), (1024, 131072)])
+def test_memory_for_splits_is_bounded_by_the_cache(rows, longest):
+    """In the shape of Qwen3-0.6B with a cache of 2**20 tokens: not by so many texts of full length, but by one split of each row and 8 times those
+    of all slots, which is less than 0.3% of the cache, however many rows and however long."""
+    tiles, slots = triton_attention.Tiles(8, 2, 128), 2**20
+    found = prepare_for_capture([1, rows], torch.zeros(rows, longest // 16, dtype=torch.int64, device="meta"), tiles, longest, slots)
+    most = -(-longest // 256)
+    assert found[1].splits is found[rows].splits and found[1].capacity == most
+    assert found[rows].capacity == min(rows * most, rows + 8 * slots // 256) == len(found[rows].splits.out)
+    cache = slots * 2 * 28 * 8 * 128 * 2
+    assert sum(x.nbytes for x in found[rows].splits) < .003 * cache
+
+
 def test_nothing_is_recorded_where_it_cannot_work():
-    def recorded(attention=triton_attention.TritonAttention, group=TensorParallelGroup(), recorder=StandIn, mlp=None):
+    def recorded(attention=triton_attention.TritonAttention, recorder=StandIn, mlp=None):
         runner = ModelRunner(make_model(make_config(), attention), 16, 4, 2, 40)
-        runner.group, runner.model.config = group, replace(runner.model.config, mlp=mlp)
+        runner.model.config = replace(runner.model.config, mlp=mlp)
         return make_graphs(runner, 40, recorder and recorder()) is not None
     assert recorded()
-    assert not recorded(attention=TorchAttention) and not recorded(group=TensorParallelGroup(0, 2))
+    assert not recorded(attention=TorchAttention)
     assert not recorded(mlp=len) and not recorded(recorder=None)
 
 
@@ -253,7 +266,8 @@ def test_a_gpu_records_after_a_first_run(monkeypatch):
     class Graph:
         def replay(self): events.append("replay")
     @contextmanager
-    def graph(g, pool, stream):
+    def graph(g, pool, stream, capture_error_mode):
+        assert capture_error_mode == "thread_local"      # or NCCL's own thread would break it off
         events.append(f"begin {pool} {stream}")
         yield
         events.append("end")

@@ -9,7 +9,7 @@ import torch
 from fake_engine import Asker, assert_all_free, check_books, check_cache, fake_engine, some_params
 from fuzz import plant
 from helpers import assert_idle, logits_tolerance, tiny_folder
-from nano_vllm import LLM, SamplingParams, prefix_cache, scheduler
+from nano_vllm import LLM, SamplingParams, model_runner, prefix_cache, scheduler
 from nano_vllm.engine import Engine
 from nano_vllm.model_runner import InputBatch, StepHandle, fetch_later
 from nano_vllm.prefix_cache import KVCacheManager
@@ -330,6 +330,29 @@ def test_what_is_fetched_does_not_change():
     fetch = fetch_later(ids)
     ids.zero_()
     assert fetch() == [1, 2, 3]
+
+
+def test_pinned_memory_is_made_once(monkeypatch):
+    "Each copy has its own while it is under way, and the next one gets it; a larger one is made when it is needed. As on a GPU, by stand-ins."
+    class Event:
+        def record(self, stream): pass
+        def synchronize(self): pass
+    empty, made = torch.empty, []
+    def pinned(n, dtype, pin_memory):
+        made.append(n)
+        return empty(n, dtype=dtype)
+    monkeypatch.setattr(torch, "empty", pinned)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(model_runner, "BUFFERS", model_runner.PinnedBuffers())
+    ids = torch.arange(6)
+    for step in range(5):
+        one, two = fetch_later(ids + step), fetch_later((ids - step).view(2, 3))     # two in flight
+        assert (one(), two()) == ([i + step for i in range(6)], [[-step, 1 - step, 2 - step], [3 - step, 4 - step, 5 - step]])
+    assert made == [1024, 1024]
+    assert fetch_later(torch.arange(3000))() == list(range(3000)) and made[2:] == [3000]
+    assert fetch_later(torch.ones(2))() == [1., 1.] and fetch_later(ids)() == ids.tolist()
 
 
 def test_the_cache_finds_as_much_as_in_turn(folder):

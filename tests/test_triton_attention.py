@@ -386,24 +386,53 @@ for dtype, t, chunks, window in (("bf16", Tiles(8, 2, 128), 0, 0), ("fp16", Tile
     compiled("reduce_kernel", data | floats | ints, dict(HEADS=t.kv_heads*t.group, DIM=t.dim, D=t.width, SPLITS=16))
     compiled("store_kv_kernel", data | dict(slot_mapping="*i64"), dict(
         k_dim=1, v_dim=1, cache_dim=1, SIZE=16, HEADS=t.kv_heads, DIM=t.dim, WIDTH=1024))
-# float32 in the shared memory of a GPU that has little, 99 KiB
-t, data = Tiles(8, 2, 128, itemsize=4), dict.fromkeys(["q", "keys", "values", "out"], "*fp32")
-for chunks, stages in ((0, 5), (1, 3)):
-    shared = compiled("attention_kernel", data | floats | ints | dict(tables="*i64", scale="fp32"), dict(
-        q_dim=1, cache_dim=1, KV_HEADS=t.kv_heads, GROUP=t.group, DECODE_ROWS=t.decode_rows, CHUNK_ROWS=chunks*t.chunk_rows,
-        SPLIT=t.split, WINDOW=0, SIZE=16, DIM=t.dim, D=t.width, TILE=t.keys, WIDEN=False), 86, num_stages=stages).metadata.shared
-    assert shared <= 99 * 1024, shared
 print("compiled")
 """
 
 
-def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path):
-    "The interpreter takes more Python than the compiler does; the compiler and its assembler need no GPU."
+def run_compiler(script: str, tmp_path) -> str:
+    "What a program prints that compiles kernels for a GPU: the interpreter takes more Python than the compiler does, which needs no GPU."
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    script = tmp_path/"compile.py"
-    script.write_text(COMPILE)
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env | {"PYTHONPATH": os.getcwd()})
-    assert done.stdout == "compiled\n", done.stderr
+    file = tmp_path/"compile.py"
+    file.write_text(script)
+    done = subprocess.run([sys.executable, file], capture_output=True, text=True, env=env | {"PYTHONPATH": os.getcwd()})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path): assert run_compiler(COMPILE, tmp_path) == "compiled\n"
+
+
+SHARED = COMPILE.partition("for dtype, t, chunks")[0] + """
+# KiB of shared memory that a program may have
+LIMITS = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
+def check(capability, dtype, dim, chunks, group=4):
+    "Compiled as `TritonAttention.launch` has it."
+    t, data = Tiles(2, group, dim, itemsize=4 if dtype == "fp32" else 2), dict.fromkeys(["q", "keys", "values", "out"], "*" + dtype)
+    shared = compiled("attention_kernel", data | floats | ints | dict(tables="*i64", scale="fp32"), dict(
+        q_dim=1, cache_dim=1, KV_HEADS=t.kv_heads, GROUP=t.group, DECODE_ROWS=t.decode_rows, CHUNK_ROWS=chunks*t.chunk_rows,
+        SPLIT=t.split, WINDOW=0, SIZE=16, DIM=t.dim, D=t.width, TILE=t.keys, WIDEN=False), capability,
+        num_stages=3 if chunks else 5, num_warps=4 if t.width <= 128 else 8).metadata.shared
+    assert shared <= LIMITS[capability] * 1024, f"sm_{capability}, {dtype}, head_dim {dim}, chunks {chunks}: {shared / 1024} KiB"
+"""
+
+
+def test_the_largest_tiles_fit_the_smallest_shared_memory(tmp_path):
+    "Keys of float32 and 256 numbers, the most that a model has here, on sm_86, for prompts."
+    assert run_compiler(SHARED + 'check(86, "fp32", 256, 1)\nprint("fits")', tmp_path) == "fits\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100])
+def test_tiles_fit_the_shared_memory_of_each_gpu(tmp_path, capability):
+    every = f"""
+for dtype in ("bf16", "fp32"):
+    for dim in (64, 128, 256):
+        for chunks in (0, 1): check({capability}, dtype, dim, chunks)
+check({capability}, "bf16", 128, 1, group=71)
+print("fits")
+"""
+    assert run_compiler(SHARED + every, tmp_path) == "fits\n"
 
 
 # ---- flash-attn, or what stands in for it

@@ -13,9 +13,9 @@ import torch
 from nano_vllm import LLM, SamplingParams
 from nano_vllm.attention import Batch, ReferenceAttention, TorchAttention, make_batch, slots_of
 from nano_vllm.cuda_graphs import GpuRecorder
-from nano_vllm.fusions import fused_rope_and_cache, norm_rotate_store, split_norm_rotate
+from nano_vllm.fusions import fused_norm, fused_rope_and_cache, fused_silu_and_mul, norm_rotate_store, split_norm_rotate
 from nano_vllm.kv_blocks import ScheduledSequence, Sequence, blocks_needed
-from nano_vllm.layers import OPS, Ops, Rotary, Target, last_that_suits
+from nano_vllm.layers import OPS, Ops, Rotary, Target, last_that_suits, rms_norm, silu_and_mul
 from nano_vllm.triton_attention import AttentionMetadata, Tiles, TritonAttention
 from nano_vllm.triton_kernels import store_kv
 from nano_vllm.workbench import MODEL_NAME, cache_dir
@@ -175,14 +175,26 @@ def rows_agree(toy, heads, kv_heads, dim, tokens, dtype, with_norms, seed) -> fl
     return error
 
 
+def row_kernels_agree(toy, dtype, width: int, rows: int, seed: int) -> float:
+    "The largest error of the kernels for add and norm and for SwiGLU, in roundings of the largest number; rows lie apart."
+    g = torch.Generator().manual_seed(seed)
+    x, residual, weight = (torch.randn(*shape, generator=g).to(device(toy), dtype) for shape in ((rows, 2*width + 8), (rows, width), (width,)))
+    pairs = [(fused_silu_and_mul(x[:, :2*width]), silu_and_mul(x[:, :2*width])), (fused_norm(x[:, :width], weight, 1e-6), rms_norm(x[:, :width], weight, 1e-6)),
+             *zip(fused_norm(x[:, :width], weight, 1e-6, residual), rms_norm(x[:, :width], weight, 1e-6, residual))]
+    error = max(float((a.float() - b.float()).abs().max() / b.float().abs().max()) for a, b in pairs) / UNIT[dtype]
+    assert error <= 8, f"error of {error} roundings: {dict(dtype=dtype, width=width, rows=rows, seed=seed)}"
+    return error
+
+
 def fused_by_hand(target: Target) -> Ops | None:
-    "For compile: the kernel alone, without the minutes of a compiler."
+    "For compile: the kernels alone, as a GPU has them by default, without the minutes of a compiler."
     if not target.compile: return None
-    return replace(last_that_suits(replace(target, compile=False))[1], rope_and_cache=fused_rope_and_cache)
+    plain = last_that_suits(replace(target, compile=False))[1]
+    return replace(plain, norm=fused_norm, activation=fused_silu_and_mul, rope_and_cache=fused_rope_and_cache)
 
 
 def fusions(toy: bool) -> dict:
-    "Norm, rotation and store in one launch: against the unfused functions on random shapes, then in the engine, eager and with graphs."
+    "The kernels between the products: against the unfused functions on random shapes, then in the engine, eager and with graphs."
     poison()
     seed, worst = int.from_bytes(os.urandom(4), "little"), 0.
     shapes = [(16, 8, 128), (9, 3, 64), (5, 1, 80), (64, 8, 128), (3, 3, 256), (7, 1, 96)][:2 if toy else 6]
@@ -191,31 +203,46 @@ def fusions(toy: bool) -> dict:
         tokens = random.Random(seed + i).randint(2, 9 if toy else 700)
         try: worst = max(worst, rows_agree(toy, *shape, tokens, dtype, with_norms, seed + i))
         except AssertionError as e: raise AssertionError(f"{e}: {dict(shape=shape, dtype=dtype, norms=with_norms, tokens=tokens, seed=seed + i)}") from e
+    widths = list(itertools.product((100, 1024, 5000) if toy else (1, 100, 1024, 3072, 8192, 20000), UNIT))
+    rows = max(row_kernels_agree(toy, dtype, width, 3 if toy else 300, seed + i) for i, (width, dtype) in enumerate(widths))
     torch.use_deterministic_algorithms(False)
     OPS["fused_by_hand"] = fused_by_hand     # in this process alone: the last name that suits is taken
-    plain = dict(enforce_eager=True, async_scheduling=False)
-    return dict(first_seed=seed, cases=len(cases), worst_error_in_roundings=worst, allowed=8) | same_answers(
-        toy, plain, plain | dict(compile=True), dict(enforce_eager=False, async_scheduling=False, compile=True))
+    alone = dict(enforce_eager=True, async_scheduling=False)
+    return dict(first_seed=seed, cases=len(cases) + len(widths), worst_error_in_roundings=max(worst, rows), allowed=8) | same_answers(
+        toy, alone | dict(ops="torch" if toy else "triton"), alone | dict(compile=True), dict(enforce_eager=False, async_scheduling=False, compile=True))
 
 
 # ---- the engine
 
 def small_model(toy: bool) -> Path:
     "A folder with a random Qwen3 of a few million parameters, livelier than dummy weights, and a tokenizer of numbers."
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3Config, Qwen3ForCausalLM
     vocab, hidden, layers, heads = (300, 64, 2, 2) if toy else (4096, 512, 4, 8)
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(Qwen3Config(
         vocab_size=vocab, hidden_size=hidden, intermediate_size=2*hidden, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=heads//2, head_dim=32 if toy else 64, max_position_embeddings=1024, tie_word_embeddings=False, eos_token_id=2))
     for name, p in model.named_parameters(): torch.nn.init.normal_(p, float("norm" in name), 0.1)
-    folder = Path(tempfile.mkdtemp(prefix="gpu-suite-model-"))
-    model.float().save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({str(i): i for i in range(vocab)}, unk_token="0"))
+    return save(model.float(), Path(tempfile.mkdtemp(prefix="gpu-suite-model-")))
+
+
+def save(model, folder: Path) -> Path:
+    "The folder, with a model of transformers and a tokenizer of numbers in it."
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    model.save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(model.config.vocab_size)}, unk_token="0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
     return folder
+
+
+def with_weights(config_folder: Path) -> Path:
+    "A folder with a model of this config: random weights, bfloat16 unless the config says otherwise."
+    from transformers import AutoConfig, AutoModelForCausalLM
+    config = AutoConfig.from_pretrained(config_folder)
+    model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.bfloat16)
+    return save(model, Path(tempfile.mkdtemp(prefix="gpu-suite-weights-")))
 
 
 def requests(toy: bool, vocab: int, seed: int = 0) -> tuple[list, list]:

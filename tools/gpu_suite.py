@@ -2,7 +2,7 @@
 
     python tools/gpu_suite.py [--toy] [--force] [--out FOLDER] [--minutes N] [PART ...]
 
-Each part (tests, kernels, throughput, ablations) writes one JSON file with the GPU's name, versions and date. A part is
+Each part (tests, kernels, throughput, ablations, peers) writes one JSON file with the GPU's name, versions and date. A part is
 made of jobs, each in a process of its own, so one that crashes or hangs leaves the others their GPU. A job whose result
 for this GPU and this source code is there already is skipped: run the command again and it goes on where it stopped.
 
@@ -27,7 +27,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = "tests", "kernels", "throughput", "ablations"
+PARTS = "tests", "kernels", "throughput", "ablations", "peers"
 
 
 def parse(argv=None):
@@ -132,12 +132,13 @@ def parts() -> dict[str, tuple]:
     import gpu_checks as checks, gpu_timings as timings
     return dict(zip(PARTS, (
         (4, {**{f"kernels_{d}": (getattr(checks, f"kernels_{d}"), 150) for d in ("bfloat16", "float16", "float32")},
-             "static_metadata": (checks.static_metadata, 100), "fusions": (checks.fusions, 100), "graphs": (checks.graphs, 150), "overlap": (checks.overlap, 150),
+             "static_metadata": (checks.static_metadata, 100), "fusions": (checks.fusions, 200), "graphs": (checks.graphs, 150), "overlap": (checks.overlap, 150),
              "demo_model": (checks.demo_model, 150)}),
         (1, {"decode": (timings.decode, 120), "prefill": (timings.prefill, 60), "rope_and_cache": (timings.rope_and_cache, 60)}),
-        (1, {"throughput": (timings.throughput, 120), "host_gap": (timings.host_gap, 90)}),
+        (1, {"launches": (timings.launches, 60), "throughput": (timings.throughput, 120), "host_gap": (timings.host_gap, 90)}),
         (1, dict(eager=(timings.eager, 120), graphs=(timings.graphs, 120), overlap=(timings.overlapped, 120),
-                 compile=(timings.compiled, 120))))))
+                 compile=(timings.compiled, 120))),
+        (1, dict(nano_vllm=(timings.peer_nano_vllm, 90), nanovllm=(timings.peer_nanovllm, 150), vllm=(timings.peer_vllm, 200))))))
 
 
 def run_part(name: str, about: dict, args, deadline: float) -> bool:

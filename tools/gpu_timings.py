@@ -1,16 +1,23 @@
-"""Parts `kernels`, `throughput` and `ablations` of the GPU suite: how fast is it, and against what bound?"""
+"""Parts `kernels`, `throughput`, `ablations` and `peers` of the GPU suite: how fast is it, and against what bound?"""
 import functools
+import json
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
+from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
-from gpu_checks import attend, captured, device, rows_case
+from gpu_checks import attend, captured, device, rows_case, with_weights
 from nano_vllm import LLM
 from nano_vllm.attention import Batch
 from nano_vllm.benchmark import random_workload, throughput as measured_throughput
-from nano_vllm.fusions import compiled as compiled_function, norm_rotate_store, split_norm_rotate
+from nano_vllm.cuda_graphs import make_graphs
+from nano_vllm.fusions import CountingRecorder, compiled as compiled_function, launches as count_launches, norm_rotate_store, split_norm_rotate
 from nano_vllm.model import ModelConfig
 from nano_vllm.triton_attention import AttentionMetadata, Tiles, TritonAttention
 from nano_vllm.triton_kernels import store_kv
@@ -233,8 +240,24 @@ def timeline(spans: list[tuple], layers: int) -> dict:
     steps = max(1, sum("attention_kernel" in name for *_, name in spans) // layers)
     between = sorted(gaps, reverse=True)[:steps] or [0.]
     total = end - spans[0][0]
-    return dict(kernels=len(spans), steps=steps, microseconds_per_step=total/steps, idle_fraction=sum(gaps)/total,
+    return dict(kernels=len(spans), steps=steps, kernels_per_step=len(spans)/steps, microseconds_per_step=total/steps, idle_fraction=sum(gaps)/total,
                 gap_between_steps_microseconds=statistics.median(between), largest_gap_microseconds=max(between))
+
+
+def launches(toy: bool) -> dict:
+    "What a decode step of the smallest batch launches, as the recorder of graphs is given it: in all, in a layer, and by name."
+    wanted = dict(ops="torch") if toy else {}       # a processor's own weights are packed, and nobody can tell where they lie
+    runner, counter, of_layer = make_engine(toy, enforce_eager=True, **wanted).engine.runner, CountingRecorder(), []
+    layer = runner.model.model.layers[-1]
+    forward = layer.forward
+    def counted(*args):
+        with count_launches() as names: out = forward(*args)
+        of_layer.append(len(names))
+        return out
+    layer.forward = counted
+    make_graphs(runner, 100, counter)
+    names = Counter(counter.steps[-1])
+    return dict(a_step=names.total(), a_layer=of_layer[-1], layers=runner.model.config.num_layers, names=dict(names.most_common()))
 
 
 OFF = dict(enforce_eager=True, async_scheduling=False, compile=False)
@@ -242,3 +265,31 @@ def eager(toy): return run(toy, **OFF)
 def graphs(toy): return run(toy, **OFF | dict(enforce_eager=False))
 def overlapped(toy): return run(toy, **OFF | dict(async_scheduling=True))
 def compiled(toy): return run(toy, **OFF | dict(compile=True))
+
+
+# ---- other engines, where they are installed, at the work of `throughput`
+
+PEER_WORK = dict(requests=256, prompt=[100, 1024], output=[100, 1024])
+TOY_WORK = dict(requests=3, prompt=[2, 10], output=[2, 5])
+
+
+def peer(engine: str, toy: bool) -> dict | str:
+    "The throughput of an engine with its own defaults, in a process that knows no other; or why there is none."
+    if find_spec(engine) is None: return f"not run: there is no package {engine}"
+    folder, options = model_folder(toy), ["load_format=dummy"]
+    if engine == "nanovllm": folder, options = with_weights(folder), []      # it has no dummy weights
+    options += ["max_model_len=100", *["num_kv_blocks=60", "device=cpu"] * (engine == "nano_vllm")] if toy else ["max_model_len=2048"]
+    config = json.loads((folder/"config.json").read_text())
+    runs = [(TOY_WORK if toy else PEER_WORK) | dict(seed=seed, vocab_size=config["vocab_size"]) for seed in range(2)]
+    done = subprocess.run([sys.executable, Path(__file__).with_name("peer_worker.py"), engine, folder, *options], text=True, capture_output=True,
+                          input="\n".join(map(json.dumps, runs)), env=os.environ | dict(PYTHONPATH=os.pathsep.join(filter(None, sys.path))))
+    last = (done.stderr.strip().splitlines() or [""])[-1]
+    if done.returncode and last.startswith(("ModuleNotFoundError", "ImportError")): return f"not run: {last}"
+    if done.returncode: raise RuntimeError(f"{engine} ended with status {done.returncode}: {done.stderr[-2000:]}")
+    start_up, *found = map(json.loads, done.stdout.splitlines())
+    return start_up | dict(runs=found, output_tokens_per_second=max(r["output_tokens_per_second"] for r in found))
+
+
+def peer_nano_vllm(toy): return peer("nano_vllm", toy)
+def peer_nanovllm(toy): return peer("nanovllm", toy)
+def peer_vllm(toy): return peer("vllm", toy)

@@ -1,6 +1,6 @@
 """One engine in a process of its own: reads a line of JSON for each run, writes a line of JSON with the result.
 
-    python tools/peer_worker.py nano_vllm|vllm|llama_cpp MODEL [OPTION=VALUE ...]
+    python tools/peer_worker.py nano_vllm|vllm|nanovllm|llama_cpp MODEL [OPTION=VALUE ...]
 
 It imports nothing but the engine it measures, so it runs in a peer's environment as well."""
 import functools
@@ -72,17 +72,32 @@ class LlamaCpp:
         return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids)]) for ids in answers]
 
 
+class WithLists:
+    "nano-vllm (nanovllm), which takes prompts as lists of ids, asked as the others are."
+    def __init__(self, llm): self.llm = llm
+    def generate(self, prompts, params, use_tqdm): return self.llm.generate([p["prompt_token_ids"] for p in prompts], params, use_tqdm=use_tqdm)
+
+
 def start(engine: str, folder: str, **options):
     "(the engine, its SamplingParams); without a tokenizer, where the weights are random."
     if engine == "llama_cpp": return LlamaCpp(folder, **options), SimpleNamespace
+    options = dict(max_model_len=8192) | {name: int(value) if value.isdigit() else value for name, value in options.items()}
+    if engine == "nanovllm":
+        from nanovllm import LLM, SamplingParams
+        return WithLists(LLM(folder, **options)), SamplingParams
     if engine == "vllm":
         from vllm import LLM, SamplingParams
         if options.get("load_format") == "dummy":
             options["skip_tokenizer_init"] = True
             SamplingParams = functools.partial(SamplingParams, detokenize=False)
-        return LLM(folder, max_model_len=8192, disable_log_stats=True, **options), SamplingParams
+        return LLM(folder, disable_log_stats=True, **options), SamplingParams
     from nano_vllm import LLM, SamplingParams
-    return LLM(folder, max_model_len=8192, **options), SamplingParams
+    return LLM(folder, **options), SamplingParams
+
+
+def length(out) -> int:
+    "How many tokens were generated; nano-vllm gives dicts."
+    return len(out["token_ids"] if isinstance(out, dict) else out.outputs[0].token_ids)
 
 
 def run(llm, params_class, requests: int, prompt: list[int], output: list[int], seed: int, after: int = 0, vocab_size: int = 49152) -> dict:
@@ -99,7 +114,7 @@ def run(llm, params_class, requests: int, prompt: list[int], output: list[int], 
     start = time.perf_counter()
     outs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
     seconds = time.perf_counter() - start
-    count = sum(len(o.outputs[0].token_ids) for o in outs)
+    count = sum(map(length, outs))
     assert count == sum(p.max_tokens for p in params)
     return dict(seconds=seconds, output_tokens=count, output_tokens_per_second=count / seconds)
 
@@ -110,7 +125,7 @@ def main(engine, folder, *options):
     def answer(data): print(json.dumps(data), file=answers, flush=True)
     begin = time.perf_counter()
     started = start(engine, folder, **dict(o.split("=") for o in options))
-    run(*started, requests=2, prompt=[8, 8], output=[4, 4], seed=10**6)
+    run(*started, requests=2, prompt=[8, 8], output=[4, 4], seed=10**6, vocab_size=200)
     answer(dict(start_up=time.perf_counter() - begin))
     for line in sys.stdin: answer(run(*started, **json.loads(line)))
 
