@@ -25,7 +25,7 @@ from helpers import assert_idle
 from nano_vllm import LLM, SamplingParams
 from nano_vllm.async_llm import AsyncLLM
 from nano_vllm.cli import main
-from nano_vllm.openai_api import CALL, CallFilter
+from nano_vllm.openai_api import CALL, CallFilter, post_lines, run_all
 from nano_vllm.server import API, CHAT, COMPLETION, Ask, Choice, make_app, read_json, serving
 from nano_vllm.workbench import fetch
 
@@ -487,6 +487,32 @@ def test_bench_serve_speaks_to_a_server(server, capsys, tmp_path):
     assert figures == json.loads((tmp_path/"f.json").read_text()) and figures["completed"] == 4 and figures["request_rate"] == 50
     assert main([*words[:5], "nobody", *words[6:]]) == 2 and "404" in capsys.readouterr().err
     assert main([*words[:-2], "--request-rate", "-1"]) == 2
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize("answer, lines", [
+    (HEAD + b"3\r\nab\n\r\n1\r\nc\r\n2\r\n\nd\r\n0\r\n\r\n", [b"ab", b"c", b"d"]),       # lines that chunks cut
+    (b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\na\n\nbc", [b"a", b"", b"bc"]), (b"HTTP/1.1 200 OK\r\n\r\n", []),
+    (HEAD + b"3\r\nab", "the answer has no end"), (b"HTTP/1.1 200", "the answer has no end"), (b"HTTP/1.1 503 Busy\r\n\r\nlater", "/path: status 503, ")])
+def test_the_benchmarks_client_reads_what_a_server_sends(answer, lines):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        def serve_once():
+            connection, _ = listener.accept()
+            with connection:
+                asked = connection.recv(2**16)
+                for i in range(len(answer)): connection.sendall(answer[i:i + 1])
+                return asked
+        with ThreadPoolExecutor(1) as thread:
+            asked = thread.submit(serve_once)
+            async def read(): return [line async for line in post_lines(f"http://127.0.0.1:{listener.getsockname()[1]}/my", "/path", dict(a="é"), "key")]
+            if isinstance(lines, list): assert run_all([read()]) == [lines]
+            else:
+                with pytest.raises(RuntimeError, match=re.escape(lines)): run_all([read()])
+    head, body = asked.result().split(b"\r\n\r\n")
+    assert head.startswith(b"POST /my/path HTTP/1.1\r\nHost: 127.0.0.1:") and b"\r\nAuthorization: Bearer key" in head and json.loads(body) == {"a": "é"}
+    assert b"\r\nContent-Length: %d\r\n" % len(body) in head
 
 
 def test_serve_refuses_what_it_cannot_do(tiny, capsys):
