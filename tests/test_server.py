@@ -22,7 +22,7 @@ import openai
 import pytest
 
 from helpers import assert_idle
-from nano_vllm import LLM, SamplingParams
+from nano_vllm import LLM, SamplingParams, openai_api
 from nano_vllm.async_llm import AsyncLLM
 from nano_vllm.cli import main
 from nano_vllm.openai_api import CALL, CallFilter, post_lines, run_all
@@ -462,14 +462,16 @@ def test_sigterm_lets_answers_end_and_is_an_ordinary_exit(tiny):
         assert all("length" in a.text for a in found)
 
 
-@pytest.mark.slow
-def test_the_command_serves_several_engines(tiny):
-    "All of a server's options, with engines in processes of their own (test_replicas has the rest)."
-    pytest.importorskip("ray")
-    with command(tiny, "--data-parallel-size", 2, "--max-num-seqs", 4, "--max-queue", 0) as s:
-        def ask(n): return httpx.post(s.url + "/v1/completions", json=dict(prompt="Hi", n=n, max_tokens=4, ignore_eos=True), timeout=60)
-        assert ask(8).json()["usage"]["completion_tokens"] == 32
-        assert ask(9).status_code == 400        # more than both have places for
+def test_the_command_counts_the_places_of_all_engines(monkeypatch):
+    "And asks nothing of a scheduler that engines in other processes do not have."
+    made = SimpleNamespace(shutdown=lambda: None)
+    idle = SimpleNamespace(config=SimpleNamespace(host="h", port=1), run=lambda: None)
+    monkeypatch.setattr(openai_api.AsyncLLM, "from_engine_args", lambda args: made)
+    monkeypatch.setattr(openai_api, "API", lambda llm, name: None)
+    monkeypatch.setattr(openai_api, "make_server", lambda api, **options: idle)
+    monkeypatch.setattr(openai_api.signal, "signal", lambda *handler: None)
+    assert main(["serve", "m", "--data-parallel-size", "2", "--max-num-seqs", "4", "--max-queue", "3"]) == 0
+    assert made.max_open == 11
 
 
 def test_what_does_not_end_in_time_is_cut(tiny):
