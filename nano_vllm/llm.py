@@ -394,7 +394,8 @@ def wake_up(self: LLM, tags: list[str] | None = None) -> bool:
 def sleep(self: LLM, level: int = 1, mode: str = "abort"):
     """Give back the KV cache's memory and, on a GPU, the weights'; level 0: nothing.
 
-    Level 2: also the weights' on the host; ValueError with adapters. `mode` tells what becomes of running requests: "abort", "wait" or "keep"."""
+    Level 2: also the weights' on the host; ValueError with adapters. `mode` tells what
+    becomes of running requests: "abort", "wait" or "keep"."""
     check_number("level", level, int, 0, 2)
     if mode not in ("abort", "wait", "keep"):
         raise ValueError(f"mode must be abort, wait or keep, got {quote(mode)}")

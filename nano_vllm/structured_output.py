@@ -253,8 +253,9 @@ def make_grammar_mask(p: StructuredOutputsParams, inputs: InputProcessor):
     ends = tuple(sorted(t for t in inputs.eos_token_ids if t < inputs.vocab_size))
     if not ends:
         raise ValueError("structured_outputs needs a model with an end token (EOS)")
-    form = Form(to_grammar(p, special_ids(inputs.tokenizer)), str(inputs.tokenizer.path),
-                inputs.vocab_size, ends)
+    tokenizer = inputs.tokenizer
+    grammar = to_grammar(p, special_ids(tokenizer))
+    form = Form(grammar, str(tokenizer.path), inputs.vocab_size, ends)
     first_state(form)
     return GrammarMask(form)
 

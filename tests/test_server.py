@@ -22,10 +22,10 @@ import openai
 import pytest
 
 from helpers import assert_idle
-from nano_vllm import LLM, SamplingParams
+from nano_vllm import LLM, SamplingParams, openai_api
 from nano_vllm.async_llm import AsyncLLM
 from nano_vllm.cli import main
-from nano_vllm.openai_api import CALL, CallFilter
+from nano_vllm.openai_api import CALL, CallFilter, post_lines, run_all
 from nano_vllm.server import API, CHAT, COMPLETION, Ask, Choice, make_app, read_json, serving
 from nano_vllm.workbench import fetch
 
@@ -462,14 +462,16 @@ def test_sigterm_lets_answers_end_and_is_an_ordinary_exit(tiny):
         assert all("length" in a.text for a in found)
 
 
-@pytest.mark.slow
-def test_the_command_serves_several_engines(tiny):
-    "All of a server's options, with engines in processes of their own (test_replicas has the rest)."
-    pytest.importorskip("ray")
-    with command(tiny, "--data-parallel-size", 2, "--max-num-seqs", 4, "--max-queue", 0) as s:
-        def ask(n): return httpx.post(s.url + "/v1/completions", json=dict(prompt="Hi", n=n, max_tokens=4, ignore_eos=True), timeout=60)
-        assert ask(8).json()["usage"]["completion_tokens"] == 32
-        assert ask(9).status_code == 400        # more than both have places for
+def test_the_command_counts_the_places_of_all_engines(monkeypatch):
+    "And asks nothing of a scheduler that engines in other processes do not have."
+    made = SimpleNamespace(shutdown=lambda: None)
+    idle = SimpleNamespace(config=SimpleNamespace(host="h", port=1), run=lambda: None)
+    monkeypatch.setattr(openai_api.AsyncLLM, "from_engine_args", lambda args: made)
+    monkeypatch.setattr(openai_api, "API", lambda llm, name: None)
+    monkeypatch.setattr(openai_api, "make_server", lambda api, **options: idle)
+    monkeypatch.setattr(openai_api.signal, "signal", lambda *handler: None)
+    assert main(["serve", "m", "--data-parallel-size", "2", "--max-num-seqs", "4", "--max-queue", "3"]) == 0
+    assert made.max_open == 11
 
 
 def test_what_does_not_end_in_time_is_cut(tiny):
@@ -487,6 +489,32 @@ def test_bench_serve_speaks_to_a_server(server, capsys, tmp_path):
     assert figures == json.loads((tmp_path/"f.json").read_text()) and figures["completed"] == 4 and figures["request_rate"] == 50
     assert main([*words[:5], "nobody", *words[6:]]) == 2 and "404" in capsys.readouterr().err
     assert main([*words[:-2], "--request-rate", "-1"]) == 2
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize("answer, lines", [
+    (HEAD + b"3\r\nab\n\r\n1\r\nc\r\n2\r\n\nd\r\n0\r\n\r\n", [b"ab", b"c", b"d"]),       # lines that chunks cut
+    (b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\na\n\nbc", [b"a", b"", b"bc"]), (b"HTTP/1.1 200 OK\r\n\r\n", []),
+    (HEAD + b"3\r\nab", "the answer has no end"), (b"HTTP/1.1 200", "the answer has no end"), (b"HTTP/1.1 503 Busy\r\n\r\nlater", "/path: status 503, ")])
+def test_the_benchmarks_client_reads_what_a_server_sends(answer, lines):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        def serve_once():
+            connection, _ = listener.accept()
+            with connection:
+                asked = connection.recv(2**16)
+                for i in range(len(answer)): connection.sendall(answer[i:i + 1])
+                return asked
+        with ThreadPoolExecutor(1) as thread:
+            asked = thread.submit(serve_once)
+            async def read(): return [line async for line in post_lines(f"http://127.0.0.1:{listener.getsockname()[1]}/my", "/path", dict(a="é"), "key")]
+            if isinstance(lines, list): assert run_all([read()]) == [lines]
+            else:
+                with pytest.raises(RuntimeError, match=re.escape(lines)): run_all([read()])
+    head, body = asked.result().split(b"\r\n\r\n")
+    assert head.startswith(b"POST /my/path HTTP/1.1\r\nHost: 127.0.0.1:") and b"\r\nAuthorization: Bearer key" in head and json.loads(body) == {"a": "é"}
+    assert b"\r\nContent-Length: %d\r\n" % len(body) in head
 
 
 def test_serve_refuses_what_it_cannot_do(tiny, capsys):

@@ -2,6 +2,7 @@
 
 Two bare engines and two servers take turns at the same work; each is stopped while another one runs, as in tools/peers.py, which also makes
 the environment for vLLM. Both servers are asked by one client, that of `nano-vllm bench serve`. With --toy: a tiny work, once, and no record."""
+import atexit
 import json
 import os
 import random
@@ -37,7 +38,7 @@ def work_of(seed: int, requests: int, prompt: list[int], output: list[int], voca
 
 
 class Server:
-    "A server of OpenAI's protocol in processes of its own."
+    "A server of OpenAI's protocol in processes of its own, which end with this one."
 
     def __init__(self, name: str, command: list, **environment):
         with socket.socket() as s:
@@ -48,6 +49,7 @@ class Server:
         for option, value in OPTIONS.items(): command += [f"--{option}", value]
         self.process = subprocess.Popen(list(map(str, command)), env=os.environ | environment, stdout=subprocess.DEVNULL,
                                         stderr=open(peers.PEERS/f"{name}.log", "w"), start_new_session=True)
+        atexit.register(self.close)
         start = time.perf_counter()
         while not self.is_up(): time.sleep(.2)
         self.whole(work_of(10**6, 2, [8, 8], [4, 4]))
@@ -90,10 +92,11 @@ class Server:
         return line.ttft
 
     def close(self):
+        if self.process.poll() is not None: return
         self.signal(signal.SIGCONT)
         self.process.terminate()
         try: self.process.wait(30)
-        finally: self.signal(signal.SIGKILL) if self.process.poll() is None else None
+        except subprocess.TimeoutExpired: self.signal(signal.SIGKILL)
 
 
 def bare_rate(engine: peers.Engine, seed: int) -> float:
@@ -111,10 +114,11 @@ def main():
     threads = dict(OMP_NUM_THREADS=str(cores))
     alone = threads | dict(VLLM_CPU_OMP_THREADS_BIND=f"0-{cores - 1}", VLLM_CPU_KVCACHE_SPACE="2")
     of_ours = "from nano_vllm.cli import main; main()"
-    bare = {"nano_vllm": peers.Engine("nano_vllm", sys.executable, "nano_vllm", folder, "dtype=float32", **threads),
-            "vllm": peers.Engine("vllm", vllm, "vllm", folder, "dtype=float32", **alone)}
+    of_theirs = [vllm, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--disable-uvicorn-access-log"]
     servers = {"nano_vllm": Server("nano_vllm serve", [sys.executable, "-c", of_ours, "serve", folder], **threads),
-               "vllm": Server("vllm serve", [vllm, "-m", "vllm.entrypoints.cli.main", "serve", folder, "--disable-uvicorn-access-log"], **alone)}
+               "vllm": Server("vllm serve", of_theirs + ["--enforce-eager"] * TOY, **alone)}
+    bare = {"nano_vllm": peers.Engine("nano_vllm", sys.executable, "nano_vllm", folder, "dtype=float32", **threads),
+            "vllm": peers.Engine("vllm", vllm, "vllm", folder, "dtype=float32", *["enforce_eager=1"] * TOY, **alone)}
     ways = {}
     for name, server in servers.items():
         ways |= {(name, "bare engine"): partial(bare_rate, bare[name]), (name, "HTTP, whole answers"): partial(server.rate, server.whole),
