@@ -15,7 +15,7 @@ from nano_vllm.model_runner import InputBatch, StepHandle, fetch_later
 from nano_vllm.prefix_cache import KVCacheManager
 from nano_vllm.scheduler import Scheduler
 
-NUM_WORKLOADS = int(os.environ.get("NANO_VLLM_FUZZ", 400))
+NUM_WORKLOADS = int(os.environ.get("NANO_VLLM_FUZZ", 200))
 
 
 # ---- with a fake model

@@ -200,9 +200,9 @@ def quiet(monkeypatch): monkeypatch.setattr(cuda_graphs, "tqdm", lambda x, **_: 
 
 def test_rows_equal_the_mirror_under_random_workloads(quiet):
     total = Counter()
-    for seed in range(300): total.update(run_workload(seed))
+    for seed in range(150): total.update(run_workload(seed))
     print(dict(total), "replays", Watched.replays, "numbers sent", Watched.numbers)
-    assert Watched.replays > 2000 and total["preempted"] > 20 and total["finished"] > 300
+    assert Watched.replays > 1000 and total["preempted"] > 10 and total["finished"] > 150
 
 
 def caught(seeds=60):

@@ -29,6 +29,21 @@ SHORT = {
         "c32be8fc": [("steps=4", "steps=1")],
         "97adc8c6": [("(1, 8, 32)", "(1, 4)")],
     },
+    "latency": {
+        "f9b50ea4": [("(.5, .75, 1, 1.5, 2)", "(.5, 2)")],
+        "6a8f25cc": [("if recording else 3", "if recording else 2")],
+        "d1c04d69": [("(256, 0)", "(64, 0)")],
+    },
+    "four_bits": {
+        "2b6199fc": [("ids[:1024]", "ids[:256]")],
+        "be330730": [("ids[:1024]", "ids[:256]")],
+        "0dae760b": [("else 12", "else 3")],
+        "f4d618b7": [("num_turns=15", "num_turns=3")],
+        "69c88866": [("else 10", "else 3")],
+    },
+    "ranks": {"92ffc7be": [("rounds=101", "rounds=11")]},
+    "mixture_of_experts": {"4acb84b9": [("runs=7", "runs=1")]},
+    "async_llm": {"6cc84fd0": [("for way in ways}", "for way in ways[::2]}")]},
     "lora": {
         "2c19d3ef": [("range(10)", "range(1)")],
         "e4831a7d": [("max_tokens=16", "max_tokens=6")],
@@ -47,6 +62,13 @@ SHORT = {
         "d1a00021": [("num_cpus=10", "num_cpus=4")],
         "d1a00049": [("in WAYS.items()}", "in list(WAYS.items())[2:3]}")],
         "d1a000a9": [("num_requests=300", "num_requests=100")],
+    },
+    "batch_invariance": {
+        "4eeb5f14": [("max_tokens=20", "max_tokens=6")],
+        "eeaecb2b": [("num_steps=8", "num_steps=3")],
+        "230ebe63": [("rounds=2", "rounds=1")],
+        "d4eaacce": [("rounds=41", "rounds=5")],
+        "e8142a50": [("(2, 3, 4)", "(2, 3)")],
     },
 }
 

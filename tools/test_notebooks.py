@@ -40,8 +40,7 @@ def run(path: Path, flags: list[str]):
     sys.path.insert(0, str(root))
     from nano_vllm import parallel, workbench
     nbdev.test.NBProcessor, workbench.timed, parallel.subprocess = read_short, timed_once, warm
-    server = warm.Server(forked=True)
-    warm.server = lambda: server
+    warm.fork_server()
     passed, seconds = nbdev.test.test_nb(path, skip_flags=flags, basepath=root)
     print(f"{os.path.relpath(path)}: {seconds:.0f} s{'' if passed else ', FAILED'}", flush=True)
     sys.exit(not passed)

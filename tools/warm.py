@@ -15,8 +15,12 @@ import traceback
 from functools import cache
 from pathlib import Path
 
-MOST = 2**17                                # bytes of a request
-PIPES = socket.AF_UNIX, socket.SOCK_SEQPACKET   # one message at a time
+MOST = 2**17     # bytes of a request
+
+
+def make_pair():
+    "Two sockets that keep messages apart."
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
 class Server:
@@ -24,7 +28,7 @@ class Server:
 
     def __init__(self, forked=False):
         "`forked`: from this process, which has computed nothing; else it begins anew."
-        self.asks, theirs = socket.socketpair(*PIPES)
+        self.asks, theirs = make_pair()
         if forked:
             self.pid = os.fork()
             if self.pid == 0: self.asks.close(), be_program(theirs)
@@ -41,12 +45,19 @@ class Server:
 server = cache(Server)
 
 
+def fork_server():
+    "Let this process, which has imported all and computed nothing, be what programs are forks of."
+    global server
+    made = Server(forked=True)
+    def server(): return made
+
+
 class Popen:
     "As `subprocess.Popen`, of `[sys.executable, '-c', code, ...]` or `[sys.executable, script, ...]`."
 
     def __init__(self, args, cwd=None, env=None, stdin=0, stdout=1, stderr=2):
         self.args, self.returncode = [str(a) for a in args[1:]], None
-        self.hears, theirs = socket.socketpair(*PIPES)
+        self.hears, theirs = make_pair()
         request = pickle.dumps((self.args, str(cwd or os.getcwd()), dict(env or os.environ)))
         socket.send_fds(server().asks, [request], [stdin, stdout, stderr, theirs.fileno()])
         theirs.close()
@@ -78,6 +89,13 @@ def run(args, cwd=None, env=None, timeout=300):
         finally: process.kill()
         for file in (out, err): file.seek(0)
         return subprocess.CompletedProcess(args, process.returncode, out.read(), err.read())
+
+
+if sys.platform != "linux":     # without its files of processes, programs begin from nothing
+    class Server: pid = None
+    server, Popen, fork_server = cache(Server), subprocess.Popen, lambda: None
+    def run(args, cwd=None, env=None, timeout=300):
+        return subprocess.run(args, cwd=cwd, env=env, timeout=timeout, capture_output=True, text=True)
 
 
 # ---- in the process that forks
