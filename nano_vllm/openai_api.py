@@ -10,8 +10,8 @@ __all__ = ['LOGPROBS', 'TEMPLATE_FIELDS', 'CALL', 'RESPONSE_FORMATS', 'TOOL_CHOI
            'with_calls', 'read_conversation', 'read_calls', 'CallFilter', 'write_calls', 'choose', 'json_schema_format',
            'function_name', 'call_schema', 'call_form', 'require_call', 'require_function', 'require_nothing',
            'read_form', 'snapshot', 'Metrics', 'tokenize', 'detokenize', 'events', 'show_page', 'show_metrics',
-           'version', 'Front', 'allow_origins', 'serve', 'serve_arguments', 'read_head', 'read_parts', 'write_post',
-           'post_lines', 'timed_request', 'run_all', 'bench_http', 'bench_serve', 'bench_serve_arguments']
+           'version', 'Front', 'allow_origins', 'serve', 'serve_arguments', 'post_lines', 'timed_request', 'run_all',
+           'bench_http', 'bench_serve', 'bench_serve_arguments']
 
 # %% ../nbs/36_openai_api.ipynb #a0edbcec
 import argparse, asyncio, hmac, json, logging, math, re, signal, sys, time, uuid
@@ -19,7 +19,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
-from urllib.parse import SplitResult, urlsplit
 from fastcore.basics import patch
 from .async_llm import AsyncLLM
 from .benchmark import Workload, random_workload
@@ -531,49 +530,20 @@ def serve_arguments(parser):
 
 COMMANDS["serve"] = (serve, serve_arguments)
 
-# %% ../nbs/36_openai_api.ipynb #b97edea4
-async def read_head(reader) -> tuple[int, bool]:
-    "The status of an HTTP response, and whether its body comes in chunks."
-    first, *fields = (await reader.readuntil(b"\r\n\r\n")).lower().split(b"\r\n")
-    coding = [f for f in fields if f.startswith(b"transfer-encoding:")]
-    return int(first.split()[1]), any(b"chunked" in f for f in coding)
-
-
-async def read_parts(reader, in_chunks: bool):
-    "The body of the response, in parts as they come."
-    while in_chunks and (size := int(await reader.readline(), 16)):
-        yield (await reader.readexactly(size + 2))[:-2]
-    if not in_chunks: yield await reader.read()
-
-# %% ../nbs/36_openai_api.ipynb #25c410aa
-def write_post(to: SplitResult, path: str, body: dict, api_key=None) -> bytes:
-    "An HTTP request that brings a JSON object."
-    data = json.dumps(body).encode()
-    fields = {"Host": to.netloc, "Connection": "close", "Content-Length": len(data),
-              "Content-Type": "application/json"}
-    if api_key: fields["Authorization"] = f"Bearer {api_key}"
-    head = [f"POST {to.path.rstrip('/')}{path} HTTP/1.1",
-            *(f"{name}: {value}" for name, value in fields.items()), "", ""]
-    return "\r\n".join(head).encode() + data
-
 # %% ../nbs/36_openai_api.ipynb #4d6c3d8e
 async def post_lines(base_url: str, path: str, body: dict, api_key: str | None = None):
     "Lines of the answer to a JSON object; RuntimeError unless its status is 200."
-    to, rest = urlsplit(base_url), b""
-    is_safe = to.scheme == "https"
-    reader, writer = await asyncio.open_connection(
-        to.hostname, to.port or (443 if is_safe else 80), ssl=is_safe or None)
+    from aiohttp import ClientError, ClientSession, ClientTimeout
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    options = dict(timeout=ClientTimeout(600), read_bufsize=2**24)   # of a line, too
     try:
-        writer.write(write_post(to, path, body, api_key))
-        status, in_chunks = await read_head(reader)
-        if status != 200: raise RuntimeError(f"{path}: status {status}, "
-                                             f"{await reader.read(1000)!r}")
-        async for part in read_parts(reader, in_chunks):
-            *lines, rest = (rest + part).split(b"\n")
-            for line in lines: yield line
-        if rest: yield rest
-    except EOFError: raise RuntimeError(f"{path}: the answer has no end") from None
-    finally: writer.close()
+        async with (ClientSession(headers=headers, **options) as session,
+                    session.post(base_url.rstrip("/") + path, json=body) as response):
+            if response.status != 200:
+                raise RuntimeError(f"{path}: status {response.status}, "
+                                   f"{await response.content.read(1000)!r}")
+            async for line in response.content: yield line.rstrip(b"\n")
+    except ClientError as e: raise RuntimeError(f"{path}: {e}") from None
 
 # %% ../nbs/36_openai_api.ipynb #065773c7
 async def timed_request(send, body: dict, arrival: float, start: float) -> Timeline:
