@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from .kv_blocks import SchedulerOutput, Sequence
 from .model_runner import ModelRunner
-from .sampler import SamplingMetadata, gumbel_sample, make_keys, to_device
+from .sampler import SamplingMetadata, make_keys, to_device
 
 
 try:
@@ -142,7 +142,7 @@ def step(self: DecodeGraphs, n: int):
     logits.copy_(self.model.compute_logits(hidden))
     temperature = bits.int().view(torch.float32)
     keys = make_keys(seeds, num_output_tokens)
-    sampled = gumbel_sample(logits, temperature, keys)
+    sampled = self.ops.gumbel_sample(logits, temperature, keys)
     tokens.copy_(sampled.where(seq_lens > 0, tokens))   # padding may be someone's row
     advance(fields)
 
