@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .kv_blocks import SchedulerOutput, Sequence
 from .model import shard_heads
 from .model_runner import Call, ModelRunner
-from .sampler import SamplingMetadata, gumbel_sample, make_keys, to_device
+from .sampler import SamplingMetadata, make_keys, to_device
 
 
 try:
@@ -149,7 +149,7 @@ def step(self: DecodeGraphs, n: int):
     if self.group.rank == 0: logits.copy_(found)    # elsewhere it is but a part
     temperature = bits.int().view(torch.float32)
     keys = make_keys(seeds, num_output_tokens)
-    sampled = gumbel_sample(logits, temperature, keys)
+    sampled = self.ops.gumbel_sample(logits, temperature, keys)
     tokens.copy_(sampled.where(seq_lens > 0, tokens))   # padding may be someone's row
     advance(fields)
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .attention import TorchAttention, attention_backend
-from .sampler import sample
+from .sampler import gumbel_sample, sample
 from .sampling_params import check_number, log_once, quote
 
 # %% ../nbs/09_tp_layers.ipynb #03edbd28
@@ -187,6 +187,7 @@ class Ops:
     attention: the class of the attention backend. A user may ask for another one, so
         rope_and_cache and run_layers must do with any.
     sample(logits (R, V), metadata) -> ids (R,): what `sampler.sample` gives.
+    gumbel_sample(logits, temperatures, keys) -> ids (R,): as `sampler.gumbel_sample`.
     all_reduce(group, x) -> the ranks' sum, on all of them: what `all_reduce` gives.
     max_mlp_tokens: an MLP takes more tokens than that in pieces; None: never.
     hidden_dtype: of hidden states, norms and biases; None: the weights' own.
@@ -201,6 +202,7 @@ class Ops:
     run_layers: Callable = run_layers
     attention: type = TorchAttention
     sample: Callable = sample
+    gumbel_sample: Callable = gumbel_sample
     all_reduce: Callable = all_reduce
     max_mlp_tokens: int | None = None
     hidden_dtype: torch.dtype | None = None

@@ -11,10 +11,10 @@ import torch
 
 from nano_vllm.cpu_kernels import CAN_BUILD, address
 from nano_vllm.layers import rms_norm, rotate, silu_and_mul
-from solutions.checks import WrongAnswer, bfloat16, cpu_attention, cpu_kernels, cpu_products, cpu_steps, fusions, moe, overlapped_loop, parallel, quantization
+from solutions.checks import WrongAnswer, bfloat16, cpu_attention, cpu_kernels, cpu_products, cpu_steps, fusions, moe, overlapped_loop, parallel, quantization, sampling_kernels
 from exercise_answers import Answers, assert_all_tried, checks_of, name_of, try_answer
 
-MODULES = [cpu_kernels, cpu_products, bfloat16, quantization, cpu_attention, cpu_steps, overlapped_loop, fusions, parallel, moe]
+MODULES = [cpu_kernels, cpu_products, bfloat16, quantization, cpu_attention, cpu_steps, overlapped_loop, fusions, sampling_kernels, parallel, moe]
 CHECKS = checks_of(MODULES)
 ANSWERS = Answers()
 right, wrong = ANSWERS.right, ANSWERS.wrong
@@ -670,6 +670,68 @@ wrong(fusions.check_place_rows, "has been written to slot 0, which belongs to no
 def test_the_score_of_a_norm_counts_bytes_and_refuses_wrong_ones():
     assert fusions.score(lambda *args: rms_norm(*args[:1], *args[2:], args[1])) == "9 operations, 42.0 bytes a number"
     with pytest.raises(WrongAnswer, match="is not that of rms_norm"): fusions.score(lambda x, residual, weight, eps: (x, residual))
+
+
+# ---- sampling kernels
+
+def readings(temperature, top_k, top_p, min_p, greedy=True, of_p=4):
+    if greedy and temperature < 1e-5: return 1
+    if top_k > 0: return 3
+    return of_p if top_p < 1 else 2 if min_p > 0 else 1
+
+
+def batch_reader(total): return lambda batch, vocab, itemsize: total(batch) * vocab * itemsize
+
+
+right(sampling_kernels.check_bytes_read)(batch_reader(lambda batch: sum(readings(*r) for r in batch)))
+wrong(sampling_kernels.check_bytes_read, "a greedy row has no use for filters")(batch_reader(lambda batch: sum(readings(*r, greedy=False) for r in batch)))
+wrong(sampling_kernels.check_bytes_read, "top-p has to weigh the row")(batch_reader(lambda batch: sum(readings(*r, of_p=3) for r in batch)))
+wrong(sampling_kernels.check_bytes_read, "no row pays for another one")(batch_reader(lambda batch: len(batch) * max([readings(*r) for r in batch], default=0)))
+
+
+@right(sampling_kernels.check_order_16)
+def _(x):                        # by cases, in 64 bits
+    bits = x.view(torch.int16).long()
+    return torch.where(bits >= 0, bits, -32768 - bits)
+
+
+def order_16(x): return (x + 0.).view(torch.int16) ^ ((x + 0.).view(torch.int16) >> 15 & 0x7fff)
+
+
+right(sampling_kernels.check_order_16)(order_16)
+wrong(sampling_kernels.check_order_16, "-2.0 < -1.0, but")(lambda x: x.view(torch.int16))
+wrong(sampling_kernels.check_order_16, "equal numbers get equal integers")(lambda x: x.view(torch.int16) ^ (x.view(torch.int16) >> 15 & 0x7fff))
+wrong(sampling_kernels.check_order_16, "which 16 bits do not hold")(lambda x: x.float().view(torch.int32))
+
+
+@right(sampling_kernels.check_kth_largest)
+def _(x, k):                     # count for each number how many are larger, and how many reach it
+    larger, reach = ((x > y).sum() for y in x), ((x >= y).sum() for y in x)
+    return next(float(y) for y, a, b in zip(x, larger, reach) if a < k <= b)
+
+
+def by_halves(x, k, steps=60):
+    low, high = float(x[x > -math.inf].min()), float(x.max())
+    for _ in range(steps):
+        middle = (low + high) / 2
+        if int((x >= middle).sum()) >= k: low = middle
+        else: high = middle
+    return low
+
+
+wrong(sampling_kernels.check_kth_largest, "which sorts")(lambda x, k: float(x.topk(k).values[-1]))
+wrong(sampling_kernels.check_kth_largest, "numbers reach yours")(by_halves)
+wrong(sampling_kernels.check_kth_largest, "8 numbers, k = 4: kth_largest gives")(lambda x, k: sorted(set(x.tolist()), reverse=True)[min(k, len(set(x.tolist()))) - 1])
+
+
+@right(sampling_kernels.check_nucleus)
+def _(probs, p):                 # of each token: the mass of those better than it
+    return torch.stack([probs[probs > value].sum() for value in probs]) < p
+
+
+wrong(sampling_kernels.check_nucleus, "which sorts")(lambda probs, p: probs >= probs.sort(descending=True).values[0])
+wrong(sampling_kernels.check_nucleus, "the token that reaches p stays")(lambda probs, p: torch.stack([probs[probs >= value].sum() for value in probs]) <= p)
+wrong(sampling_kernels.check_nucleus, "not a boolean for each token")(lambda probs, p: (probs > 1 - p).nonzero())
 
 
 # ---- ranks

@@ -132,9 +132,11 @@ def parts() -> dict[str, tuple]:
     import gpu_checks as checks, gpu_timings as timings
     return dict(zip(PARTS, (
         (4, {**{f"kernels_{d}": (getattr(checks, f"kernels_{d}"), 150) for d in ("bfloat16", "float16", "float32")},
-             "static_metadata": (checks.static_metadata, 100), "fusions": (checks.fusions, 200), "graphs": (checks.graphs, 150), "overlap": (checks.overlap, 150),
+             "static_metadata": (checks.static_metadata, 100), "fusions": (checks.fusions, 200), "sampler": (checks.sampler, 100),
+             "graphs": (checks.graphs, 150), "overlap": (checks.overlap, 150),
              "demo_model": (checks.demo_model, 150)}),
-        (1, {"decode": (timings.decode, 120), "prefill": (timings.prefill, 60), "rope_and_cache": (timings.rope_and_cache, 60)}),
+        (1, {"decode": (timings.decode, 120), "prefill": (timings.prefill, 60), "rope_and_cache": (timings.rope_and_cache, 60),
+             "sampler": (timings.sampler, 60)}),
         (1, {"launches": (timings.launches, 60), "throughput": (timings.throughput, 120), "host_gap": (timings.host_gap, 90)}),
         (1, dict(eager=(timings.eager, 120), graphs=(timings.graphs, 120), overlap=(timings.overlapped, 120),
                  compile=(timings.compiled, 120))),

@@ -18,7 +18,11 @@ from nano_vllm.attention import Batch
 from nano_vllm.benchmark import random_workload, throughput as measured_throughput
 from nano_vllm.cuda_graphs import make_graphs
 from nano_vllm.fusions import CountingRecorder, compiled as compiled_function, launches as count_launches, norm_rotate_store, split_norm_rotate
+from nano_vllm.kv_blocks import Sequence
 from nano_vllm.model import ModelConfig
+from nano_vllm.sampler import SamplingMetadata, sample
+from nano_vllm.sampling_kernels import fused_sample
+from nano_vllm.sampling_params import SamplingParams
 from nano_vllm.triton_attention import AttentionMetadata, Tiles, TritonAttention
 from nano_vllm.triton_kernels import store_kv
 from nano_vllm.workbench import timed
@@ -159,6 +163,20 @@ def rope_and_cache(toy: bool) -> dict:
     "Norm, rotation and store, in the shape of Qwen3-0.6B and bfloat16."
     copy = copy_bandwidth(toy)
     return dict(copy_bytes_per_second=copy, rows=[rope_and_cache_point(toy, n, copy) for n in ((1, 5) if toy else (1, 8, 64, 256, 2048, 8192))])
+
+
+@torch.inference_mode()
+def sampler(toy: bool) -> dict:
+    "Choosing a token for each row of Qwen3's vocabulary in float32, as the engine calls it: PyTorch's operations and the kernels."
+    vocab, copy, rows = 2100 if toy else 151_936, copy_bandwidth(toy), []
+    kinds = {"greedy": dict(temperature=0), "temperature": dict(temperature=.7), "top-k": dict(temperature=.7, top_k=50), "top-p": dict(temperature=.7, top_p=.9)}
+    for n in (2,) if toy else (1, 8, 64, 256):
+        x = torch.randn(n, vocab, device=device(toy)) * 3
+        for kind, params in kinds.items():
+            m = SamplingMetadata.of([Sequence(str(i), [1], SamplingParams(**params), i) for i in range(n)])
+            times = {name: seconds(functools.partial(f, x, m), toy) for name, f in dict(torch=sample, kernels=fused_sample).items()}
+            rows.append(dict(rows=n, kind=kind, microseconds={k: t*1e6 for k, t in times.items()}, one_reading_microseconds=x.nbytes/copy*1e6))
+    return dict(vocab=vocab, dtype="float32", copy_bytes_per_second=copy, rows=rows)
 
 
 # ---- the whole engine
