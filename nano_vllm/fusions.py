@@ -206,7 +206,9 @@ def fused_rope_and_cache(attention_layer, qkv: Tensor, cos: Tensor, sin: Tensor,
                          attention) -> Tensor:
     "What `rope_and_cache` gives: one launch, where Triton's kernels run."
     layer = attention_layer
-    if not isinstance(attention, TritonAttention):
+    is_triton = isinstance(attention, TritonAttention)
+    # numbers of one byte are rounded and clamped by `attention.store`
+    if not is_triton or attention.kv_cache.dtype.itemsize == 1:
         return compiled_rope_and_cache(layer, qkv, cos, sin, attention)
     weights, eps = [None, None], 0.
     if layer.q_norm is not None:

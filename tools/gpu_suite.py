@@ -133,8 +133,10 @@ def parts() -> dict[str, tuple]:
     return dict(zip(PARTS, (
         (4, {**{f"kernels_{d}": (getattr(checks, f"kernels_{d}"), 150) for d in ("bfloat16", "float16", "float32")},
              "static_metadata": (checks.static_metadata, 100), "fusions": (checks.fusions, 100), "graphs": (checks.graphs, 150), "overlap": (checks.overlap, 150),
-             "demo_model": (checks.demo_model, 150)}),
-        (1, {"decode": (timings.decode, 120), "prefill": (timings.prefill, 60), "rope_and_cache": (timings.rope_and_cache, 60)}),
+             "demo_model": (checks.demo_model, 150), "fp8_products": (checks.fp8_products, 100), "fp8_cache": (checks.fp8_cache, 100),
+             "fp8_engine": (checks.fp8_engine, 120)}),
+        (1, {"decode": (timings.decode, 120), "prefill": (timings.prefill, 60), "rope_and_cache": (timings.rope_and_cache, 60),
+             "fp8_products": (timings.fp8_products, 60), "fp8_decode": (timings.fp8_decode, 60)}),
         (1, {"throughput": (timings.throughput, 120), "host_gap": (timings.host_gap, 90)}),
         (1, dict(eager=(timings.eager, 120), graphs=(timings.graphs, 120), overlap=(timings.overlapped, 120),
                  compile=(timings.compiled, 120))))))
