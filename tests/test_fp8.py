@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from gpu_checks import attend, mixed
 from helpers import assert_idle, tiny_folder
-from nano_vllm import LLM, SamplingParams, cpu_kernels, engine_args
+from nano_vllm import LLM, SamplingParams, cpu_kernels, engine_args, fusions
 from nano_vllm.attention import ReferenceAttention, TorchAttention, as_cached, slots_of, store_kv
 from nano_vllm.engine_args import EngineArgs, choose_kv_dtype, has_fp8
 from nano_vllm.fp8 import (
@@ -84,6 +84,7 @@ def test_rows_stay_within_half_a_step(seed, n, size):
     # half a step: 2^-4 of the power of two, or 2^-10 where all steps are alike; the scale and the division round by 2^-24 each
     allowed = torch.maximum(exact.abs() * 2**-4, scale.double() * 2**-10) * (1 + 2**-18)
     assert ((found - exact).abs() <= allowed).all() and not q[2].float().any()
+    assert torch.allclose(scale * 448, x.abs().amax(-1, keepdim=True).clamp(min=1e-30), rtol=2**-22, atol=0)
     largest = q.float().abs().amax(-1)
     assert all(largest[i] == 448 for i in range(5) if i != 2)
     for i in range(5): assert torch.equal(quantize_fp8(x[i:i + 1])[0].view(torch.uint8), q[i:i + 1].view(torch.uint8))
@@ -335,3 +336,16 @@ def test_all_backends_read_the_same_bytes(shape, window, dtype):
     (dict(kv_cache_dtype="fp8", batch_invariant=True), "batch_invariant must be False with fp8 keys and values, got True")], ids=str)
 def test_what_is_refused(options, words, tmp_path):
     with pytest.raises(ValueError, match=words): LLM(tiny_folder(tmp_path, **FITTING), num_kv_blocks=10, **options)
+
+
+def test_fused_kernels_leave_bytes_to_the_backend(monkeypatch):
+    "The kernel that norms, rotates and stores does not round to e4m3; whoever stores by `attention.store` does."
+    called = []
+    monkeypatch.setattr(fusions, "compiled_rope_and_cache", lambda *args: called.append(args))
+    monkeypatch.setattr(fusions, "norm_rotate_store", lambda *args: "fused")
+    layer = SimpleNamespace(q_norm=None, layer=0)
+    for dtype, fused in ((E4M3, False), (torch.bfloat16, True)):
+        attention = object.__new__(TritonAttention)
+        attention.kv_cache, attention.metadata, attention.batch = torch.zeros(1, dtype=dtype), None, SimpleNamespace(slot_mapping=None)
+        assert (fused_rope_and_cache(layer, None, None, None, attention) == "fused") == fused
+    assert len(called) == 1
