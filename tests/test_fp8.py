@@ -210,6 +210,7 @@ def test_what_is_chosen_without_the_hardware():
         assert ops.linear.keywords["product"] is EmulatedFp8Product
         assert ops.head_linear is ops.linear.keywords["plain"] is (plain.linear or unrounded_linear)
         assert replace(ops, linear=None, head_linear=None) == replace(plain, linear=None, head_linear=None)
+        assert choose_ops(replace(asked, quantization="fp8_per_channel")).linear.keywords == ops.linear.keywords
     assert fp8_ops(target()) is None and fp8_ops(target(quantization="int8")) is None
     with pytest.raises(ValueError, match="compile must be False with quantization 'fp8' on device 'cpu', got True"):
         choose_ops(target(DENSE, quantization="fp8", compile=True))
@@ -240,7 +241,7 @@ PROMPTS = ["Hello", "Once upon a time there was a cat", "1 2 3 " * 10]
 
 
 @pytest.mark.parametrize("options", [dict(quantization="fp8"), dict(kv_cache_dtype="fp8"), dict(quantization="fp8", kv_cache_dtype="fp8_e4m3"),
-                                     dict(quantization="fp8", load_format="dummy"), dict(quantization="fp8", kv_cache_dtype="fp8", dtype="bfloat16")], ids=str)
+                                     dict(quantization="fp8_per_channel", load_format="dummy"), dict(quantization="fp8", kv_cache_dtype="fp8", dtype="bfloat16")], ids=str)
 def test_engines_finish_and_forget(options, tmp_path):
     "With chunks, preemption and shared beginnings, and the same answers when asked again."
     folder = tiny_folder(tmp_path, **FITTING)
@@ -331,7 +332,7 @@ def test_all_backends_read_the_same_bytes(shape, window, dtype):
 
 @pytest.mark.parametrize("options, words", [
     (dict(kv_cache_dtype="fp8_e5m2"), "kv_cache_dtype must be one of auto, .*fp8, fp8_e4m3, got 'fp8_e5m2'"), (dict(dtype="fp8"), "dtype must be one of auto, .* got 'fp8'"),
-    (dict(quantization="fp4"), r"quantization must be one of \[None, 'int8', 'int4', 'fp8'\], got 'fp4'"),
+    (dict(quantization="fp4"), r"quantization must be one of \[None, 'int8', 'int4', 'fp8', 'fp8_per_channel'\], got 'fp4'"),
     (dict(quantization="fp8", batch_invariant=True), "batch_invariant must be False here, got True|unless|without kernels"),
     (dict(kv_cache_dtype="fp8", batch_invariant=True), "batch_invariant must be False with fp8 keys and values, got True")], ids=str)
 def test_what_is_refused(options, words, tmp_path):
