@@ -28,14 +28,14 @@ def to_e4m3(x: Tensor) -> Tensor:
     "The nearest e4m3 numbers to `x`; beyond 448 it is 448, and NaN stays NaN."
     return x.clamp(-LARGEST, LARGEST).to(E4M3)
 
-# %% ../nbs/48_fp8.ipynb #121595a0
+# %% ../nbs/48_fp8.ipynb #eb1e93d7
 def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     "(e4m3 numbers, float32 scales (..., 1)) of rows `x`, whose largest becomes 448."
     x = x.float()
     scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-30) / LARGEST
     return to_e4m3(x / scale), scale
 
-# %% ../nbs/48_fp8.ipynb #b12846d1
+# %% ../nbs/48_fp8.ipynb #2b697bce
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(e4m3 numbers (out, in), float32 scales (1, out)) of `weight` (out, in).
 
@@ -47,13 +47,13 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
                          f"{tuple(weight.shape)} has a number that is not finite")
     return q, scale.T.contiguous()
 
-# %% ../nbs/48_fp8.ipynb #86cf53a2
+# %% ../nbs/48_fp8.ipynb #2ce48134
 def from_e4m3(q: Tensor) -> Tensor:
     "The numbers `q` in float32, by a table of all 256."
     table = torch.arange(256, dtype=torch.uint8, device=q.device).view(E4M3).float()
     return table.index_select(0, q.view(torch.uint8).int().flatten()).view(q.shape)
 
-# %% ../nbs/48_fp8.ipynb #cd98a3d9
+# %% ../nbs/48_fp8.ipynb #4c6a6f26
 class EmulatedFp8Product:
     """`x @ weight.T + bias` with e4m3 numbers: a scale for each output and each row.
 
@@ -71,7 +71,7 @@ class EmulatedFp8Product:
         if bias is not None: y = y + bias
         return y.to(x.dtype).view(*x.shape[:-1], len(self.weight))
 
-# %% ../nbs/48_fp8.ipynb #3718426d
+# %% ../nbs/48_fp8.ipynb #5f7c739e
 class Fp8Product(EmulatedFp8Product):
     "The same by the FP8 units of a GPU; its results are rounded to bfloat16."
     def multiply(self, q, scale):
@@ -83,7 +83,7 @@ def fits_fp8(weight: Tensor) -> bool:
     "Is `weight` (out, in) of a size that FP8 units take: multiples of 16?"
     return all(n % 16 == 0 for n in weight.shape)
 
-# %% ../nbs/48_fp8.ipynb #844ef7a9
+# %% ../nbs/48_fp8.ipynb #8c68b000
 def unrounded_linear(weight: Tensor):
     "The product with `weight` as it is."
     return lambda x, bias=None: F.linear(x, weight, bias)
@@ -93,14 +93,14 @@ def fp8_linear(weight: Tensor, product, plain):
     "A `product` with `weight` in e4m3, or a `plain` one where the sizes do not fit."
     return product(weight) if fits_fp8(weight) else plain(weight)
 
-# %% ../nbs/48_fp8.ipynb #51af5628
+# %% ../nbs/48_fp8.ipynb #f6f4e187
 def ops_around(target: Target) -> Ops | None:
     "What computes everything but the matrices of the layers."
     plain = replace(target, quantization=None)
     if target.device.type == "cuda": return last_that_suits(plain)[1]
     return bfloat16_ops(plain) or cpu_products_ops(plain) or torch_ops(plain)
 
-
+# %% ../nbs/48_fp8.ipynb #d84feab2
 FP8_NAMES = "fp8", "fp8_per_channel"   # the second is vLLM's
 
 
