@@ -80,7 +80,8 @@ def obstacle(target: Target) -> str | None:
             "for a mixture of experts": c.mlp is not None,
             "for this architecture": (c.decoder or c.kv_layout) is not None,
             "for a checkpoint in int8": c.quantization is not None,
-            "with float16": torch.float16 in dtypes}.items():
+            "with float16": torch.float16 in dtypes,
+            "with fp8 keys and values": torch.float8_e4m3fn in dtypes}.items():
         if is_so: return why
     cut = 16 * target.tensor_parallel_size
     for name, step in dict(hidden_size=16, head_dim=16, intermediate_size=cut,

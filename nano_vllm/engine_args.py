@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['ENGINE_LIMITS', 'DEFAULT_IS_NONE', 'ACCEPTED_ARGS', 'REFUSED_ARGS', 'OTHER_NAMES', 'NEUTRAL_VALUES', 'SPEC_NAMES',
-           'RUNNERS', 'DTYPE_NAMES', 'PLACEMENTS', 'UTILIZATION', 'OF_FREE_MEMORY', 'ADAPTERS', 'SPECULATORS',
-           'read_options', 'takes_all_names', 'join_speculation', 'RunnerKind', 'make_inputs', 'choose_runner',
-           'EngineArgs', 'choose_dtype', 'choose_device', 'EngineConfig', 'choose_kv_dtype', 'find_model',
-           'choose_quantization', 'resolve_args', 'memory_budget', 'max_sampled', 'kv_memory', 'max_chunk',
-           'block_counter', 'count_blocks', 'own_replica', 'make_group', 'rank_device', 'load_part', 'make_runner',
-           'record_graphs', 'serve_rank', 'load_tokenizer', 'make_scheduler', 'count_in_flight', 'refuse_beside',
-           'make_speculator', 'Parts', 'make_parts', 'parts_maker', 'make_engine']
+           'RUNNERS', 'DTYPE_NAMES', 'E4M3_NAMES', 'PLACEMENTS', 'UTILIZATION', 'OF_FREE_MEMORY', 'ADAPTERS',
+           'SPECULATORS', 'read_options', 'takes_all_names', 'join_speculation', 'RunnerKind', 'make_inputs',
+           'choose_runner', 'EngineArgs', 'choose_dtype', 'choose_device', 'EngineConfig', 'has_fp8', 'choose_kv_dtype',
+           'find_model', 'choose_quantization', 'resolve_args', 'memory_budget', 'max_sampled', 'kv_memory',
+           'max_chunk', 'block_counter', 'count_blocks', 'own_replica', 'make_group', 'rank_device', 'load_part',
+           'make_runner', 'record_graphs', 'serve_rank', 'load_tokenizer', 'make_scheduler', 'count_in_flight',
+           'refuse_beside', 'make_speculator', 'Parts', 'make_parts', 'parts_maker', 'make_engine']
 
 # %% ../nbs/17_engine_args.ipynb #17d4127c
 import os
@@ -204,11 +204,12 @@ class EngineArgs:
 DTYPE_NAMES = DTYPES | dict(float=torch.float32, half=torch.float16)   # as in vLLM
 
 
-def choose_dtype(field: str, value, auto: torch.dtype) -> torch.dtype:
+def choose_dtype(field: str, value, auto: torch.dtype,
+                 names: dict = DTYPE_NAMES) -> torch.dtype:
     "The torch dtype that `value` of `field` stands for: 'auto', a name, or a dtype."
-    for name, known in dict(auto=auto, **DTYPE_NAMES).items():
+    for name, known in dict(auto=auto, **names).items():
         if value is known or value == name: return known
-    raise ValueError(f"{field} must be one of auto, {', '.join(DTYPE_NAMES)}, got "
+    raise ValueError(f"{field} must be one of auto, {', '.join(names)}, got "
                      f"{quote(value)}")
 
 # %% ../nbs/17_engine_args.ipynb #353a2352
@@ -235,12 +236,24 @@ class EngineConfig:
     ops: Ops
 
 # %% ../nbs/17_engine_args.ipynb #890125c5
+E4M3_NAMES = dict.fromkeys(("fp8", "fp8_e4m3"), torch.float8_e4m3fn)   # as in vLLM
+
+
+def has_fp8(device: torch.device) -> bool:
+    "Does `device` compute with e4m3? GPUs do from compute capability 8.9 on."
+    if device.type != "cuda": return False
+    return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def choose_kv_dtype(args: EngineArgs, dtype: torch.dtype, device) -> torch.dtype:
     "The number type of keys and values; ValueError if the device cannot have it."
-    kv_dtype = choose_dtype("kv_cache_dtype", args.kv_cache_dtype, dtype)
+    kv_dtype = choose_dtype("kv_cache_dtype", args.kv_cache_dtype, dtype,
+                            DTYPE_NAMES | E4M3_NAMES)
     if device.type == "cpu" or kv_dtype == dtype: return kv_dtype
+    if kv_dtype.itemsize == 1 and has_fp8(device): return kv_dtype
     raise ValueError(f"kv_cache_dtype must be 'auto' or the dtype {dtype} on device "
-                     f"{device.type}, got {kv_dtype}")
+                     f"{device.type}, or 'fp8' on a GPU of compute capability 8.9 or "
+                     f"more, got {kv_dtype}")
 
 # %% ../nbs/17_engine_args.ipynb #b3fa6bef
 def find_model(args: EngineArgs) -> Path:

@@ -266,7 +266,9 @@ def fused_rope_and_cache(attention_layer, qkv: Tensor, cos: Tensor, sin: Tensor,
                          attention, otherwise=rope_and_cache) -> Tensor:
     "What `rope_and_cache` gives: in one launch for our attention, else `otherwise`."
     layer = attention_layer
-    if not isinstance(attention, TritonAttention):
+    is_triton = isinstance(attention, TritonAttention)
+    # numbers of one byte are rounded and clamped by `attention.store`
+    if not is_triton or attention.kv_cache.dtype.itemsize == 1:
         return otherwise(layer, qkv, cos, sin, attention)
     weights, eps = [None, None], 0.
     if layer.q_norm is not None:

@@ -158,6 +158,9 @@ def check_engine(config: EngineConfig):
     if config.device.type != "cpu":
         raise ValueError(f"device is {str(config.device)!r}, latent attention is "
                          "supported on 'cpu'")
+    if config.kv_dtype == torch.float8_e4m3fn:
+        raise ValueError("kv_cache_dtype must be 'auto' or a dtype of 16 bits or more "
+                         "with latent attention, got 'fp8'")
     if issubclass(config.ops.attention, supported): return
     raise ValueError(f"attention_backend is {quote(args.attention_backend)}, which has "
                      "no latent attention; supported: 'reference', 'torch', 'in_place' "

@@ -317,7 +317,7 @@ def triton_ops(target: Target) -> Ops | None:
 if TritonAttention is not None: OPS["triton"] = triton_ops
 
 # %% ../nbs/09_tp_layers.ipynb #e7cae8c5
-QUANTIZATIONS = (None, "int8", "int4")
+QUANTIZATIONS = (None, "int8", "int4", "fp8", "fp8_per_channel")
 
 # %% ../nbs/09_tp_layers.ipynb #842fc81f
 def ops_for(name: str, target: Target) -> Ops | None:

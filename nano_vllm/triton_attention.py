@@ -96,7 +96,7 @@ def see_tile(q, best, mass, acc, first, low, high, positions, table, keys, value
     place = (block*cache_block + at % SIZE * cache_slot)[:, None] + dims * cache_dim
     mask = there[:, None] & (dims < DIM) if MASKED else (dims < DIM)[None, :]
     PARTIAL: tl.constexpr = MASKED or D != DIM
-    k = load(keys + place, mask, PARTIAL)
+    k = load(keys + place, mask, PARTIAL).to(q.dtype)
     s = dot(q, tl.trans(k), WIDEN) * scale
     if MASKED:
         seen = there & (at <= positions[:, None])
@@ -105,7 +105,7 @@ def see_tile(q, best, mass, acc, first, low, high, positions, table, keys, value
     new_best = tl.maximum(best, tl.max(s, 1))
     p = tl.exp2(s - new_best[:, None])
     shrink = tl.exp2(best - new_best)
-    v = load(values + place, mask, PARTIAL)
+    v = load(values + place, mask, PARTIAL).to(q.dtype)
     acc = acc * shrink[:, None] + dot(p.to(v.dtype), v, WIDEN)
     return new_best, mass * shrink + tl.sum(p, 1), acc
 

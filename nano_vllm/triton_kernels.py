@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 import triton
 import triton.language as tl
+from .attention import as_cached
 
 # %% ../nbs/07_triton_kernels.ipynb #c5b7098e
 LOG2_E = math.log2(math.e)   # the kernels' softmax is in powers of 2
@@ -45,6 +46,7 @@ def store_kv(kv_cache: Tensor, layer: int, k: Tensor, v: Tensor, slot_mapping: T
     A slot outside the cache, such as -1, marks a padded row: nothing is written."""
     keys, values = kv_cache[layer]
     num_blocks, size, heads, dim = keys.shape
+    k, v = (as_cached(x, keys.dtype) for x in (k, v))
     store_kv_kernel[(len(slot_mapping),)](
         k, v, keys, values, slot_mapping, num_blocks*size, *k.stride(), *v.stride(),
         *keys.stride(), size, heads, dim, triton.next_power_of_2(heads*dim))

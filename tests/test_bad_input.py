@@ -240,7 +240,7 @@ def test_a_refusal_beside_a_stream(llm, answer, bad):
     (dict(ops="torch", quantization="int8"), "ops", "'torch'", "quantization"), (dict(ops="torch", compile=True), "ops", "'torch'", "compile"),
     (dict(quantization="int3"), "quantization", "'int3'", "int8"), (dict(quantization=[]), "quantization", r"\[\]"), (dict(compile=1), "compile", "1"),
     (dict(async_scheduling="yes"), "async_scheduling", "'yes'"), (dict(async_scheduling=1), "async_scheduling", "1"),
-    (dict(long_prefill_token_threshold=-1), "long_prefill_token_threshold", "-1"), (dict(kv_cache_dtype="fp8"), "kv_cache_dtype", "'fp8'", "float32"),
+    (dict(long_prefill_token_threshold=-1), "long_prefill_token_threshold", "-1"), (dict(kv_cache_dtype="int8"), "kv_cache_dtype", "'int8'", "float32"),
     (dict(load_format="gguf"), "load_format", "'gguf'", "dummy"), (dict(load_format=None), "load_format", "None"), (dict(load_format=[]), "load_format", r"\[\]"),
     (dict(enable_prefix_caching=1), "enable_prefix_caching", "1"), (dict(enable_prefix_caching="yes"), "enable_prefix_caching", "'yes'"),
     (dict(enforce_eager=None), "enforce_eager", "None"), (dict(seed=None), "seed", "None"), (dict(seed=1.5), "seed", "1.5"), (dict(seed=2**63), "seed", str(2**63)),

@@ -19,11 +19,11 @@ import torch
 
 from exercise_answers import Answers, assert_all_tried, checks_of, name_of, try_answer
 from solutions.checks import (
-    async_llm, batch_invariance, int4, kv_transfer, latent_attention, lora, openai_api, pipeline, pooling, replicas, routing, server, sliding_windows,
+    async_llm, batch_invariance, fp8, int4, kv_transfer, latent_attention, lora, openai_api, pipeline, pooling, replicas, routing, server, sliding_windows,
     speculative, structured_output)
 
 MODULES = [
-    async_llm, server, structured_output, speculative, lora, sliding_windows, routing, replicas, pipeline, kv_transfer, batch_invariance, int4,
+    async_llm, server, structured_output, speculative, lora, sliding_windows, routing, replicas, pipeline, kv_transfer, batch_invariance, int4, fp8,
     latent_attention,
     openai_api,
     pooling]
@@ -929,6 +929,66 @@ wrong(int4.check_product_with_minimum, "it belongs to each of the 32 numbers")(l
 wrong(int4.check_product_with_minimum, "the minimum has been scaled, too")(lambda *a: with_minimum(*a, factor=lambda scale: scale))
 wrong(int4.check_product_with_minimum, "the largest sum of a group is")(lambda *a: with_minimum(*a, kind=torch.int8))
 wrong(int4.check_product_with_minimum, "Is a `return` missing?")(lambda *a: None)
+
+
+# ---- FP8
+
+def by_value(byte, bias=15, subnormal=True, specials=True):
+    e, m, sign = byte >> 2 & 31, byte & 3, (-1)**(byte >> 7)
+    if specials and e == 31: return math.nan if m else sign * math.inf
+    if e == 0 and subnormal: return sign * m * 2.0**(-1 - bias)
+    return sign * (4 + m) * 2.0**(e - bias - 2)
+
+
+right(fp8.check_decode_e5m2)(by_value)
+right(fp8.check_decode_e5m2)(lambda byte: float(np.array([byte << 8], np.uint16).view(np.float16)[0]))
+wrong(fp8.check_decode_e5m2, "the bias of the exponent is 15")(lambda byte: by_value(byte, 7) if byte > 3 else by_value(byte))
+wrong(fp8.check_decode_e5m2, "these are subnormal")(lambda byte: by_value(byte, subnormal=False))
+wrong(fp8.check_decode_e5m2, "there is such a thing in e5m2")(lambda byte: by_value(byte, specials=False))
+wrong(fp8.check_decode_e5m2, "is no number")(lambda byte: by_value(byte, specials=byte & 3 == 0))
+
+
+def to_steps(x, least=-6, most=448, rounding=torch.round):
+    "By the logarithm instead of frexp: of exact powers of two it may be one too low, where the coarser grid has them, too."
+    power = torch.floor(torch.log2(x.double().abs().clamp(min=1e-300))).clamp(min=least)
+    step = torch.pow(2.0, power - 3)
+    return (rounding(x.double() / step) * step).clamp(-most, most).float()
+
+
+right(fp8.check_round_e4m3)(to_steps)
+
+
+@right(fp8.check_round_e4m3)
+def _(x):
+    "By the bits: half of what is cut off is added, a bit less if the last one that stays is even."
+    bits = x.abs().view(torch.int32)
+    normal = ((bits + 0x7FFFF + (bits >> 20 & 1)) & ~0xFFFFF).view(torch.float32)
+    small = (x.abs() + 2.0**14) - 2.0**14        # there neighbours are 2^-9 apart
+    return torch.where(x.abs() < 2**-6, small, normal).clamp(max=448).copysign(x)
+
+
+wrong(fp8.check_round_e4m3, "what is too large becomes 448")(lambda x: to_steps(x, most=480))
+wrong(fp8.check_round_e4m3, "down there all neighbours are 2^-9 apart")(lambda x: to_steps(x, least=-9))
+wrong(fp8.check_round_e4m3, "the one with the even mantissa counts")(lambda x: to_steps(x, rounding=lambda y: (y.abs() + 0.5).floor() * y.sign()))
+wrong(fp8.check_round_e4m3, "numbers between: round_e4m3 makes")(lambda x: to_steps(x, rounding=torch.trunc))
+wrong(fp8.check_round_e4m3, "expected torch.float32")(lambda x: x.clamp(-448, 448).to(torch.float8_e4m3fn))
+
+
+def in_blocks(x, weight, size, rows=True, weights=True):
+    y = torch.zeros(len(x), len(weight))
+    for a, b in zip(x.split(size, 1), weight.split(size, 1)):
+        (a, a_scale), (b, b_scale) = ((n / s, s) for n, s in ((n, n.abs().amax(1, keepdim=True) / 448) for n in (a, b)))
+        y += (a.to(fp8.E4M3).float() @ b.to(fp8.E4M3).float().T) * (a_scale if rows else 1) * (b_scale.T if weights else 1)
+    return y
+
+
+right(fp8.check_block_product)(in_blocks)
+right(fp8.check_block_product)(lambda x, weight, size: in_blocks(x.double(), weight.double(), size).float())
+wrong(fp8.check_block_product, "nothing was rounded")(lambda x, weight, size: x @ weight.T)
+wrong(fp8.check_block_product, "a scale belongs to each block")(lambda x, weight, size: in_blocks(x, weight, x.shape[1]))
+wrong(fp8.check_block_product, "the weights' scales are missing")(lambda *a: in_blocks(*a, weights=False))
+wrong(fp8.check_block_product, "the rows' scales are missing")(lambda *a: in_blocks(*a, rows=False))
+wrong(fp8.check_block_product, "Is a `return` missing?")(lambda *a: None)
 
 
 # ---- latent attention

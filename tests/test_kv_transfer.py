@@ -252,7 +252,7 @@ def assert_all_free(replica):
 
 
 @pytest.mark.parametrize("options", [{}, dict(block_size=1), dict(block_size=5), dict(dtype="bfloat16"), dict(max_num_batched_tokens=16),
-                                     dict(kv_cache_dtype="bfloat16")], ids=str)
+                                     dict(kv_cache_dtype="bfloat16"), dict(kv_cache_dtype="fp8")], ids=str)
 def test_two_replicas_say_what_one_says(tiny, options):
     args, size = args_of(tiny, **options), options.get("block_size", 16)
     producer, consumer, mixed = TransferReplica(args), TransferReplica(args), Replica(args)

@@ -206,6 +206,7 @@ def test_configs_refused_by_name(saved, tmp_path, changes, words):
     (dict(enable_lora=True), "enable_lora must be left out with latent attention"),
     (dict(data_parallel_size=2, kv_transfer_config=dict(num_prefill_replicas=1)), "kv_transfer_config must be left out with latent attention"),
     (dict(compile=True), "compile is True, which no ops suit"),
+    (dict(kv_cache_dtype="fp8"), "kv_cache_dtype must be 'auto' or a dtype of 16 bits or more with latent attention, got 'fp8'"),
     (dict(batch_invariant=True), "batch_invariant must be False"),
     (dict(tensor_parallel_size=7), "tensor_parallel_size is 7, supported for 6 heads"),
 ])

@@ -302,7 +302,7 @@ def picky(target):
     ({}, "picky", "auto", "ops is 'picky', which does not suit device 'cpu', torch.float32.*: Something for machines that nobody has.$"),
     ({}, "auto", "flsh", r"attention_backend is 'flsh', must be one of \['auto', 'reference', 'torch'"),
     ({}, "auto", [], r"attention_backend is \[\], must be one of"), ({}, "torch", None, "attention_backend is None"),
-    (dict(quantization="int3"), "auto", "auto", r"quantization must be one of \[None, 'int8', 'int4'\], got 'int3'"),
+    (dict(quantization="int3"), "auto", "auto", r"quantization must be one of \[None, 'int8', 'int4', 'fp8', 'fp8_per_channel'\], got 'int3'"),
     (dict(quantization=["int8"]), "auto", "auto", r"quantization must be one of .*, got \['int8'\]"),
     (dict(quantization={}), "torch", "auto", "quantization must be one of .*, got {}"),
     (dict(quantization="int8", device=torch.device("cuda")), "auto", "auto", "quantization is 'int8', supported on device 'cpu'; no ops suit device 'cuda'"),

@@ -386,6 +386,14 @@ for dtype, t, chunks, window in (("bf16", Tiles(8, 2, 128), 0, 0), ("fp16", Tile
     compiled("reduce_kernel", data | floats | ints, dict(HEADS=t.kv_heads*t.group, DIM=t.dim, D=t.width, SPLITS=16))
     compiled("store_kv_kernel", data | dict(slot_mapping="*i64"), dict(
         k_dim=1, v_dim=1, cache_dim=1, SIZE=16, HEADS=t.kv_heads, DIM=t.dim, WIDTH=1024))
+# a cache of one byte a number, on the first GPU that converts such numbers
+t, data = Tiles(8, 2, 128, itemsize=1), dict(q="*bf16", out="*bf16", k="*fp8e4nv", v="*fp8e4nv", keys="*fp8e4nv", values="*fp8e4nv")
+ptx = compiled("attention_kernel", data | floats | ints | dict(tables="*i64", scale="fp32"), dict(
+    q_dim=1, cache_dim=1, KV_HEADS=t.kv_heads, GROUP=t.group, DECODE_ROWS=t.decode_rows, CHUNK_ROWS=t.chunk_rows,
+    SPLIT=t.split, WINDOW=0, SIZE=16, DIM=t.dim, D=t.width, TILE=t.keys, WIDEN=False), 89).asm["ptx"]
+assert "mma" in ptx and "e4m3x2" in ptx
+compiled("store_kv_kernel", data | dict(slot_mapping="*i64"), dict(
+    k_dim=1, v_dim=1, cache_dim=1, SIZE=16, HEADS=t.kv_heads, DIM=t.dim, WIDTH=1024), 89)
 print("compiled")
 """
 

@@ -13,6 +13,8 @@ import torch
 from nano_vllm import LLM, SamplingParams
 from nano_vllm.attention import Batch, ReferenceAttention, TorchAttention, make_batch, slots_of
 from nano_vllm.cuda_graphs import GpuRecorder
+from nano_vllm.engine_args import has_fp8
+from nano_vllm.fp8 import EmulatedFp8Product, Fp8Product, quantize_fp8, to_e4m3
 from nano_vllm.fusions import fused_norm, fused_rope_and_cache, fused_silu_and_mul, norm_rotate_store, split_norm_rotate
 from nano_vllm.kv_blocks import ScheduledSequence, Sequence, blocks_needed
 from nano_vllm.layers import OPS, Ops, Rotary, Target, last_that_suits, rms_norm, silu_and_mul
@@ -106,6 +108,81 @@ def kernels_agree(toy: bool, dtype: torch.dtype) -> dict:
 def kernels_bfloat16(toy): return kernels_agree(toy, torch.bfloat16)
 def kernels_float16(toy): return kernels_agree(toy, torch.float16)
 def kernels_float32(toy): return kernels_agree(toy, torch.float32)
+
+
+# ---- FP8
+
+def lacks_fp8(toy: bool) -> str | None:
+    "What is said in place of a result where the hardware has no FP8; a toy computes as if it had."
+    if toy or has_fp8(torch.device("cuda")): return None
+    return "not run: this GPU has no FP8, which begins with compute capability 8.9"
+
+
+def fp8_product(toy: bool):
+    "The class of product that is tried: the hardware's; for a toy the emulation, where PyTorch has none for processors."
+    try: Fp8Product(torch.ones(16, 16, device=device(toy)))(torch.ones(1, 16, device=device(toy)))
+    except (RuntimeError, NotImplementedError):
+        if not toy: raise
+        return EmulatedFp8Product
+    return Fp8Product
+
+
+def fp8_products(toy: bool) -> dict | str:
+    """`torch._scaled_mm` against the emulation on the same device, on random sizes; zeros, outliers, NaN in a row of its own.
+
+    Products are exact, their sums are rounded in units that keep some 14 bits, and results are rounded to bfloat16."""
+    if said := lacks_fp8(toy): return said
+    kind, rng, worst = fp8_product(toy), random.Random(0), 0.
+    sizes, rows = ([16, 48], [1, 3]) if toy else ([16, 64, 576, 1024, 4096, 12288], [1, 2, 15, 16, 17, 64, 250, 1024, 4097])
+    cases = [(rng.choice(rows), rng.choice(sizes), rng.choice(sizes)) for _ in range(4 if toy else 60)]
+    for seed, (n, inputs, outputs) in enumerate(cases):
+        g = torch.Generator().manual_seed(seed)
+        x, weight = (torch.randn(k, inputs, generator=g).to(device(toy)).bfloat16() for k in (n, outputs))
+        x[:, 0], weight[1], x[n // 2, 1] = 60 * x[:, 0], 0, torch.nan if n > 1 else 1
+        got, expected = kind(weight)(x).float(), EmulatedFp8Product(weight)(x.float())
+        (xq, xs), (wq, ws) = quantize_fp8(x), quantize_fp8(weight)
+        size = (xq.float().abs() @ wq.float().abs().T) * xs * ws.T
+        bad = expected.isnan()
+        assert torch.equal(got.isnan(), bad) and bad.any() == (n > 1), (n, inputs, outputs)
+        error = float(((got - expected).abs() / (2**-8 * expected.abs() + 2**-11 * size + 1e-30))[~bad].max())
+        assert error <= 1, f"error of {error} of what is allowed: {n} rows, {inputs} inputs, {outputs} outputs"
+        worst = max(worst, error)
+    return dict(cases=len(cases), product=kind.__name__, worst_error_of_what_is_allowed=worst)
+
+
+def fp8_cache(toy: bool) -> dict | str:
+    "The kernels over a cache in e4m3: what they store is what PyTorch rounds, and they attend as the oracle does to the same bytes."
+    if said := lacks_fp8(toy): return said
+    poison()
+    worst, dtype, shapes = 0., torch.bfloat16, SHAPES[2:3] if toy else SHAPES
+    for seed, shape in enumerate(shapes):
+        new = [5, 7, 1, 1] if toy else [70, 130, 1, 1]
+        batch, cache, q, k, v = mixed([5, 20, 33, 40] if toy else [70, 300, 65, 1025], new, 16, *shape, seed, dtype)
+        cache, k[0] = to_e4m3(cache.nan_to_num(0)), 1000 * k[0]
+        on = [x.to(device(toy)) for x in (cache, q, k, v)]
+        out = attend(TritonAttention(batch.to(device(toy)), on[0], 0.1), *on[1:], 1).float().cpu()
+        expected = attend(ReferenceAttention(batch, cache, 0.1), q.float(), k, v, 1)
+        assert torch.equal(on[0].cpu().view(torch.uint8), cache.view(torch.uint8)), f"stored keys and values differ: {shape}"
+        error = float((out - expected).abs().max() / cache[1, 1].float().abs().max()) / UNIT[dtype]
+        assert error <= 2.5, f"error of {error} roundings: {shape}"
+        worst = max(worst, error)
+    return dict(shapes=len(shapes), worst_error_in_roundings=worst, allowed=2.5)
+
+
+def fp8_engine(toy: bool) -> dict | str:
+    "A whole engine with both, eager and with graphs: the same favourites after each prompt, up to numbers that are rounded the other way."
+    if said := lacks_fp8(toy): return said
+    folder, params = small_model(toy), SamplingParams(temperature=0, max_tokens=3 if toy else 40, logprobs=1, ignore_eos=True)
+    prompts, found = [[5, 6, 7], [250], list(range(20, 31 if toy else 290))], []
+    for eager in (True, False):
+        llm = LLM(folder, dtype="bfloat16", device=device(toy), attention_backend="triton", num_kv_blocks=60, enforce_eager=eager,
+                  quantization="fp8", kv_cache_dtype="fp8")
+        outs = llm.generate(prompts, params, use_tqdm=False)
+        assert all(len(o["token_ids"]) == params.max_tokens for o in outs)
+        found.append([max(p.logprob for p in o["logprobs"][0].values()) for o in outs])
+    error = max(abs(a - b) for a, b in zip(*found))
+    assert error < 0.2, f"log-probabilities of the favourites differ by {error}: {found}"
+    return dict(prompts=len(prompts), largest_difference=error, allowed=0.2)
 
 
 def captured(run, toy: bool):

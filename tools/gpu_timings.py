@@ -12,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gpu_checks import attend, captured, device, rows_case, with_weights
+from gpu_checks import attend, captured, device, fp8_product, lacks_fp8, rows_case, with_weights
 from nano_vllm import LLM
 from nano_vllm.attention import Batch
 from nano_vllm.benchmark import random_workload, throughput as measured_throughput
 from nano_vllm.cuda_graphs import make_graphs
+from nano_vllm.fp8 import quantize_fp8
 from nano_vllm.fusions import CountingRecorder, compiled as compiled_function, launches as count_launches, norm_rotate_store, split_norm_rotate
 from nano_vllm.kv_blocks import Sequence
 from nano_vllm.model import ModelConfig
@@ -87,19 +88,19 @@ def inputs(tokens: int, t: Tiles, on) -> list:
     return [torch.randn(tokens, h, t.dim, device=on).bfloat16() for h in (t.kv_heads*t.group, t.kv_heads, t.kv_heads)]
 
 
-def decode_point(toy, t: Tiles, batch: int, context: int, size: int, copy: float) -> dict:
+def decode_point(toy, t: Tiles, batch: int, context: int, size: int, copy: float, dtype=torch.bfloat16) -> dict:
     "One row of the table: store a token's KV and attend, replayed in a graph, over as many layers as overflow the cache."
     on = device(toy)
     made, blocks = uniform_batch(batch, context, 1, size, on)
-    layer_bytes = 2 * blocks * size * t.kv_heads * t.dim * 2
+    layer_bytes = 2 * blocks * size * t.kv_heads * t.dim * t.itemsize
     layers = 1 if toy else max(1, min(28, 2**28 // layer_bytes + 1))
-    cache = torch.randn(layers, 2, blocks, size, t.kv_heads, t.dim, device=on, dtype=torch.bfloat16)
+    cache = torch.randn(layers, 2, blocks, size, t.kv_heads, t.dim, device=on, dtype=torch.bfloat16).to(dtype)
     q, k, v = inputs(batch, t, on)
     attention = TritonAttention(made, cache, t.dim**-0.5, metadata=AttentionMetadata.of(made, t))
     def run():
         for layer in range(layers): attend(attention, q, k, v, layer)
     each = seconds(captured(run, toy), toy) / layers
-    moved = 2*batch*context*t.kv_heads*t.dim*2 + 2*q.nbytes + 2*(k.nbytes + v.nbytes)
+    moved = 2*batch*context*t.kv_heads*t.dim*t.itemsize + 2*q.nbytes + 2*(k.nbytes + v.nbytes)
     return dict(batch=batch, context=context, block_size=size, layers=layers, microseconds=each*1e6, bytes=moved,
                 bytes_per_second=moved/each, fraction_of_copy=moved/each/copy)
 
@@ -116,6 +117,33 @@ def decode(toy: bool) -> dict:
         rows.append(decode_point(toy, t, batch, context, size, copy))
         if not toy: torch.cuda.empty_cache()
     return dict(heads=t.kv_heads*t.group, kv_heads=t.kv_heads, head_dim=t.dim, dtype="bfloat16", copy_bytes_per_second=copy, rows=rows, left_out=left_out)
+
+
+def fp8_decode(toy: bool) -> dict | str:
+    "The same heads over a cache in e4m3, beside bfloat16."
+    if said := lacks_fp8(toy): return said
+    shape, copy, rows = (1, 2, 32) if toy else (8, 2, 128), copy_bandwidth(toy), []
+    for batch, context in ((1, 16),) if toy else ((1, 8192), (8, 4096), (64, 1024), (64, 4096), (256, 1024)):
+        kinds = {"bfloat16": (2, torch.bfloat16), "fp8": (1, torch.float8_e4m3fn)}
+        rows.append({name: decode_point(toy, Tiles(*shape, itemsize=size), batch, context, 16, copy, dtype) for name, (size, dtype) in kinds.items()})
+        if not toy: torch.cuda.empty_cache()
+    return dict(copy_bytes_per_second=copy, rows=rows)
+
+
+def fp8_products(toy: bool) -> dict | str:
+    "The matrices of Qwen3-8B's MLP: bfloat16, `_scaled_mm` alone, and with the rounding of its rows; as many as overflow the cache."
+    if said := lacks_fp8(toy): return said
+    inputs, outputs = (32, 48) if toy else (4096, 12288)
+    kind, on, count, rows = fp8_product(toy), device(toy), 2 if toy else 8, []
+    weights = [torch.randn(outputs, inputs, device=on).bfloat16() for _ in range(count)]
+    products = [kind(weight) for weight in weights]
+    for n in (1, 3) if toy else (1, 8, 16, 64, 256, 1024, 4096, 8192):
+        x = torch.randn(n, inputs, device=on).bfloat16()
+        q, scale = quantize_fp8(x)
+        forms = dict(bfloat16=lambda: [x @ weight.T for weight in weights], fp8_alone=lambda: [p.multiply(q, scale) for p in products],
+                     fp8=lambda: [p(x) for p in products])
+        rows.append(dict(rows=n, microseconds={name: seconds(captured(run, toy), toy) / count * 1e6 for name, run in forms.items()}))
+    return dict(inputs=inputs, outputs=outputs, product=kind.__name__, rows=rows)
 
 
 def prefill(toy: bool) -> dict:

@@ -45,7 +45,9 @@ def exercise(check):
 def show(value) -> str:
     "`value` in a message: short, and tensors as numbers."
     if hasattr(value, "tolist"):
-        if getattr(value, "ndim", 0) and getattr(value.dtype, "is_floating_point", False): value = value.round(decimals=3)
+        if getattr(value, "ndim", 0) and getattr(value.dtype, "is_floating_point", False):
+            if value.dtype.itemsize == 1: value = value.float()      # PyTorch rounds no such numbers
+            value = value.round(decimals=3)
         value = value.tolist()
     text = repr(value)
     return text if len(text) <= 200 else text[:200] + " ..."
