@@ -13,8 +13,8 @@ from dataclasses import replace
 from types import SimpleNamespace
 import torch
 from torch import Tensor
-from .fusions import fusion_ops
-from .layers import OPS, Ops, Target, triton_ops
+from .fusions import fusion_ops, triton_fusion_ops
+from .layers import OPS, Ops, Target
 from .sampler import (FILTERS, LOGIT_STAGES, ROUNDS, SamplingMetadata,
                                row_keys, run_stages, signed, to_device)
 from .sampling_params import GREEDY_BELOW
@@ -345,9 +345,9 @@ def fused_sample(logits: Tensor, m: SamplingMetadata) -> Tensor:
 
 # %% ../nbs/47_sampling_kernels.ipynb #52e04350
 def sampling_kernels_ops(target: Target) -> Ops | None:
-    "Triton's attention and sampler: device 'cuda', no quantization."
+    "Triton's attention, fusions and sampler: device 'cuda', no quantization."
     if target.device.type != "cuda" or "triton" not in OPS: return None
-    ops = fusion_ops(target) if target.compile else triton_ops(target)
+    ops = (fusion_ops if target.compile else triton_fusion_ops)(target)
     if ops is None: return None
     return replace(ops, sample=fused_sample, gumbel_sample=fused_gumbel_sample)
 OPS["sampling_kernels"] = sampling_kernels_ops

@@ -349,7 +349,7 @@ def test_who_gets_it():
         ops = choose_ops(target(**changes))
         assert (ops.sample, ops.gumbel_sample) == (fused_sample, fused_gumbel_sample) and ops.attention.__name__ == "TritonAttention"
     compiled, eager = (choose_ops(target(compile=c)) for c in (True, False))
-    assert compiled.norm.__name__ == "compiled_norm" and eager == replace(OPS["triton"](target()), sample=fused_sample, gumbel_sample=fused_gumbel_sample)
+    assert compiled.norm.__name__ == "compiled_norm" and eager == replace(OPS["triton_fusions"](target()), sample=fused_sample, gumbel_sample=fused_gumbel_sample)
     assert sampling_kernels_ops(target(quantization="int8")) is None
     assert sampling_kernels_ops(target(device=torch.device("cpu"))) is None
     assert Ops().gumbel_sample is gumbel_sample and Ops().sample is sample
