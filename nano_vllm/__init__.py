@@ -7,10 +7,9 @@ try: from . import triton_kernels, triton_attention  # noqa: F401
 except ModuleNotFoundError as e:  # where Triton is not to be had, attention is PyTorch's
     if e.name != "triton": raise
 from . import (layers, model, weights, model_runner, cuda_graphs, scheduler, request, engine, engine_args, llm,  # noqa: F401
-               benchmark, latency, cli, cpu_kernels, cpu_products, bfloat16, quantization, cpu_attention, cpu_steps, int4,
-               fusions, parallel, moe, async_llm, server, structured_output, openai_api, pooling, speculative, lora,
-               sliding_windows, latent_attention, pipeline, routing, replicas, kv_transfer, batch_invariance, fp8,
-               sampling_kernels)
+               benchmark, latency, cli, cpu_kernels, cpu_products, bfloat16, quantization, cpu_attention, cpu_steps, int4, fp8,
+               fusions, sampling_kernels, parallel, moe, async_llm, server, structured_output, openai_api, pooling, speculative, lora,
+               sliding_windows, latent_attention, pipeline, routing, replicas, kv_transfer, batch_invariance)
 from .async_llm import AsyncLLM  # noqa: F401
 from .engine_args import EngineArgs
 from .llm import LLM, LLMEngine, PromptType, TextPrompt, TokensPrompt  # noqa: F401

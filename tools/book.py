@@ -13,7 +13,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 EXPORT = "export|exporti|exports"
 NBDEV = rf"{EXPORT}|hide|notest|cuda|slow|default_exp \w+"
-# "chapter 14", "chapters 06, 19 and 30"
+# "chapter 14", "chapters 06, 19 and 31"
 NUMBERED = re.compile(r"\b[Cc]hapters? \d+(?:(?:, | and | to )\d+)*\b")
 EXERCISE = re.compile(r"\*\*(\d+\. .+?)\*\*")           # opens the text of an exercise
 

@@ -1,4 +1,4 @@
-"""A day of a thousand replicas: a million simulated requests for each rule of the router. Chapter 43 draws what it stores.
+"""A day of a thousand replicas: a million simulated requests for each rule of the router. Chapter 45 draws what it stores.
 
 `NANO_VLLM_RECORD=1 python tools/simulate_fleet.py` takes some minutes for each rule, on one idle core, and a few GB. With `--replicas 100`
 all is a tenth: replicas, requests, requests a second, and texts."""
