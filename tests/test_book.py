@@ -43,7 +43,7 @@ format: {html: {ipynb-filters, theme: {light, dark}, respect-user-color-scheme, 
 OPTIONS = {"label", "fig-cap", "fig-alt", "tbl-cap", "code-fold", "code-summary", "echo", "output", "warning", "eval"}
 REQUIRED = {"torch", "triton", "transformers", "safetensors", "xxhash", "numpy", "tqdm", "gguf", "fastcore",
             "tokenizers", "huggingface_hub"}                 # the last two come with transformers
-OPTIONAL = {"llguidance", "flash_attn", "starlette", "uvicorn", "prometheus_client", "ray"}   # behind extras of their own, imported when they are needed
+OPTIONAL = {"llguidance", "flash_attn", "starlette", "uvicorn", "aiohttp", "prometheus_client", "ray"}   # behind extras of their own, imported when they are needed
 
 
 def none(problems):
