@@ -15,7 +15,7 @@ from nano_vllm.attention import ReferenceAttention, TorchAttention, as_cached, s
 from nano_vllm.engine_args import EngineArgs, choose_kv_dtype, has_fp8
 from nano_vllm.fp8 import (
     E4M3, EmulatedFp8Product, Fp8Product, fits_fp8, fp8_ops, from_e4m3, quantize_fp8, quantize_weight, to_e4m3, unrounded_linear)
-from nano_vllm.fusions import fused_rope_and_cache
+from nano_vllm.fusions import compiled_norm, fused_or_compiled_rope_and_cache, fused_rope_and_cache
 from nano_vllm.layers import OPS, Ops, choose_ops
 from nano_vllm.model import ModelConfig
 from nano_vllm.triton_attention import TritonAttention
@@ -212,8 +212,8 @@ def test_what_is_chosen_without_the_hardware():
         assert replace(ops, linear=None, head_linear=None) == replace(plain, linear=None, head_linear=None)
         assert choose_ops(replace(asked, quantization="fp8_per_channel")).linear.keywords == ops.linear.keywords
     assert fp8_ops(target()) is None and fp8_ops(target(quantization="int8")) is None
-    with pytest.raises(ValueError, match="compile must be False with quantization 'fp8' on device 'cpu', got True"):
-        choose_ops(target(DENSE, quantization="fp8", compile=True))
+    compiled = choose_ops(target(DENSE, quantization="fp8", compile=True))
+    assert compiled.linear.keywords["product"] is EmulatedFp8Product and compiled.norm is compiled_norm
 
 
 @pytest.mark.parametrize("capability, product", [((8, 0), EmulatedFp8Product), ((8, 6), EmulatedFp8Product), ((8, 9), Fp8Product),
@@ -224,7 +224,7 @@ def test_what_is_chosen_on_a_gpu(capability, product, monkeypatch):
     for compile in (False, True):
         ops = choose_ops(replace(asked, compile=compile))
         assert ops.linear.keywords["product"] is product and ops.attention is TritonAttention and ops.head_linear is unrounded_linear
-        assert (ops.rope_and_cache is fused_rope_and_cache) == compile
+        assert ops.rope_and_cache is (fused_or_compiled_rope_and_cache if compile else fused_rope_and_cache)
     args = EngineArgs("x", kv_cache_dtype="fp8")
     if capability >= (8, 9): assert choose_kv_dtype(args, torch.bfloat16, CUDA) == E4M3
     else:
