@@ -342,11 +342,10 @@ def test_what_is_refused(options, words, tmp_path):
 def test_fused_kernels_leave_bytes_to_the_backend(monkeypatch):
     "The kernel that norms, rotates and stores does not round to e4m3; whoever stores by `attention.store` does."
     called = []
-    monkeypatch.setattr(fusions, "compiled_rope_and_cache", lambda *args: called.append(args))
     monkeypatch.setattr(fusions, "norm_rotate_store", lambda *args: "fused")
     layer = SimpleNamespace(q_norm=None, layer=0)
     for dtype, fused in ((E4M3, False), (torch.bfloat16, True)):
         attention = object.__new__(TritonAttention)
         attention.kv_cache, attention.metadata, attention.batch = torch.zeros(1, dtype=dtype), None, SimpleNamespace(slot_mapping=None)
-        assert (fused_rope_and_cache(layer, None, None, None, attention) == "fused") == fused
+        assert (fused_rope_and_cache(layer, None, None, None, attention, lambda *args: called.append(args)) == "fused") == fused
     assert len(called) == 1

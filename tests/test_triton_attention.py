@@ -22,6 +22,7 @@ from nano_vllm.sampling_params import SamplingParams, log_once
 from nano_vllm.triton_attention import MIN_DOT, AttentionMetadata, FlashAttention, Tiles, TritonAttention, count_items
 from nano_vllm.triton_kernels import store_kv
 from test_attention import float32_tolerance
+from test_model_runner import make_config
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted where there is no GPU; make gpu runs them on one")
 SIZES = [1, 8, 16, 32, 64, 128, 256]
@@ -526,6 +527,6 @@ def test_the_choice_is_logged_once(caplog):
 
 
 def test_the_kernels_are_what_a_gpu_gets():
-    target = Target(None, torch.device("cuda"), torch.bfloat16, torch.bfloat16)
+    target = Target(make_config(), torch.device("cuda"), torch.bfloat16, torch.bfloat16)
     assert choose_ops(target).attention is TritonAttention
     assert choose_ops(target, "torch").attention is TorchAttention
