@@ -35,6 +35,7 @@ def work_of(seed: int, requests: int, prompt: list[int], output: list[int], voca
     def tokens(n): return [rng.randrange(100, vocab_size) for _ in range(n)]
     prompts = [tokens(rng.randint(*prompt)) for _ in range(requests)]
     return Workload(prompts, [SamplingParams(temperature=0.6, max_tokens=rng.randint(*output), ignore_eos=True) for _ in prompts])
+FRESH = "--no-enable-prefix-caching"     # a server gets each work twice, once for each way to answer
 
 
 class Server:
@@ -114,8 +115,8 @@ def main():
     threads = dict(OMP_NUM_THREADS=str(cores))
     alone = threads | dict(VLLM_CPU_OMP_THREADS_BIND=f"0-{cores - 1}", VLLM_CPU_KVCACHE_SPACE="2")
     of_ours = "from nano_vllm.cli import main; main()"
-    of_theirs = [vllm, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--disable-uvicorn-access-log"]
-    servers = {"nano_vllm": Server("nano_vllm serve", [sys.executable, "-c", of_ours, "serve", folder], **threads),
+    of_theirs = [vllm, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--disable-uvicorn-access-log", FRESH]
+    servers = {"nano_vllm": Server("nano_vllm serve", [sys.executable, "-c", of_ours, "serve", folder, FRESH], **threads),
                "vllm": Server("vllm serve", of_theirs + ["--enforce-eager"] * TOY, **alone)}
     bare = {"nano_vllm": peers.Engine("nano_vllm", sys.executable, "nano_vllm", folder, "dtype=float32", **threads),
             "vllm": peers.Engine("vllm", vllm, "vllm", folder, "dtype=float32", *["enforce_eager=1"] * TOY, **alone)}
