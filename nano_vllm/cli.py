@@ -50,6 +50,7 @@ ENGINE_OPTIONS = dict(
     block_size=(int, "tokens in a KV block"),
     ops=(str, "implementations, by name; a wrong one lists them"),
     attention_backend=(str, "attention, by name; a wrong one lists them"),
+    enable_prefix_caching=(bool, "find the KV blocks of texts computed before"),
     async_scheduling=(bool, "prepare a step while one is computed"),
     quantization=(str, "int8, int4 (on a CPU) or fp8: how matrices are held"),
     tensor_parallel_size=(int, "processes that share the model"),

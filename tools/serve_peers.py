@@ -24,6 +24,7 @@ from nano_vllm.workbench import fetch, record
 
 TOY = "--toy" in sys.argv
 ROUNDS = 1 if TOY else peers.ROUNDS
+FRESH = "--no-enable-prefix-caching"     # a server gets each work twice, once for each way to answer
 MANY = dict(requests=3, prompt=[8, 8], output=[4, 8]) if TOY else peers.WORK["32 requests"]
 ONE = dict(requests=1, prompt=[20, 20], output=[1, 1])
 OPTIONS = dict(dtype="float32")
@@ -35,7 +36,6 @@ def work_of(seed: int, requests: int, prompt: list[int], output: list[int], voca
     def tokens(n): return [rng.randrange(100, vocab_size) for _ in range(n)]
     prompts = [tokens(rng.randint(*prompt)) for _ in range(requests)]
     return Workload(prompts, [SamplingParams(temperature=0.6, max_tokens=rng.randint(*output), ignore_eos=True) for _ in prompts])
-FRESH = "--no-enable-prefix-caching"     # a server gets each work twice, once for each way to answer
 
 
 class Server:
