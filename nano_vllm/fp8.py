@@ -4,19 +4,18 @@
 
 # %% auto #0
 __all__ = ['E4M3', 'LARGEST', 'FP8_NAMES', 'to_e4m3', 'quantize_fp8', 'quantize_weight', 'from_e4m3', 'EmulatedFp8Product',
-           'Fp8Product', 'fits_fp8', 'unrounded_linear', 'fp8_linear', 'ops_around', 'fp8_ops']
+           'Fp8Product', 'fits_fp8', 'fp8_linear', 'ops_around', 'fp8_ops']
 
 # %% ../nbs/29_fp8.ipynb #22ca52bb
 from dataclasses import replace
 from functools import partial
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from .bfloat16 import bfloat16_ops
 from .cpu_products import cpu_products_ops
 from .engine_args import has_fp8
 from .layers import OPS, Ops, Target, last_that_suits, torch_ops
-from .quantization import QUANTIZED
+from .quantization import QUANTIZED, float_linear
 from .sampling_params import log_once
 
 # %% ../nbs/29_fp8.ipynb #04a89e6c
@@ -84,11 +83,6 @@ def fits_fp8(weight: Tensor) -> bool:
     return all(n % 16 == 0 for n in weight.shape)
 
 # %% ../nbs/29_fp8.ipynb #8c68b000
-def unrounded_linear(weight: Tensor):
-    "The product with `weight` as it is."
-    return lambda x, bias=None: F.linear(x, weight, bias)
-
-
 def fp8_linear(weight: Tensor, product, plain):
     "A `product` with `weight` in e4m3, or a `plain` one where the sizes do not fit."
     return product(weight) if fits_fp8(weight) else plain(weight)
@@ -114,7 +108,7 @@ def fp8_ops(target: Target) -> Ops | None:
         log_once(f"quantization 'fp8' is emulated on this {target.device.type}: it "
                  "answers as a GPU with FP8 does, and is slower than no quantization")
         product = EmulatedFp8Product
-    plain = ops.head_linear or ops.linear or unrounded_linear
+    plain = ops.head_linear or ops.linear or float_linear
     linear = partial(fp8_linear, product=product, plain=plain)
     return replace(ops, linear=linear, head_linear=plain, batch_invariant=False)
 OPS["fp8"] = fp8_ops

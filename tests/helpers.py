@@ -1,6 +1,8 @@
 "What several test files need: an engine that has to be idle, and a tiny model in a folder of its own."
 import json
+import os
 import shutil
+import subprocess
 import sys
 
 import torch
@@ -71,3 +73,13 @@ class Tracing:
         return self
 
     def __exit__(self, *_): sys.settrace(self.before)
+
+
+def run_compiler(script: str, tmp_path) -> str:
+    "What a program prints that compiles kernels for a GPU: the interpreter takes more Python than the compiler does, which needs no GPU."
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    file = tmp_path/"compile.py"
+    file.write_text(script)
+    done = subprocess.run([sys.executable, file], capture_output=True, text=True, env=env | {"PYTHONPATH": os.getcwd()})
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -1,15 +1,12 @@
 """Norm, rotation and store in one launch, interpreted: against the functions it replaces, and in the engine."""
 import mmap
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from helpers import tiny_folder
+from helpers import run_compiler, tiny_folder
 from nano_vllm import LLM, engine_args as engine_module, fusions
 from nano_vllm.attention import TorchAttention, slots_of
 from nano_vllm.cuda_graphs import make_graphs
@@ -259,8 +256,4 @@ print("compiled")
 
 
 def test_the_kernel_compiles_for_a_gpu_that_is_not_here(tmp_path):
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    script = tmp_path/"compile.py"
-    script.write_text(COMPILE)
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env | {"PYTHONPATH": os.getcwd()})
-    assert done.stdout == "compiled\n", done.stderr
+    assert run_compiler(COMPILE, tmp_path) == "compiled\n"

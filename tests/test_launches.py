@@ -1,13 +1,11 @@
 """Add and norm, and SwiGLU, in one launch each, interpreted: against the functions they replace; and how many launches a layer of a decode step has."""
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, strategies as st
 
+from helpers import run_compiler
 from nano_vllm import fusions
 from nano_vllm.cuda_graphs import make_graphs
 from nano_vllm.fusions import CountingRecorder, fused_norm, fused_rope_and_cache, fused_silu_and_mul, launches
@@ -204,8 +202,4 @@ print("compiled")
 
 def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path):
     "From sm_80 to sm_100; they hardly use shared memory."
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    script = tmp_path/"compile.py"
-    script.write_text(COMPILE)
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env | {"PYTHONPATH": os.getcwd()})
-    assert done.stdout == "compiled\n", done.stderr
+    assert run_compiler(COMPILE, tmp_path) == "compiled\n"

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers import tiny_folder
+from helpers import run_compiler, tiny_folder
 from nano_vllm import LLM, cuda_graphs, engine_args as engine_module, sampler
 from nano_vllm.cuda_graphs import make_graphs
 from nano_vllm.layers import OPS, Ops, Target, choose_ops
@@ -425,8 +425,4 @@ print("compiled")
 
 def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path):
     "And fit into their shared memory, in KiB a block."
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    script = tmp_path/"compile.py"
-    script.write_text(COMPILE)
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env | {"PYTHONPATH": os.getcwd()})
-    assert done.stdout == "compiled\n", done.stderr
+    assert run_compiler(COMPILE, tmp_path) == "compiled\n"

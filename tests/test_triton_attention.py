@@ -1,7 +1,5 @@
 """The Triton kernels, interpreted: each against `ReferenceAttention` over random mixed batches, and compiled where no GPU is."""
 import mmap
-import os
-import subprocess
 import sys
 import types
 from dataclasses import replace
@@ -14,7 +12,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 import nano_vllm.triton_attention as module
 import nano_vllm.triton_kernels as stores
 from gpu_checks import attend as store_and_attend, mixed
-from helpers import tiny_folder
+from helpers import run_compiler, tiny_folder
 from nano_vllm.attention import BACKENDS, ReferenceAttention, TorchAttention, attention_backend, make_batch, slots_of
 from nano_vllm.kv_blocks import ScheduledSequence, Sequence
 from nano_vllm.layers import Target, choose_ops
@@ -397,16 +395,6 @@ compiled("store_kv_kernel", data | dict(slot_mapping="*i64"), dict(
     k_dim=1, v_dim=1, cache_dim=1, SIZE=16, HEADS=t.kv_heads, DIM=t.dim, WIDTH=1024), 89)
 print("compiled")
 """
-
-
-def run_compiler(script: str, tmp_path) -> str:
-    "What a program prints that compiles kernels for a GPU: the interpreter takes more Python than the compiler does, which needs no GPU."
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    file = tmp_path/"compile.py"
-    file.write_text(script)
-    done = subprocess.run([sys.executable, file], capture_output=True, text=True, env=env | {"PYTHONPATH": os.getcwd()})
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path): assert run_compiler(COMPILE, tmp_path) == "compiled\n"
