@@ -8,7 +8,7 @@ __all__ = ['LAYER', 'STEP', 'MLP_IN_PIECES', 'RUN_LAYERS', 'ONE_BY_ONE', 'TABLES
            'with_one_call', 'cpu_steps_ops', 'int8_steps_ops', 'bfloat16_steps_ops']
 
 # %% ../nbs/27_cpu_steps.ipynb #c82002eb
-import ctypes, functools
+import ctypes, functools, math
 from collections.abc import Callable
 from dataclasses import replace
 from weakref import WeakKeyDictionary
@@ -17,7 +17,7 @@ from torch import Tensor
 from .cpu_attention import ALL_SOURCE, TiledAttention, TiledQueries
 from .cpu_kernels import (NORM, PLAIN, SWIGLU, InPlaceAttention,
                                    InPlaceQueries, address, fits_kernels, load_library)
-from .bfloat16 import bfloat16_ops, in_float32
+from .bfloat16 import EitherProduct, bfloat16_ops, in_float32
 from .cpu_products import (MAX_MLP_TOKENS, PRODUCT, ROPE_AND_CACHE,
                                     TiledProduct, cpu_products_ops, head_norms)
 from .layers import OPS, Linear, Ops, Target
@@ -159,6 +159,9 @@ class LayerTable:
         self.head_dim, self.eps = attention.head_dim, layers[0].input_layernorm.eps
         self.q_size, self.kv_size, _ = attention.qkv_proj.lengths
         self.intermediate_size = mlp.gate_up_proj.lengths[0]
+        products = [m.product for layer in layers for m in linears(layer)]
+        self.border = min([product.border for product in products
+                           if isinstance(product, EitherProduct)], default=math.inf)
 
     def room(self, residual: Tensor) -> dict[str, Tensor]:
         "Memory for the activations of tokens with a residual (N, hidden)."
@@ -212,7 +215,8 @@ def run_layers_at_once(layers, hidden_states: Tensor, residual: Tensor, cos: Ten
     "What `run_layers` gives: one call, if the layers and the batch allow it."
     decodes, table = only_part(attention), layer_table(layers)
     tensors = hidden_states, residual, cos, sin
-    if decodes is None or table is None or not fits_kernels(*tensors):
+    possible = decodes is not None and table is not None and fits_kernels(*tensors)
+    if not possible or len(residual) >= table.border:
         return PLAIN.run_layers(layers, *tensors, attention)
     tensors = [tensor.contiguous() for tensor in tensors]
     table.run(*tensors, attention, decodes)

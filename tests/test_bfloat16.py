@@ -1,14 +1,15 @@
 """Weights in bfloat16, all else in float32: products within their bounds, rows that nobody else can move, and a model that is the
 float32 one of the same weights, but for the rounding of rows."""
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from helpers import assert_idle, tiny_folder
-from nano_vllm import LLM, SamplingParams, bfloat16, cpu_kernels
+from nano_vllm import LLM, SamplingParams, bfloat16, cpu_kernels, cpu_steps
 from nano_vllm.attention import TorchAttention
-from nano_vllm.bfloat16 import Bfloat16Product, LibraryProduct, bfloat16_linear, bfloat16_ops
+from nano_vllm.bfloat16 import Bfloat16Product, EitherProduct, LibraryProduct, bfloat16_linear, bfloat16_ops, library_border
 from nano_vllm.cpu_kernels import CAN_BUILD, PlainProduct, can_build, predefined_macros, toolchain
 from nano_vllm.cpu_products import TiledProduct
 from nano_vllm.layers import OPS, Ops, choose_ops
@@ -46,7 +47,8 @@ def test_a_row_is_the_same_in_every_batch(widen):
 
 
 @compiled
-def test_what_does_not_fit_is_held_in_float32():
+def test_what_does_not_fit_is_held_in_float32(monkeypatch):
+    finding(monkeypatch, NEVER)
     kinds = {(o, i): type(bfloat16_linear(torch.randn(o, i).to(HALF))) for o, i in ((32, 32), (32, 24), (33, 32))}
     assert kinds[32, 32] is Bfloat16Product and kinds[32, 24] is TiledProduct
     assert kinds[33, 32] not in (Bfloat16Product, TiledProduct, PlainProduct)
@@ -75,26 +77,82 @@ def test_a_model_is_the_float32_one_of_the_same_weights(family, changes, name, t
     assert {n for n, p in ours.named_parameters() if p.dim() == 2} == {"model.embed_tokens.weight"}
 
 
-@compiled
-def test_where_the_library_is_faster_it_gets_the_matrices(tmp_path, monkeypatch):
+NEVER, ALWAYS, FROM_8 = {1: (1, 2), 8: (1, 2)}, {1: (2, 1), 8: (2, 1)}, {1: (1, 2), 8: (2, 1)}
+with_library = pytest.mark.skipif(not can_build() or cpu_kernels.LANES < 16, reason="oneDNN has no product in bfloat16 for this CPU")
+
+
+def finding(monkeypatch, times): monkeypatch.setattr(bfloat16, "product_times", lambda: times)
+
+
+@with_library
+@pytest.mark.parametrize("times, kind", [(NEVER, Bfloat16Product), (ALWAYS, LibraryProduct), (FROM_8, EitherProduct)], ids=["never", "always", "from 8"])
+def test_where_the_library_is_faster_it_gets_the_matrices(times, kind, tmp_path, monkeypatch):
     "Its results are rounded to bfloat16, too, so there is twice as much to allow."
-    if cpu_kernels.LANES < 16: return
-    monkeypatch.setattr(bfloat16, "library_wins", lambda: True)
+    finding(monkeypatch, times)
     make("Qwen2", tmp_path, **FITTING)
     config, ids = ModelConfig.from_folder(tmp_path), list(range(40))
     same = load_model(tmp_path, config, HALF, "cpu").float()
     ours = load_model(tmp_path, config, HALF, "cpu", ops=choose_ops(target(config, HALF)))
     kinds = {type(m.product) for m in ours.model.modules() if getattr(m, "product", None)}
-    assert LibraryProduct in kinds and Bfloat16Product not in kinds
-    expected, logits = our_logits(same, ids), our_logits(ours, ids)
-    assert logits.dtype == torch.float32 and (logits - expected).norm() / expected.norm() < 2**-8 * (4*config.num_layers + 1)
+    assert kinds & {Bfloat16Product, LibraryProduct, EitherProduct} == {kind}
+    for some in (ids, ids[:7]):
+        expected, logits = our_logits(same, some), our_logits(ours, some)
+        assert logits.dtype == torch.float32 and (logits - expected).norm() / expected.norm() < 2**-8 * (4*config.num_layers + 1)
 
 
-@compiled
-@pytest.mark.parametrize("times, wins", [((3, 1), True), ((3, 1.9), True), ((3, 2.1), False), ((1, 3), False)])
-def test_the_library_has_to_be_much_faster(monkeypatch, times, wins):
-    monkeypatch.setattr(bfloat16, "time_both", lambda rows: times)
-    assert bfloat16.library_wins.__wrapped__() == (wins and cpu_kernels.LANES == 16)
+@with_library
+def test_few_rows_are_ours_and_many_the_librarys():
+    weight, x, bias = random(1, 96, 64).to(HALF), random(0, 40, 64), random(2, 96)
+    ours, library, either = Bfloat16Product(weight), LibraryProduct(weight), EitherProduct(weight, 8)
+    for n in (1, 7, 8, 40):
+        owner, other = (ours, library) if n < 8 else (library, ours)
+        assert torch.equal(either(x[:n], bias), owner(x[:n], bias)) and not torch.equal(either(x[:n], bias), other(x[:n], bias))
+    assert torch.equal(either(x.view(2, 20, 64)), library(x.view(2, 20, 64)))      # rows, not the first dimension
+
+
+@with_library
+def test_a_step_from_the_border_on_is_not_one_call(tmp_path, monkeypatch):
+    "Steps of few tokens go through all layers at once, by our products; others layer by layer, by oneDNN's."
+    finding(monkeypatch, FROM_8)
+    run, alone, together = cpu_steps.LayerTable.run, [], []
+    monkeypatch.setattr(cpu_steps.LayerTable, "run", lambda self, x, *args: (alone.append(len(x)), run(self, x, *args)))
+    monkeypatch.setattr(EitherProduct, "__call__", lambda self, x, bias=None: (together.append(x.numel() // x.shape[-1]), self.library(x, bias))[1])
+    llm = LLM(tiny_folder(tmp_path, **FITTING), dtype="bfloat16", num_kv_blocks=60)
+    llm.generate([[5] * n for n in (7, 8, 20)], SamplingParams(max_tokens=3, ignore_eos=True), use_tqdm=False)
+    llm.generate([5] * 7, SamplingParams(max_tokens=3, ignore_eos=True), use_tqdm=False)
+    assert set(alone) == {1, 3, 7} and {n for n in together if n > 7} == {35}
+    assert_idle(llm)
+
+
+@pytest.mark.parametrize("times, border", [
+    (NEVER, math.inf), (ALWAYS, 1), (FROM_8, 8), ({8: (3, 2), 64: (3, 2.01)}, math.inf), ({8: (3, 2), 64: (3, 2)}, 8),
+    ({1: (3, 1), 8: (1, 1), 64: (3, 1)}, 64), ({64: (3, 1), 8: (1, 1), 1: (3, 1)}, 64)])
+def test_the_library_has_to_be_much_faster(times, border): assert library_border(times) == border
+
+
+@with_library
+def test_products_are_timed_once_on_a_machine(tmp_path, monkeypatch):
+    "What was found is kept, whole, for those processors, threads and versions of PyTorch for which it holds."
+    monkeypatch.setenv("NANO_VLLM_CACHE", str(tmp_path))
+    asked, measure = [], bfloat16.product_times.__wrapped__
+    monkeypatch.setattr(bfloat16, "time_both", lambda rows: (asked.append(rows), (0.25, rows))[1])
+    first = measure()
+    assert list(first) == asked == list(bfloat16.TIMED_ROWS) and measure() == {n: [0.25, n] for n in asked} and len(asked) == len(first)
+    kept, = (tmp_path/"products").iterdir()
+    for change in (lambda: monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2"), lambda: monkeypatch.setattr(torch, "__version__", "9"),
+                   lambda: monkeypatch.setattr(torch, "get_num_threads", lambda: 77),
+                   lambda: monkeypatch.setattr(bfloat16, "predefined_macros", lambda _: "#define __AMX_BF16__ 1")):
+        before = len(asked)
+        change()
+        measure()
+        assert len(asked) == before + len(first)
+    assert len(list((tmp_path/"products").iterdir())) == 5 and kept.exists()
+
+
+@with_library
+def test_a_measurement_is_of_both():
+    times = bfloat16.time_both(rows=2, size=64, copies=2)
+    assert len(times) == 2 and all(0 < t < 1 for t in times)
 
 
 def test_where_it_suits(tmp_path, monkeypatch):

@@ -36,11 +36,11 @@ def close(ours, expected, config, tokens, unit=ROUNDING):
     """Are these what a model of `config` gives for texts of `tokens`, but for rounding? A sum of n numbers is off by n roundings of its
     terms at most, and a decoder is a chain of sums: in each layer over the hidden size (two norms, two products), over heads and tokens
     (scores, averages, o) and over the MLP, at the end over the hidden size. If the cache rounds more coarsely, a number between two that
-    it can hold may go either way: then all may be off by such a unit."""
+    it can hold may go either way, in each layer: then all may be off by such a unit for each."""
     c = config
     layer = 4*c.hidden_size + c.head_dim + tokens + c.num_heads*c.head_dim + c.intermediate_size
     roundings = c.num_layers*layer + 2*c.hidden_size
-    bound = max(2 * roundings * ROUNDING, unit)
+    bound = max(2 * roundings * ROUNDING, c.num_layers * unit)
     torch.testing.assert_close(ours, expected, atol=float(bound * expected.nan_to_num().abs().max()), rtol=0, equal_nan=True)
 
 

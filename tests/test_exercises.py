@@ -24,6 +24,7 @@ import torch
 import quarto_filter
 from book import Chapter, chapters
 from exercise_answers import Answers, assert_all_tried, checks_of, name_of, try_answer
+from nano_vllm.attention import BACKENDS
 from nano_vllm.kv_blocks import BlockPool, SchedulerOutput, blocks_needed
 from nano_vllm.prefix_cache import KVCacheManager, hash_block
 from nano_vllm.sampler import LOGIT_STAGES, SAMPLING_STAGES, run_stages
@@ -1041,6 +1042,15 @@ def test_every_check_has_been_tried_with_right_and_wrong_answers():
     assert_all_tried(CHECKS, ANSWERS)
 
 
+@pytest.fixture
+def own_backends():
+    "A solution may add a backend of its own to the table; it goes with the solution."
+    before = dict(BACKENDS)
+    yield
+    for name in BACKENDS.keys() - before.keys(): del BACKENDS[name]
+
+
+@pytest.mark.usefixtures("own_backends")
 @pytest.mark.parametrize("chapter", EXERCISED, ids=lambda c: c.name)
 def test_solutions_run_and_print_what_is_stored(chapter, monkeypatch):
     monkeypatch.chdir(chapter.solutions.parent)
