@@ -7,7 +7,8 @@ __all__ = ['norm', 'add_norm', 'split_norm_rotate', 'compiled', 'compiled_norm',
            'half_offsets', 'load_heads', 'store_heads', 'rotate_heads', 'rounded', 'norm_heads', 'norm_rotate_heads',
            'norm_rotate_store_kernel', 'norm_rotate_store', 'add_norm_kernel', 'fused_norm', 'silu_and_mul_kernel',
            'fused_silu_and_mul', 'fused_rope_and_cache', 'fused_or_compiled_rope_and_cache', 'triton_fusion_ops',
-           'fusion_ops', 'LaunchList', 'launches', 'CountingRecorder']
+           'fusion_ops', 'LaunchList', 'launches', 'CountingRecorder', 'nearest_e4m3', 'quantize_kernel',
+           'quantize_rows', 'FusedFp8Product', 'fp8_fusion_ops']
 
 # %% ../nbs/31_fusions.ipynb #0650ae4d
 import functools
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
+from .engine_args import has_fp8
+from .fp8 import E4M3, Fp8Product, fp8_linear, fp8_ops, quantize_fp8
 from .layers import (OPS, Ops, Target, last_that_suits, rms_norm,
                               rope_and_cache, rotate, silu_and_mul, triton_ops)
 
@@ -345,3 +348,54 @@ class CountingRecorder:
         with launches() as names: step()
         self.steps.append(names)
         return step
+
+# %% ../nbs/31_fusions.ipynb #28519de7
+@triton.jit
+def nearest_e4m3(z):
+    "The number of e4m3 that is nearest to `z`, of at most 448, in float32."
+    power = (z.to(tl.int32, bitcast=True) & 0x7f800000).to(tl.float32, bitcast=True)
+    step = tl.maximum(power, 2**-6) / 8
+    return (tl.div_rn(z, step) + 12582912. - 12582912.) * step
+
+
+@triton.jit
+def quantize_kernel(x, q, scale, x_row, x_dim, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    "One program for each row: its numbers in e4m3 to `q`, what one is worth to `scale`."
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, WIDTH)
+    there = i < DIM
+    z = tl.load(x + row*x_row + i*x_dim, mask=there, other=0.).to(tl.float32)
+    unit = tl.div_rn(tl.maximum(tl.max(tl.abs(z), 0), 1e-30), 448.)
+    unit += tl.sum(z - z, 0)   # NaN if a number of the row is not finite
+    tl.store(scale + row, unit)
+    z = nearest_e4m3(tl.div_rn(z, unit))
+    tl.store(q + row*DIM + i, z.to(tl.float8e4nv), mask=there)
+
+# %% ../nbs/31_fusions.ipynb #db351e98
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    "What `quantize_fp8(x)` gives for x (N, dim), in one launch."
+    rows, dim = x.shape
+    q = x.new_empty(rows, dim, dtype=E4M3)
+    scale = x.new_empty(rows, 1, dtype=torch.float32)
+    width = triton.next_power_of_2(dim)
+    quantize_kernel[(rows,)](x, q, scale, *x.stride(), dim, width,
+                             num_warps=min(max(4, width // 512), 16),
+                             enable_fp_fusion=False)
+    return q, scale
+
+# %% ../nbs/31_fusions.ipynb #bbfc6fb6
+class FusedFp8Product(Fp8Product):
+    "`Fp8Product` whose rows are rounded in one launch."
+    quantize = staticmethod(quantize_rows)
+
+
+def fp8_fusion_ops(target: Target) -> Ops | None:
+    "quantization='fp8' on a GPU that has units for it; no compile."
+    ops = fp8_ops(target)
+    if ops is None or not has_fp8(target.device): return None
+    linear = functools.partial(fp8_linear, product=FusedFp8Product,
+                               plain=ops.head_linear)
+    return replace(ops, linear=linear)
+
+
+if TritonAttention: OPS["fp8_fusions"] = fp8_fusion_ops

@@ -15,7 +15,7 @@ from nano_vllm.attention import ReferenceAttention, TorchAttention, as_cached, s
 from nano_vllm.engine_args import EngineArgs, choose_kv_dtype, has_fp8
 from nano_vllm.fp8 import (
     E4M3, EmulatedFp8Product, Fp8Product, fits_fp8, fp8_ops, from_e4m3, quantize_fp8, quantize_weight, to_e4m3)
-from nano_vllm.fusions import compiled_norm, fused_or_compiled_rope_and_cache, fused_rope_and_cache
+from nano_vllm.fusions import FusedFp8Product, compiled_norm, fused_or_compiled_rope_and_cache, fused_rope_and_cache
 from nano_vllm.layers import OPS, Ops, choose_ops
 from nano_vllm.model import ModelConfig
 from nano_vllm.quantization import float_linear
@@ -217,8 +217,8 @@ def test_what_is_chosen_without_the_hardware():
     assert compiled.linear.keywords["product"] is EmulatedFp8Product and compiled.norm is compiled_norm
 
 
-@pytest.mark.parametrize("capability, product", [((8, 0), EmulatedFp8Product), ((8, 6), EmulatedFp8Product), ((8, 9), Fp8Product),
-                                                 ((9, 0), Fp8Product), ((12, 0), Fp8Product)], ids=str)
+@pytest.mark.parametrize("capability, product", [((8, 0), EmulatedFp8Product), ((8, 6), EmulatedFp8Product), ((8, 9), FusedFp8Product),
+                                                 ((9, 0), FusedFp8Product), ((12, 0), FusedFp8Product)], ids=str)
 def test_what_is_chosen_on_a_gpu(capability, product, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     asked = target(DENSE, torch.bfloat16, "cuda", quantization="fp8")

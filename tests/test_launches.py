@@ -1,16 +1,20 @@
-"""Add and norm, and SwiGLU, in one launch each, interpreted: against the functions they replace; and how many launches a layer of a decode step has."""
+"""Add and norm, SwiGLU, and the rounding of rows to e4m3, in one launch each, interpreted: against the functions they replace; and how many launches a layer of a decode step has."""
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, strategies as st
 
 from helpers import run_compiler
-from nano_vllm import fusions
+from nano_vllm import fp8, fusions
 from nano_vllm.cuda_graphs import make_graphs
-from nano_vllm.fusions import CountingRecorder, fused_norm, fused_rope_and_cache, fused_silu_and_mul, launches
+from nano_vllm.fp8 import EmulatedFp8Product, Fp8Product, fp8_linear, quantize_fp8
+from nano_vllm.fusions import (
+    CountingRecorder, FusedFp8Product, fused_norm, fused_rope_and_cache, fused_silu_and_mul, launches, quantize_rows)
 from nano_vllm.layers import Ops, Target, choose_ops, rms_norm, rope_and_cache, silu_and_mul
 from nano_vllm.model_runner import ModelRunner
+from nano_vllm.quantization import float_linear
 from nano_vllm.triton_attention import TritonAttention
 from nano_vllm.weights import load_model
 from test_fused_rows import rounded
@@ -116,6 +120,73 @@ def test_a_weight_of_float32_widens_the_result():
     torch.testing.assert_close(ours, theirs, atol=2**-9, rtol=2**-9)
 
 
+# ---- rows in eight bits
+
+def alike(ours, theirs): return torch.equal(ours.float().nan_to_num(7777), theirs.float().nan_to_num(7777))
+
+
+@st.composite
+def wide_rows(draw):
+    g, dtype = torch.Generator().manual_seed(draw(st.integers(0, 2**31))), draw(st.sampled_from(DTYPES))
+    count, width = draw(st.sampled_from([0, 1, 3, 17])), draw(st.sampled_from(WIDTHS))
+    sizes = 10. ** torch.randint(-6, 4, (count, 1), generator=g) * torch.where(torch.rand(count, width, generator=g) < .02, 50, 1)
+    return (with_steps(draw, g, count, width) * sizes).clamp(-6e4, 6e4).to(dtype)
+
+
+@few(120)
+@given(wide_rows())
+def test_rows_in_eight_bits(x):
+    "The numbers and scales of the function, to the last bit; a zero may have another sign."
+    kept = x.clone()
+    (q, scale), (wanted, its_scale) = quantize_rows(x), quantize_fp8(x)
+    assert q.dtype == wanted.dtype and scale.dtype == torch.float32 and torch.equal(scale, its_scale) and q.is_contiguous()
+    assert q.shape == wanted.shape and alike(q, wanted)
+    assert torch.equal(x, kept), "the input was written to"
+
+
+def test_every_number_of_e4m3_and_the_middles_between():
+    "Ties go to the even number; below 2**-6 numbers lie 2**-9 apart."
+    numbers = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    middles = (numbers[1:] + numbers[:-1]) / 2
+    near = torch.cat([numbers, middles, middles.nextafter(torch.tensor(0.)), middles.nextafter(torch.tensor(500.))])
+    x = torch.cat([near, -near])[None]
+    q, scale = quantize_rows(x)
+    assert scale.item() == 1 and q[0, :127].float().equal(numbers) and alike(q, x.to(torch.float8_e4m3fn))
+
+
+def test_a_row_of_zeros_and_one_that_is_not_finite():
+    x = torch.zeros(3, 16)
+    x[1, 4], x[2] = torch.nan, 5
+    q, scale = quantize_rows(x)
+    assert (q[0].float() == 0).all() and (q[2].float() == 448).all() and scale[2].item() == torch.tensor(5 / 448).item()
+    assert scale[0].item() == quantize_fp8(x)[1][0].item() > 0
+    assert not (q[1].float() * scale[1]).sum().isfinite(), "NaN is not hidden"
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0)], ids=str)
+def test_a_gpu_with_fp8_rounds_rows_in_one_launch(capability, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    asked = target(quantization="fp8")
+    plain, ops = choose_ops(asked, "fp8"), choose_ops(asked)
+    if capability < (8, 9): assert ops.linear.keywords["product"] is EmulatedFp8Product and fusions.fp8_fusion_ops(asked) is None
+    else:
+        assert ops.linear.keywords == plain.linear.keywords | dict(product=FusedFp8Product) and ops == replace(plain, linear=ops.linear)
+        assert ops.norm is fused_norm and choose_ops(replace(asked, compile=True)).linear.keywords["product"] is FusedFp8Product
+    for changes in (dict(quantization=None), dict(quantization="int8"), dict(device=torch.device("cpu"))):
+        assert fusions.fp8_fusion_ops(replace(asked, **changes)) is None
+    with pytest.raises(ValueError, match="ops is 'fp8_fusions'.*GPU that has units for it"): choose_ops(target(), "fp8_fusions")
+
+
+def test_the_product_with_its_rows_rounded_at_once():
+    x, weight, bias = torch.randn(2, 3, 64), torch.randn(48, 64), torch.randn(48)
+    try: expected = Fp8Product(weight)(x, bias)
+    except (RuntimeError, NotImplementedError): pytest.skip("this PyTorch has no FP8 product for processors")
+    fused = FusedFp8Product(weight)
+    assert torch.equal(fused(x, bias), expected)
+    with launches() as names: fused(x)
+    assert names.count("quantize_kernel") == 1 and "amax" not in names
+
+
 # ---- what a GPU is given
 
 def target(**changes):
@@ -162,6 +233,18 @@ def test_a_layer_of_a_decode_step_has_ten_launches(changes):
     assert a_layer(choose_ops(target(), "triton")) > 35
 
 
+def test_with_fp8_a_layer_has_four_more():
+    "One for the rows of each product; PyTorch's own operators are eight each."
+    torch.use_deterministic_algorithms(False)
+    try: Fp8Product(torch.ones(16, 16))(torch.ones(1, 16))
+    except (RuntimeError, NotImplementedError): pytest.skip("this PyTorch has no FP8 product for processors")
+    def a_layer(product):
+        ops = replace(choose_ops(target()), linear=partial(fp8_linear, product=product, plain=float_linear), head_linear=float_linear)
+        return len(decode_launches(make_config(num_layers=2, head_dim=16, hidden_size=64, intermediate_size=96), ops)) - len(
+            decode_launches(make_config(num_layers=1, head_dim=16, hidden_size=64, intermediate_size=96), ops))
+    assert a_layer(FusedFp8Product) <= 14 and a_layer(Fp8Product) == a_layer(FusedFp8Product) + 4*7
+
+
 def test_views_and_memory_are_no_launches():
     torch.use_deterministic_algorithms(False)
     with launches() as names:
@@ -181,14 +264,15 @@ COMPILE = """
 import sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from nano_vllm import fusions
+from nano_vllm import fp8, fusions
 def shared(name, types, constants, capability, warps):
     kernel = getattr(fusions, name)
     types = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
     places = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
     made = triton.compile(ASTSource(kernel, types, places), target=GPUTarget("cuda", capability, 32), options=dict(num_warps=warps, enable_fp_fusion=False))
     assert len(made.asm["cubin"]) > 1000
-    if types["x"] == "*bf16" and capability >= 90: assert "cvt.rn.bf16" in made.asm["ptx"], "bfloat16 is rounded, not cut"
+    if "q" in types: assert "cvt.rn.satfinite.e4m3x2.f32" in made.asm["ptx"]
+    elif types["x"] == "*bf16" and capability >= 90: assert "cvt.rn.bf16" in made.asm["ptx"], "bfloat16 is rounded, not cut"
     return made.metadata.shared
 for capability in (80, 86, 89, 90, 100):
     for dtype, width, warps, adds in (("bf16", 1024, 4, True), ("fp16", 8192, 16, True), ("fp32", 5000, 16, False)):
@@ -196,6 +280,9 @@ for capability in (80, 86, 89, 90, 100):
         constants = dict(x_dim=1, DIM=width, WIDTH=triton.next_power_of_2(width)) | (dict(residual_dim=1) if adds else dict(residual=None, residual_dim=1))
         assert shared("add_norm_kernel", data | dict(eps="fp32"), constants, capability, warps) <= 1024
         assert shared("silu_and_mul_kernel", data, dict(x_dim=1, DIM=width, BLOCK=1024), capability, 4) == 0
+        if capability < 89: continue       # older ones have no e4m3
+        rows = dict(x="*" + dtype, q="*fp8e4nv", scale="*fp32")
+        assert shared("quantize_kernel", rows, dict(x_dim=1, DIM=width, WIDTH=triton.next_power_of_2(width)), capability, warps) <= 1024
 print("compiled")
 """
 

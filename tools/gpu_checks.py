@@ -15,6 +15,7 @@ from nano_vllm.attention import Batch, ReferenceAttention, TorchAttention, make_
 from nano_vllm.cuda_graphs import GpuRecorder
 from nano_vllm.engine_args import has_fp8
 from nano_vllm.fp8 import EmulatedFp8Product, Fp8Product, quantize_fp8, to_e4m3
+from nano_vllm.fusions import FusedFp8Product, quantize_rows
 from nano_vllm.fusions import fused_norm, fused_rope_and_cache, fused_silu_and_mul, norm_rotate_store, split_norm_rotate
 from nano_vllm.kv_blocks import ScheduledSequence, Sequence, blocks_needed
 from nano_vllm.layers import OPS, Ops, Rotary, Target, last_that_suits, rms_norm, silu_and_mul
@@ -124,11 +125,11 @@ def fp8_product(toy: bool):
     except (RuntimeError, NotImplementedError):
         if not toy: raise
         return EmulatedFp8Product
-    return Fp8Product
+    return FusedFp8Product
 
 
 def fp8_products(toy: bool) -> dict | str:
-    """`torch._scaled_mm` against the emulation on the same device, on random sizes; zeros, outliers, NaN in a row of its own.
+    """`torch._scaled_mm` against the emulation on the same device, on random sizes; zeros, outliers, NaN in a row of its own; and the kernel that rounds rows against the function.
 
     Products are exact, their sums are rounded in units that keep some 14 bits, and results are rounded to bfloat16."""
     if said := lacks_fp8(toy): return said
@@ -141,6 +142,8 @@ def fp8_products(toy: bool) -> dict | str:
         x[:, 0], weight[1], x[n // 2, 1] = 60 * x[:, 0], 0, torch.nan if n > 1 else 1
         got, expected = kind(weight)(x).float(), EmulatedFp8Product(weight)(x.float())
         (xq, xs), (wq, ws) = quantize_fp8(x), quantize_fp8(weight)
+        rounded, finite = quantize_rows(x), ~x.isnan().any(-1)
+        for ours, theirs in zip(rounded, (xq, xs)): assert torch.equal(ours.float()[finite], theirs.float()[finite]), (n, inputs)
         size = (xq.float().abs() @ wq.float().abs().T) * xs * ws.T
         bad = expected.isnan()
         assert torch.equal(got.isnan(), bad) and bad.any() == (n > 1), (n, inputs, outputs)
