@@ -138,6 +138,26 @@ def test_the_home_page_has_what_sells_the_book():
     for what in ("images/throughput.svg", "labs/scheduler.html", "An evening", "A week", "Eight sessions", "half an hour", "**You need**"): assert what in screen
 
 
+def test_the_home_page_leads_to_every_chapter():
+    page = (ROOT/"index.qmd").read_text(encoding="utf-8")
+    missing = [c.path.name for c in CHAPTERS if f"(nbs/{c.path.name})" not in page]
+    assert not missing, missing
+
+
+def test_the_glossary_is_in_the_order_of_the_alphabet():
+    terms = [term.lower() for term, _ in quarto_filter.TERM.findall((ROOT/"glossary.qmd").read_text(encoding="utf-8"))]
+    assert len(terms) > 50 and terms == sorted(terms)
+
+
+def test_no_code_in_a_table_shows_a_backslash_before_its_bar():
+    "GitHub wants one there and hides it; Pandoc shows it."
+    texts = {p.name: p.read_text(encoding="utf-8") for p in [*ROOT.glob("*.qmd"), *ROOT.glob("nbs/course/*.md")]}
+    for c in CHAPTERS: texts[c.name] = "\n\n".join("".join(cell["source"]) for cell in load(c)["cells"] if cell["cell_type"] == "markdown")
+    for name, text in texts.items():
+        for row in re.findall(r"^\|.*", text, re.M):
+            assert not any("\\|" in code for code in re.findall(r"`[^`]+`", row)), f"{name}: {row}"
+
+
 def test_a_render_leaves_the_working_tree_clean():
     "Quarto appends these lines to .gitignore unless they stand there, letter by letter."
     assert {"/.quarto/", "**/*.quarto_ipynb"} <= set((ROOT/".gitignore").read_text(encoding="utf-8").splitlines())
