@@ -74,5 +74,5 @@ book:            ## render the book into _docs (needs Quarto)
 	@command -v quarto >/dev/null || { echo "make book: no quarto on the PATH; it is a program of its own, see https://quarto.org/docs/get-started" >&2; exit 1; }
 	@mkdir -p build
 	@quarto render 2> build/quarto.log; status=$$?; cat build/quarto.log >&2; exit $$status
-	@! grep -n WARN build/quarto.log || { echo "make book: the warnings above are errors" >&2; exit 1; }
+	@! grep -nE 'WARN|ERROR' build/quarto.log || { echo "make book: each of the lines above has to go" >&2; exit 1; }
 	@! grep -rnoE --include='*.html' '\?@?(sec|fig|tbl|eq)-[a-z0-9-]+' _docs || { echo "make book: the references above lead nowhere" >&2; exit 1; }

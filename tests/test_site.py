@@ -1,6 +1,9 @@
 """What the site adds to the notebooks, and the pages that are written by tools: all of it checked without Quarto."""
 import json
+import os
 import re
+import shutil
+import subprocess
 
 import pytest
 
@@ -135,9 +138,44 @@ def test_the_home_page_has_what_sells_the_book():
     for what in ("images/throughput.svg", "labs/scheduler.html", "An evening", "A week", "Eight sessions", "half an hour", "**You need**"): assert what in screen
 
 
+def test_the_home_page_leads_to_every_chapter():
+    page = (ROOT/"index.qmd").read_text(encoding="utf-8")
+    missing = [c.path.name for c in CHAPTERS if f"(nbs/{c.path.name})" not in page]
+    assert not missing, missing
+
+
+def test_the_glossary_is_in_the_order_of_the_alphabet():
+    terms = [term.lower() for term, _ in quarto_filter.TERM.findall((ROOT/"glossary.qmd").read_text(encoding="utf-8"))]
+    assert len(terms) > 50 and terms == sorted(terms)
+
+
+def test_no_code_in_a_table_shows_a_backslash_before_its_bar():
+    "GitHub wants one there and hides it; Pandoc shows it."
+    texts = {p.name: p.read_text(encoding="utf-8") for p in [*ROOT.glob("*.qmd"), *ROOT.glob("nbs/course/*.md")]}
+    for c in CHAPTERS: texts[c.name] = "\n\n".join("".join(cell["source"]) for cell in load(c)["cells"] if cell["cell_type"] == "markdown")
+    for name, text in texts.items():
+        for row in re.findall(r"^\|.*", text, re.M):
+            assert not any("\\|" in code for code in re.findall(r"`[^`]+`", row)), f"{name}: {row}"
+
+
 def test_a_render_leaves_the_working_tree_clean():
     "Quarto appends these lines to .gitignore unless they stand there, letter by letter."
     assert {"/.quarto/", "**/*.quarto_ipynb"} <= set((ROOT/".gitignore").read_text(encoding="utf-8").splitlines())
+
+
+@pytest.mark.parametrize("log, page, refused", [
+    ("Output created", "Figure 1", ""), ("WARN: no such file", "", "has to go"), ("ERROR (jog.lua:173) a filter failed", "", "has to go"),
+    ("", "see ?@sec-nowhere", "lead nowhere")])
+def test_a_book_with_warnings_errors_or_open_references_is_refused(tmp_path, log, page, refused):
+    "Quarto itself ends well after a warning, and after an error of its filters too."
+    shutil.copy(ROOT/"Makefile", tmp_path)
+    program = tmp_path/"bin/quarto"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\nmkdir -p _docs\necho '{page}' > _docs/a.html\necho '{log}' >&2\n")
+    program.chmod(0o755)
+    done = subprocess.run(["make", "book"], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"PATH": f"{program.parent}:{os.environ['PATH']}"})
+    assert bool(done.returncode) == bool(refused) and refused in done.stderr
 
 
 def test_the_site_asks_no_other_host():

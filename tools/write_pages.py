@@ -21,6 +21,9 @@ from nano_vllm import LLM, SamplingParams
 ```
 """
 
+# The columns are as wide as these dashes say. A `|` in code ends no cell, and the backslash that GitHub wants before it would be shown.
+WIDTHS = f"|{'-'*25}|{'-'*22}|{'-'*13}|{'-'*40}|"
+
 
 @dataclass
 class Module:
@@ -73,9 +76,8 @@ def entry(module: Module, name: str, chapter) -> str:
     for method in module.methods(name):
         said = indent(ast.get_docstring(method), "    ").lstrip()          # all of its paragraphs belong to the method
         parts.append(f"`{signature(method)}`\n\n:   {said}")
-    rows = [f"| `{n}` | {code(kind)} | {code(default)} | {text} |".replace(" | None`", " \\| None`").replace("str | ", "str \\| ")
-            for n, kind, default, text in module.fields(name)]
-    if rows: parts.append("\n".join(["| field | type | default | |", "|---|---|---|---|", *rows]))
+    rows = [f"| `{n}` | {code(kind)} | {code(default)} | {text} |" for n, kind, default, text in module.fields(name)]
+    if rows: parts.append("\n".join(["| field | type | default | |", WIDTHS, *rows]))
     return "\n\n".join(parts)
 
 
