@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['ADD_PAIRS', 'BFLOAT16_PRODUCT', 'TIMED_ROWS', 'bfloat16_product', 'fits_bfloat16', 'Bfloat16Product',
-           'LibraryProduct', 'time_both', 'times_key', 'product_times', 'library_border', 'EitherProduct',
-           'bfloat16_linear', 'bfloat16_ops', 'in_float32']
+           'LibraryProduct', 'time_both', 'times_key', 'kept_times', 'keep_times', 'product_times', 'library_border',
+           'EitherProduct', 'bfloat16_linear', 'bfloat16_ops', 'in_float32']
 
 # %% ../nbs/24_bfloat16.ipynb #c3f99fef
-import functools, hashlib, json, math, os
+import functools, hashlib, json, math, os, tempfile
 from dataclasses import replace
+from pathlib import Path
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -19,6 +20,7 @@ from .cpu_kernels import (CACHE, LANES, VECTOR_TYPES, PackedProduct,
 from .cpu_products import (MULTIPLY, PRODUCT, TILE, WRITE, TiledProduct,
                                     best_linear, cpu_products_ops, load_product, tiled)
 from .layers import OPS, Ops, Target
+from .sampling_params import log_once
 from .workbench import cache_dir, timed
 
 # %% ../nbs/24_bfloat16.ipynb #4c608373
@@ -119,18 +121,35 @@ def times_key() -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
+def kept_times(path: Path) -> dict[int, tuple[float, float]] | None:
+    "What `keep_times` wrote; None if there is no such file, or something else in it."
+    try:
+        pairs = json.loads(path.read_text()).items()
+        return {int(rows): (float(ours), float(library))
+                for rows, (ours, library) in pairs}
+    except (OSError, ValueError, TypeError, AttributeError): return None
+
+
+def keep_times(times: dict[int, tuple[float, float]], path: Path):
+    "Write the times to `path`, whole or, if that cannot be, not at all."
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as work:
+            new = Path(work)/path.name
+            new.write_text(json.dumps(times))
+            os.replace(new, path)
+    except OSError as e: log_once(f"times of products are not kept: {e}")
+
+# %% ../nbs/24_bfloat16.ipynb #4ce9403d
 @functools.cache
 def product_times() -> dict[int, tuple[float, float]]:
     "Number of rows -> what `time_both` gives; measured once on a machine, and kept."
     path = cache_dir()/"products"/f"{times_key()}.json"
-    if path.exists():
-        return {int(rows): t for rows, t in json.loads(path.read_text()).items()}
-    bar = tqdm(TIMED_ROWS, desc="timing products in bfloat16", leave=False)
-    times = {rows: time_both(rows) for rows in bar}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(f".{os.getpid()}")
-    new.write_text(json.dumps(times))
-    os.replace(new, path)      # whoever reads it finds it whole
+    times = kept_times(path)
+    if times is None:
+        bar = tqdm(TIMED_ROWS, desc="timing products in bfloat16", leave=False)
+        times = {rows: time_both(rows) for rows in bar}
+        keep_times(times, path)
     return times
 
 # %% ../nbs/24_bfloat16.ipynb #1374b4a4

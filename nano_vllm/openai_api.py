@@ -90,6 +90,8 @@ def read_chat_logprobs(given: dict, engine: Engine) -> dict:
     top = given.get("top_logprobs", 0)
     check_number("top_logprobs", top, int, 0, 20)
     wanted = top if given.get("logprobs") else None
+    if top and wanted is None:
+        raise ValueError(f"top_logprobs must be 0 unless logprobs is true, got {top}")
     return read_logprobs(given, engine) | dict(logprobs=wanted)
 
 
@@ -159,7 +161,11 @@ def read_conversation(given: dict, engine: Engine) -> dict:
     extra = given.get("chat_template_kwargs", {})
     for name in extra.keys() & TEMPLATE_FIELDS:
         raise ValueError(f"chat_template_kwargs must not have {name}")
-    if options.get("continue_final_message"): options["add_generation_prompt"] = False
+    if options.get("continue_final_message"):
+        if options.get("add_generation_prompt"):
+            raise ValueError("add_generation_prompt must be false or left out with "
+                             "continue_final_message, got True")
+        options["add_generation_prompt"] = False
     template = getattr(engine.input_processor.tokenizer.hf, "chat_template", None)
     if options.get("tools") and "tools" not in (template or ""):
         raise ValueError("tools must be empty: the chat template has no place for them")
@@ -375,6 +381,7 @@ TOKENIZED = TEMPLATE_FIELDS | dict(model=str, prompt=None, messages=list,
 
 async def tokenize(api: API, body: dict, log: dict) -> dict:
     "The tokens of a prompt or of messages."
+    api.check_model(body)
     given = read_fields(body, TOKENIZED)
     def tokens():
         if "messages" not in given: return api.tokenizer.encode(given.get("prompt"))
@@ -387,6 +394,7 @@ async def tokenize(api: API, body: dict, log: dict) -> dict:
 
 async def detokenize(api: API, body: dict, log: dict) -> dict:
     "The text of tokens."
+    api.check_model(body)
     ids = read_fields(body, dict(model=str, tokens=list)).get("tokens", [])
     last = api.engine.input_processor.vocab_size - 1
     for token in ids: check_number("tokens", token, int, 0, last)
@@ -518,6 +526,7 @@ def serve(args):
 
 # %% ../nbs/38_openai_api.ipynb #a8971839
 def serve_arguments(parser):
+    EngineArgs.add_cli_args(parser)
     parser.add_argument("model", nargs="?", default=argparse.SUPPRESS,
                         help="the same as --model")
     add_options(parser, SERVER_OPTIONS)
@@ -528,7 +537,7 @@ def serve_arguments(parser):
                         help="a site whose pages may ask; may be given again")
 
 
-COMMANDS["serve"] = (serve, serve_arguments)
+COMMANDS["serve"] = (serve, serve_arguments, False)
 
 # %% ../nbs/38_openai_api.ipynb #4d6c3d8e
 async def post_lines(base_url: str, path: str, body: dict, api_key: str | None = None):
@@ -585,6 +594,7 @@ def bench_serve(args):
     "Waits of requests that arrive at random at a server."
     given = chosen(args, SERVE_OPTIONS)
     check_options(num_prompts=args.num_prompts, **given)
+    check_number("vocab_size", args.vocab_size, int, 1, 2**30)
     work = random_workload(args.num_prompts, (16, 256), (16, 256), args.vocab_size)
     report(args, bench_http(args.base_url, args.model, work, api_key=args.api_key,
                             **given))

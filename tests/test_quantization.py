@@ -444,7 +444,8 @@ WRONG = {
     "a layer in floats": (lambda c: c["ignore"].append("model.layers.0.mlp.down_proj"), "ignore is .*down_proj.*, supported: .'lm_head'."),
     "an output layer in int8": (lambda c: c.update(ignore=[]), r"ignore is \[\], supported: .'lm_head'."),
     "keys and values in eight bits": (lambda c: c.update(kv_cache_scheme=dict(num_bits=8)), "kv_cache_scheme is {'num_bits': 8}, supported: None"),
-    "two of four": (lambda c: c.update(sparsity_config=dict(format="sparse-24-bitmask")), "sparsity_config is .*sparse-24"),
+    "two of four": (lambda c: c.update(sparsity_config=dict(format="sparse-24-bitmask")), "sparsity_config.format is 'sparse-24-bitmask', supported: 'dense'"),
+    "pruned in some way": (lambda c: c.update(sparsity_config=[1]), "sparsity_config.format is None"),
     "rotated": (lambda c: c.update(transform_config=dict(config_groups=dict(R1={}))), "transform_config is"),
     "another method": (lambda c: c.update(quant_method="gptq"), "quantization_config is .*gptq.*, supported as its quant_method: compressed-tensors"),
 }
@@ -467,6 +468,8 @@ def test_what_such_configs_say_besides():
     said["config_groups"]["group_0"]["weights"] |= dict(actorder=None, block_structure=None, group_size=None, observer="minmax", observer_kwargs={})
     for name in ("num_bits", "type", "symmetric"): said["config_groups"]["group_0"]["input_activations"].pop(name)    # which are the defaults
     assert read_w8a8(said) == read_w8a8(said | dict(ignore=["re:.*lm_head"])) == "int8"
+    pruned = dict(format="dense", global_sparsity=0.14, ignore=[], registry_requires_subclass=False, sparsity_structure="unstructured", targets=[])
+    assert read_w8a8(said | dict(sparsity_config=pruned)) == "int8"       # zeros that are stored like other numbers
 
 
 def test_a_checkpoint_that_is_not_as_its_config_says(tmp_path):

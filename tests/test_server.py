@@ -24,7 +24,8 @@ import pytest
 from helpers import assert_idle
 from nano_vllm import LLM, SamplingParams, openai_api
 from nano_vllm.async_llm import AsyncLLM
-from nano_vllm.cli import main
+from nano_vllm.cli import main, make_parser
+from nano_vllm.engine_args import EngineArgs
 from nano_vllm.openai_api import CALL, CallFilter, post_lines, run_all
 from nano_vllm.server import API, CHAT, COMPLETION, Ask, Choice, make_app, read_json, serving
 from nano_vllm.workbench import fetch
@@ -120,6 +121,27 @@ def test_vllms_fields_pass(client, other):
     assert made.choices[0].text == bare(other, "Hi", seed=1, max_tokens=9, **params)[0]["text"]
 
 
+def test_a_bias_has_strings_for_ids_as_json_has_it(client, other):
+    "And on any other entry of a table, bad ids and numbers are refused by name."
+    made = client.completions.create(model=NAME, prompt="Hi", temperature=0, max_tokens=3, logit_bias={"100": 100, "7": -100})
+    assert made.choices[0].text == bare(other, "Hi", temperature=0, max_tokens=3, logit_bias={100: 100, 7: -100})[0]["text"]
+    assert made.choices[0].text == other.get_tokenizer().decode([100] * 3)
+    said = client.chat.completions.create(model=NAME, messages=HI, temperature=0, max_tokens=2, logit_bias={"100": 100})
+    assert said.choices[0].message.content == other.get_tokenizer().decode([100] * 2)
+
+
+def test_usage_in_each_chunk(server):
+    body = dict(prompt="One,", max_tokens=6, temperature=0, stream=True, ignore_eos=True)
+    def usages(**options):
+        lines = httpx.post(server.url + "/v1/completions", json=body | dict(stream_options=options)).text.splitlines()
+        return [json.loads(line[6:]).get("usage") for line in lines if line.startswith("data: {")]
+    counts = [u["completion_tokens"] for u in usages(include_usage=True, continuous_usage_stats=True)]
+    assert counts == sorted(counts) and counts[-2:] == [6, 6] and counts[0] < 6
+    *nothing, last = usages(include_usage=True, include_obfuscation=False)
+    assert set(nothing) == {None} and last["completion_tokens"] == 6
+    for options in ({}, dict(include_usage=False), dict(include_usage=None), dict(continuous_usage_stats=True)): assert set(usages(**options)) == {None}
+
+
 def test_several_prompts_are_answered_in_order(client, other):
     prompts = ["One,", "Two and", "Three"]
     made = client.completions.create(model=NAME, prompt=prompts, n=2, seed=1, max_tokens=4)
@@ -184,6 +206,11 @@ def test_async_clients(server):
     asyncio.run(go())
 
 
+@pytest.mark.parametrize("path, body", [("tokenize", dict(prompt="a")), ("detokenize", dict(tokens=[5]))])
+def test_another_models_tokens_are_not_told(server, path, body):
+    for name, status in ((NAME, 200), (None, 200), ("another", 404)): assert httpx.post(f"{server.url}/{path}", json=body | dict(model=name)).status_code == status
+
+
 def test_small_routes(server):
     get, post = (lambda path: httpx.get(server.url + path)), (lambda path, **body: httpx.post(server.url + path, json=body).json())
     made = post("/tokenize", prompt="One, two")
@@ -220,6 +247,11 @@ def schema_format(schema): return dict(type="json_schema", json_schema=dict(name
 
 
 REFUSED = [  # (path, body, status, param, words of the message)
+    ("completions", dict(prompt=[]), 400, "prompt", "must not be an empty list"), ("completions", dict(prompt=[[]]), 400, "prompt", "at least 1 token"),
+    ("chat/completions", TALK | dict(chat_template_kwargs=dict(messages=1)), 400, "chat_template_kwargs", "must not have messages"),
+    ("chat/completions", TALK | dict(chat_template_kwargs=dict(self=1)), 400, "chat_template_kwargs", "must not have self"),
+    ("chat/completions", TALK | dict(top_logprobs=3), 400, "top_logprobs", "unless logprobs is true, got 3"),
+    ("chat/completions", TALK | dict(add_generation_prompt=True, continue_final_message=True), 400, "add_generation_prompt", "with continue_final_message"),
     ("completions", dict(), 400, "prompt", "prompt must be given"), ("completions", dict(prompt=""), 400, "prompt", "at least 1 token"),
     ("completions", dict(prompt="a", max_tokens=0), 400, "max_tokens", "at least 1, got 0"),
     ("completions", dict(prompt="a", temprature=1), 400, "temprature", "not a field"),
@@ -229,6 +261,13 @@ REFUSED = [  # (path, body, status, param, words of the message)
     ("completions", dict(prompt=[1] * 600), 400, "prompt", "max_model_len is 512"), ("completions", dict(prompt={"a": 1}), 400, "prompt", "prompt"),
     ("completions", dict(prompt="a", stop=[1]), 400, "stop", "non-empty string"), ("completions", dict(prompt="a", suffix="b"), 400, "suffix", "not a field"),
     ("completions", dict(prompt="a", best_of=3), 400, "best_of", "not a field"), ("completions", dict(prompt="a", stream=1), 400, "stream", "true or false"),
+    ("completions", ASK | dict(logit_bias={"x": 1}), 400, "logit_bias", "from token ids"), ("completions", ASK | dict(logit_bias={"-1": 1}), 400, "logit_bias", "from token ids"),
+    ("completions", ASK | dict(logit_bias={"9" * 5000: 1}), 400, "logit_bias", "from token ids"), ("completions", ASK | dict(logit_bias=[1]), 400, "logit_bias", "from token ids"),
+    ("completions", ASK | dict(logit_bias={"1": "x"}), 400, "logit_bias", "a number"), ("completions", ASK | dict(logit_bias={"49152": 1}), 400, "logit_bias", "from 0 to 49151"),
+    ("completions", ASK | dict(stream_options=dict(include_usage=True)), 400, "stream_options", "unless stream is true"),
+    ("completions", ASK | dict(stream=True, stream_options=3), 400, "stream_options", "an object"),
+    ("chat/completions", TALK | dict(stream=True, stream_options=dict(include_usage="yes")), 400, "stream_options", "true or false, got 'yes'"),
+    ("chat/completions", TALK | dict(stream=True, stream_options=dict(usage=True)), 400, "stream_options", "usage is not a field"),
     ("completions", dict(prompt="a", model="gpt-4"), 404, "model", "is not served"), ("completions", dict(prompt="a", model=3), 400, "model", "a string"),
     ("completions", dict(prompt=[[1]] * 10**5), 400, "prompt", "at most 48"), ("completions", dict(prompt="a", logprobs=99999999), 400, "logprobs", "logprobs"), ("chat/completions", dict(), 400, "messages", "at least 1 message"),
     ("chat/completions", dict(messages="Hi"), 400, "messages", "a list"), ("chat/completions", dict(messages=[1]), 400, "messages", "an object"),
@@ -271,6 +310,12 @@ def test_http_errors_have_openais_form(server):
             ("POST", "/v1/completions", dict(content=b" " * (10 * 2**20), headers={"content-type": "application/json"}), 413)):
         answer = httpx.request(method, server.url + path, **options)
         assert answer.status_code == status and answer.json()["error"]["message"], (method, path, status)
+
+
+@pytest.mark.parametrize("kind", ["Application/JSON", "application/json;charset=utf-8", "application/json ; charset=utf-8"])
+def test_the_type_of_a_body_is_written_in_several_ways(server, kind):
+    answer = httpx.post(server.url + "/v1/completions", content=b'{"prompt": "a", "max_tokens": 1}', headers={"content-type": kind})
+    assert answer.status_code == 200, answer.text
 
 
 def test_a_prompt_of_a_million_tokens_is_refused_and_disturbs_nobody(llm, server):
@@ -489,6 +534,8 @@ def test_bench_serve_speaks_to_a_server(server, capsys, tmp_path):
     assert figures == json.loads((tmp_path/"f.json").read_text()) and figures["completed"] == 4 and figures["request_rate"] == 50
     assert main([*words[:5], "nobody", *words[6:]]) == 2 and "404" in capsys.readouterr().err
     assert main([*words[:-2], "--request-rate", "-1"]) == 2
+    capsys.readouterr()
+    assert main([*words[:-1], "0"]) == 2 and "vocab_size must be an integer from 1" in capsys.readouterr().err
 
 
 HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -522,6 +569,17 @@ def test_serve_refuses_what_it_cannot_do(tiny, capsys):
     for option in ("port", "max-body", "shutdown-timeout"):
         assert main(["serve", str(tiny), f"--{option}", "-1"]) == 2 and f"{option.replace('-', '_')} must be" in capsys.readouterr().err
     assert main(["serve", "/nowhere"]) == 2
+    capsys.readouterr()
+
+
+def test_serve_takes_what_an_engine_takes(tiny, capsys):
+    "Every argument of EngineArgs that a shell can give, and the model by either way."
+    read = make_parser().parse_args
+    for words in (["m"], ["--model", "m"], ["n", "--model", "m"], ["--model", "n", "m"]): assert read(["serve", *words]).model == "m"
+    assert read(["serve"]).model == "smollm2-135m"
+    args = EngineArgs.from_cli_args(read(["serve", "m", "--gpu-memory-utilization", ".5", "--enforce-eager", "-q", "int8", "--speculative-config", '{"method": "ngram"}']))
+    assert (args.gpu_memory_utilization, args.enforce_eager, args.quantization, args.speculative_config) == (.5, True, "int8", {"method": "ngram"})
+    assert main(["serve", str(tiny), "--gpu-memory-utilization", "2"]) == 2 and "gpu_memory_utilization must be" in capsys.readouterr().err
 
 
 def test_what_the_server_needs_is_imported_when_it_is_needed():

@@ -16,7 +16,7 @@ from helpers import assert_idle, tiny_folder
 from nano_vllm import LLM, SamplingParams
 from nano_vllm.sampler import unpack_mask
 from nano_vllm.sampling_params import StructuredOutputsParams
-from nano_vllm.structured_output import (EMPTY, NEVER, Form, GrammarMask, OneOf, Repeat, either, first_state, grammar_vocabulary, literal,
+from nano_vllm.structured_output import (EMPTY, NEVER, Form, GrammarMask, OneOf, Repeat, either, first_state, grammar_vocabulary, literal, make_grammar_mask,
                                          move, slow_mask, special_ids, then, to_grammar, walk)
 
 
@@ -316,6 +316,35 @@ def test_a_bad_form_is_refused_before_any_work(llm, form, why):
         llm.generate([[5], [6]], [SamplingParams(max_tokens=2), held(StructuredOutputsParams(**form))], use_tqdm=False)
     assert why in str(e.value) and len(str(e.value)) < 700
     assert_idle(llm)
+
+
+def linked(n, entry):
+    "A schema of `n` definitions, each of which `entry` makes of a reference to the next."
+    made = {f"a{i}": entry({"$ref": f"#/$defs/a{i + 1}"}) for i in range(n)} | {f"a{n}": {"type": "integer"}}
+    return {"$ref": "#/$defs/a0", "$defs": made}
+
+
+def wrapped(n): return lambda ref: json.loads('{"anyOf": [{"type": "null"}, ' * n + json.dumps(ref) + "]}" * n)
+
+
+CHAINS = {
+    "references": dict(json=linked(3000, lambda ref: ref)), "arrays": dict(json=linked(5000, lambda ref: dict(type="array", items=ref))),
+    "few, each deep": dict(json=linked(60, wrapped(50))), "as text": dict(json=json.dumps(linked(3000, lambda ref: ref)).replace("$ref", "\\u0024ref")),
+    "rules": dict(grammar="start: a0\n" + "".join(f"a{i}: a{i + 1}\n" for i in range(20_000)) + 'a20000: "x"'),
+    "in a grammar": dict(grammar="start: %json " + json.dumps(linked(3000, lambda ref: ref))),
+    "in a tag": dict(structural_tag=json.dumps(dict(structures=[dict(begin="<a>", end="</a>", schema=linked(3000, lambda ref: ref))], triggers=["<a"])))}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_chain_that_would_fill_the_librarys_stack_is_refused(name):
+    "It would end the process. (So this test must not ask the library without the check.)"
+    with pytest.raises(ValueError, match="structured_outputs.*at most (1000|500)"): to_grammar(StructuredOutputsParams(**CHAINS[name]))
+
+
+def test_what_leads_deep_and_not_too_deep_is_taken(llm):
+    for form in (dict(json=linked(100, lambda ref: dict(type="array", items=ref))), dict(json={"type": "array", "items": {"$ref": "#"}}),
+                 dict(grammar="start: a0\n" + "".join(f"a{i}: a{i + 1}\n" for i in range(490)) + 'a490: "x"')):
+        make_grammar_mask(StructuredOutputsParams(**form), llm.engine.input_processor)
 
 
 @pytest.mark.parametrize("fields", [{}, dict(regex="a", choice=["b"]), dict(regex=""), dict(regex=5), dict(choice=[]), dict(choice=["a", 3]), dict(choice="abc"),
