@@ -260,12 +260,13 @@ W8A8_CONFIG = dict(
     config_groups=dict(group_0=dict(targets=["Linear"], **W8A8)))
 
 # %% ../nbs/25_quantization.ipynb #ca430b87
-LEFT_OUT = dict(num_bits=8, type="int", symmetric=True, dynamic=False)   # means this
+# what an entry means that is left out
+LEFT_OUT = dict(num_bits=8, type="int", symmetric=True, dynamic=False)
 
 
 def require(where: str, given, wanted: dict):
-    "ValueError names the entry of `given`, which stands at `where`, not as `wanted`."
-    found = LEFT_OUT | given if isinstance(given, dict) else {}
+    "ValueError if an entry of `given`, which stands at `where`, is not as `wanted`."
+    found = (LEFT_OUT | given) if isinstance(given, dict) else {}
     for name, value in wanted.items():
         if found.get(name) != value:
             raise ValueError(f"quantization_config: {where}{name} is "
@@ -280,21 +281,21 @@ def read_w8a8(config: dict) -> str:
     "'int8', if that is what a compressed-tensors `quantization_config` asks for."
     require("", config, dict(format="int-quantized"))
     for name in "kv_cache_scheme", "transform_config":
-        require("", {name: config.get(name) or None}, {name: None})
+        require("", {name: config.get(name) or None}, {name: None})   # {} is none
     require("sparsity_config.", config.get("sparsity_config") or DENSE, DENSE)
     groups = config.get("config_groups")
     if not isinstance(groups, dict) or len(groups) != 1:
         raise ValueError(f"quantization_config: config_groups is {quote(groups)}, "
                          "supported: one group")
-    (name, group), = groups.items()
+    [(name, group)] = groups.items()
     where = f"config_groups.{name}."
     require(where, group, dict(targets=["Linear"], output_activations=None))
     require(where, {"format": group.get("format") or "int-quantized"},
             dict(format="int-quantized"))
     for kind, wanted in W8A8.items():
         require(f"{where}{kind}.", group.get(kind), wanted)
-    if config.get("ignore") == ["re:.*lm_head"]: return "int8"
-    require("", config, dict(ignore=["lm_head"]))
+    if config.get("ignore") != ["re:.*lm_head"]:       # the same as a pattern
+        require("", config, dict(ignore=["lm_head"]))
     return "int8"
 
 
@@ -323,7 +324,7 @@ def int8_as_it_is(weight: Tensor, scale: Tensor):
 
 
 def float_linear(weight: Tensor):
-    "The product with `weight` in its own number type, where `ops.linear` has another."
+    "PyTorch's product with `weight` as it is, for Ops that have no `linear`."
     return lambda x, bias=None: F.linear(x, weight, bias)
 
 

@@ -1,4 +1,9 @@
 """What the tests of exercises share: how an answer is noted, and what a check has to say of it."""
+import itertools
+import runpy
+import tempfile
+from pathlib import Path
+
 import pytest
 
 from solutions.checks import WrongAnswer
@@ -40,3 +45,14 @@ def assert_all_tried(checks, answers):
     for name, check in checks.items():
         says = [says for tried, _, says in answers if tried is check]
         assert None in says and len(set(says) - {None}) >= 2, f"{name}: {len(says)} answers"
+
+
+COUNT, KERNEL_FOLDER = itertools.count(), tempfile.TemporaryDirectory()
+
+
+def kernel_of(text, name, **words):
+    "The kernel `name` of a source in which each of the `words` is replaced, interpreted; Triton reads its source, so it stands in a file."
+    for word, value in words.items(): text = text.replace(word, value)
+    path = Path(KERNEL_FOLDER.name)/f"kernels_{next(COUNT)}.py"
+    path.write_text("import triton\nimport triton.language as tl\n" + text)
+    return runpy.run_path(str(path))[name]

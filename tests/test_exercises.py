@@ -6,12 +6,9 @@ import ast
 import contextlib
 import importlib
 import io
-import itertools
 import json
 import math
 import re
-import runpy
-import tempfile
 from collections import OrderedDict
 from dataclasses import replace
 from itertools import product
@@ -23,7 +20,7 @@ import torch
 
 import quarto_filter
 from book import Chapter, chapters
-from exercise_answers import Answers, assert_all_tried, checks_of, name_of, try_answer
+from exercise_answers import Answers, assert_all_tried, checks_of, kernel_of, name_of, try_answer
 from nano_vllm.attention import BACKENDS
 from nano_vllm.kv_blocks import BlockPool, SchedulerOutput, blocks_needed
 from nano_vllm.prefix_cache import KVCacheManager, hash_block
@@ -2029,11 +2026,7 @@ def _(states):                           # relative to no score at all
     return best, mass / math.exp(best), acc / math.exp(best)
 
 
-COUNT, KERNEL_FOLDER = itertools.count(), tempfile.TemporaryDirectory()
 KERNELS = """
-import triton
-import triton.language as tl
-
 @triton.jit
 def row_softmax(x, out, n, WIDTH: tl.constexpr):
     i = tl.arange(0, WIDTH)
@@ -2060,11 +2053,8 @@ def window_head(q, keys, values, out, tables, lens, table_row, scale, window, KV
 
 
 def kernel(name, OTHER="float('-inf')", LARGEST="tl.max(row, 0)", STORED="i < n", WINDOW="window", BEGIN="low"):
-    "The kernel `name` of KERNELS, with faults put in, interpreted; Triton reads its source, so it stands in a file."
-    text, path = KERNELS, Path(KERNEL_FOLDER.name)/f"kernels_{next(COUNT)}.py"
-    for word, value in dict(OTHER=OTHER, LARGEST=LARGEST, STORED=STORED, WINDOW=WINDOW, BEGIN=BEGIN).items(): text = text.replace(word, value)
-    path.write_text(text)
-    return runpy.run_path(str(path))[name]
+    "The kernel `name` of KERNELS, with faults put in."
+    return kernel_of(KERNELS, name, OTHER=OTHER, LARGEST=LARGEST, STORED=STORED, WINDOW=WINDOW, BEGIN=BEGIN)
 
 
 right(triton_kernels.check_row_softmax)(kernel("row_softmax"))

@@ -12,7 +12,7 @@ import torch
 from nano_vllm.cpu_kernels import CAN_BUILD, address
 from nano_vllm.layers import rms_norm, rotate, silu_and_mul
 from solutions.checks import WrongAnswer, bfloat16, cpu_attention, cpu_kernels, cpu_products, cpu_steps, fusions, moe, overlapped_loop, parallel, quantization, sampling_kernels
-from exercise_answers import Answers, assert_all_tried, checks_of, name_of, try_answer
+from exercise_answers import Answers, assert_all_tried, checks_of, kernel_of, name_of, try_answer
 
 MODULES = [cpu_kernels, cpu_products, bfloat16, quantization, cpu_attention, cpu_steps, overlapped_loop, fusions, sampling_kernels, parallel, moe]
 CHECKS = checks_of(MODULES)
@@ -235,11 +235,6 @@ wrong(bfloat16.check_swallowed, "(256.0) gives 0.99609375")(
 
 # ---- eight bits
 
-right(quantization.check_bits_per_weight)(lambda bits, group: (bits * group + 32) / group)
-wrong(quantization.check_bits_per_weight, "576 weights share the 32 bits of a scale")(lambda bits, group: bits)
-wrong(quantization.check_bits_per_weight, "(8, 576) gives 8.00694")(lambda bits, group: bits + 4 / group)
-
-
 def by_adding(x, number): return (x + number).view(torch.int32).view(torch.uint8).unflatten(-1, (-1, 4))[..., 0].view(torch.int8)
 
 
@@ -331,6 +326,31 @@ wrong(quantization.check_int8_product, "each row has a scale of its own")(
     lambda *a: multiplied(*a, rows=lambda x, bits: by_rows(x, bits, largest=lambda x: x.abs().amax())))
 wrong(quantization.check_int8_product, "what is 0 / 0?")(
     lambda *a: multiplied(*a, kind=torch.float64, rows=lambda x, bits: by_rows(x, bits, least=0)))
+
+
+def smoothed(norm, weight, largest, factor=lambda largest, columns: (largest / columns).sqrt(), least=1e-5, apply=lambda n, w, f: (n / f, w * f)):
+    return apply(norm, weight, factor(largest.clamp(min=least), weight.abs().amax(0).clamp(min=least)))
+
+
+right(quantization.check_smooth)(smoothed)
+right(quantization.check_smooth)(lambda *a: smoothed(*a, factor=lambda largest, columns: largest**.6 / columns**.4))
+right(quantization.check_smooth)(lambda *a: smoothed(*a, factor=lambda largest, columns: 2 ** largest.log2().mul(.5).round()))    # powers of two, of the activations alone
+
+
+@right(quantization.check_smooth)
+def _(norm, weight, largest):    # only where there is an outlier
+    factor = torch.where(largest > 4 * largest.median(), 5., 1.)
+    return [norm / factor, weight * factor]
+
+
+wrong(quantization.check_smooth, "most of it comes from the matrix")(lambda *a: smoothed(*a, factor=lambda largest, columns: largest))
+wrong(quantization.check_smooth, "most of it comes from the activations")(lambda *a: smoothed(*a, factor=lambda largest, columns: torch.ones_like(largest)))
+wrong(quantization.check_smooth, "the column that it meets is multiplied by")(lambda *a: smoothed(*a, apply=lambda n, w, f: (n / f, w / f)))
+wrong(quantization.check_smooth, "the column that it meets is multiplied by")(lambda *a: smoothed(*a, apply=lambda n, w, f: (n / f, w)))
+wrong(quantization.check_smooth, "a factor of 0, or one that was divided by 0")(lambda *a: smoothed(*a, least=0))
+wrong(quantization.check_smooth, "most of it comes from the activations")(lambda *a: smoothed(*a, apply=lambda n, w, f: (n * f, w / f)))
+wrong(quantization.check_smooth, "raises RuntimeError")(lambda *a: smoothed(*a, apply=lambda n, w, f: (n / f, w * f[:, None])))
+wrong(quantization.check_smooth, "changes what it is given")(lambda *a: smoothed(*a, apply=lambda n, w, f: (n.div_(f), w.mul_(f))))
 
 
 # ---- attention in tiles
@@ -611,12 +631,6 @@ wrong(fusions.check_graphs_for, "a length is a variable")(lambda lengths: len(se
 wrong(fusions.check_graphs_for, "a length of 1 has its own graph")(lambda lengths: 1 if lengths else 0)
 wrong(fusions.check_graphs_for, "([1]) gives 2, expected 1")(lambda lengths: 1 + (1 in lengths))
 
-right(fusions.check_numbers_a_thread)(
-    lambda heads, dim: (lambda tile: tile / (64 if tile <= 2048 else 128))(2**math.ceil(math.log2(heads)) * 2**math.ceil(math.log2(dim / 2))))
-wrong(fusions.check_numbers_a_thread, "two tiles of 16 x 32 numbers")(lambda heads, dim: 2 * heads * (dim // 2) / 32 / (4 if heads * dim // 2 <= 2048 else 8))
-wrong(fusions.check_numbers_a_thread, "for 8 warps")(lambda heads, dim: 2 * 2**math.ceil(math.log2(heads)) * 2**math.ceil(math.log2(dim / 2)) / 128)
-
-
 @right(fusions.check_norm_halves)
 def _(left, right, w_left, w_right, eps):    # joined again
     return tuple(rms_norm(torch.cat([left, right], -1), torch.cat([w_left, w_right]), eps).chunk(2, -1))
@@ -633,6 +647,8 @@ right(fusions.check_norm_halves)(halves)
 wrong(fusions.check_norm_halves, "it rounds after the scaling, and again after the weight")(lambda *a: halves(*a, rounds=False))
 wrong(fusions.check_norm_halves, "the mean square is that of both halves together")(
     lambda *a: halves(*a, mean=lambda a, b: a.square().mean(-1, keepdim=True)))
+wrong(fusions.check_norm_halves, "gives nan for a head of zeros")(lambda *a: halves(*a[:4], 0.))
+wrong(fusions.check_norm_halves, "in a head of small ones")(lambda *a: halves(*a[:4], 1e-12))
 wrong(fusions.check_norm_halves, "gives torch.float32, expected torch.bfloat16")(lambda *a: halves(*a, rounds=False, out=lambda x, dtype: x))
 
 
@@ -667,9 +683,34 @@ wrong(fusions.check_place_rows, "has been written to slot 0, which belongs to no
     lambda qkv, cos, sin, slots, keys, values: placing(qkv, cos, sin, slots.clamp(min=0), keys, values))
 
 
+GELU = """
+@triton.jit
+def gelu_kernel(x, y, x_row, x_dim, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    row, i = tl.program_id(0), FIRST + tl.arange(0, BLOCK)
+    gate = tl.load(x + row*x_row + i*STEP, mask=i < DIM, other=0.).to(tl.float32)
+    up = tl.load(x + row*x_row + UP*STEP, mask=i < DIM, other=0.).to(tl.float32)
+    z = 0.7978845608 * (gate + 0.044715 * gate*gate*gate)
+    gelu = (0.5 * gate * (1 + TANH))ROUNDED
+    tl.store(y + row*DIM + i, gelu * up, mask=STORED)
+"""
+def gelu(FIRST="tl.program_id(1)*BLOCK", STEP="x_dim", UP="(DIM + i)", TANH="(2 / (1 + tl.exp(-2*z)) - 1)", ROUNDED=".to(x.dtype.element_ty).to(tl.float32)", STORED="i < DIM"):  # noqa: E302
+    return kernel_of(GELU, "gelu_kernel", FIRST=FIRST, STEP=STEP, UP=UP, TANH=TANH, ROUNDED=ROUNDED, STORED=STORED)
+
+
+right(fusions.check_gelu_kernel)(gelu())
+wrong(fusions.check_gelu_kernel, "infinity divided by infinity is no number")(gelu(TANH="((tl.exp(2*z) - 1) / (tl.exp(2*z) + 1))"))
+wrong(fusions.check_gelu_kernel, "rounded to the type of `x` before `up`")(gelu(ROUNDED=""))
+wrong(fusions.check_gelu_kernel, "mask what lies beyond DIM")(gelu(STORED="i >= 0"))
+wrong(fusions.check_gelu_kernel, "every second number of a wider matrix")(gelu(STEP="1"))
+wrong(fusions.check_gelu_kernel, "rows that take two programs")(gelu(FIRST="0"))
+wrong(fusions.check_gelu_kernel, "3 rows, (N, 2*DIM) = (3, 16), BLOCK = 8: gelu_kernel gives")(gelu(UP="i"))
+wrong(fusions.check_gelu_kernel, "is @triton.jit missing?")(lambda x, y, x_row, x_dim, DIM, BLOCK: x)
+
+
 def test_the_score_of_a_norm_counts_bytes_and_refuses_wrong_ones():
     assert fusions.score(lambda *args: rms_norm(*args[:1], *args[2:], args[1])) == "9 operations, 42.0 bytes a number"
     with pytest.raises(WrongAnswer, match="is not that of rms_norm"): fusions.score(lambda x, residual, weight, eps: (x, residual))
+    with pytest.raises(WrongAnswer, match=r"gives None, not \(norm, sum\)"): fusions.score(lambda x, residual, weight, eps: None)
 
 
 # ---- sampling kernels
@@ -720,8 +761,16 @@ def by_halves(x, k, steps=60):
 
 
 wrong(sampling_kernels.check_kth_largest, "which sorts")(lambda x, k: float(x.topk(k).values[-1]))
+wrong(sampling_kernels.check_kth_largest, "which sorts")(lambda x, k: sorted(x.tolist())[-k])
+wrong(sampling_kernels.check_kth_largest, "which sorts")(lambda x, k: float(x[sorted(range(len(x)), key=lambda i: x[i])[-k]]))
 wrong(sampling_kernels.check_kth_largest, "numbers reach yours")(by_halves)
-wrong(sampling_kernels.check_kth_largest, "8 numbers, k = 4: kth_largest gives")(lambda x, k: sorted(set(x.tolist()), reverse=True)[min(k, len(set(x.tolist()))) - 1])
+wrong(sampling_kernels.check_kth_largest, "not a number")(lambda x, k: [float(x.max())])
+
+
+@wrong(sampling_kernels.check_kth_largest, "8 numbers, k = 4: kth_largest gives")
+def _(x, k):                     # ties count once
+    for _ in range(k - 1): x = x[x < x.max()] if x.min() < x.max() else x
+    return float(x.max())
 
 
 @right(sampling_kernels.check_nucleus)

@@ -1,4 +1,5 @@
 "Checks of the exercises of the chapter on fusions."
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -25,19 +26,11 @@ def check_graphs_for(graphs_for):
 
 
 @exercise
-def check_numbers_a_thread(numbers_a_thread):
-    for heads, dim in ((16, 128), (64, 128), (9, 64), (5, 80), (1, 256), (32, 128)):
-        rows, width = 1 << (heads - 1).bit_length(), 1 << (dim // 2 - 1).bit_length()
-        warps = 4 if rows * width <= 2048 else 8
-        expect(numbers_a_thread, (heads, dim), 2 * rows * width / (32 * warps),
-               f"two tiles of {rows} x {width} numbers, for {warps} warps of 32 threads", 1e-9)
-
-
-@exercise
 def check_norm_halves(norm_halves):
     for dtype, dim in ((torch.float32, 64), (torch.bfloat16, 128), (torch.float16, 32)):
         g = torch.Generator().manual_seed(dim)
         x, weight = 3 * torch.randn(400, dim, generator=g), torch.randn(dim, generator=g)
+        x[0], x[1] = 0, x[1] / 1000                       # only `eps` keeps the first from being divided by zero, and it counts in the second
         x, weight = x.to(dtype), weight.to(dtype)
         case = f"400 heads of {dim} numbers in {dtype}: norm_halves"
         got = attempt(case, norm_halves, *(part.clone() for part in x.chunk(2, -1)), *weight.chunk(2), 1e-6)
@@ -45,9 +38,12 @@ def check_norm_halves(norm_halves):
         require(all(torch.is_tensor(part) and part.shape == (400, dim // 2) for part in got), f"{case} gives tensors of another shape than (400, {dim // 2})")
         require(all(part.dtype == dtype for part in got), f"{case} gives {got[0].dtype}, expected {dtype}")
         wanted, whole = rms_norm(x, weight, 1e-6), torch.cat(list(got), -1)
+        require(not whole.isnan().any(), f"{case} gives nan for a head of zeros", "`eps` belongs to the mean, below the root")
         step = torch.finfo(dtype).eps
         gap, size = (whole.double() - wanted.double()).abs(), wanted.double().abs() + 1e-3
         share = (gap > (4 * step if dtype == torch.float32 else 0) * size).float().mean().item()
+        if (gap > 4 * step * size)[1].any() and not (gap > 4 * step * size)[2:].any():
+            raise WrongAnswer(f"{case} is off by {(gap / size)[1].max():.1e} of a number in a head of small ones: `eps` belongs to the mean, below the root")
         if (gap > 4 * step * size).any():
             raise WrongAnswer(f"{case} is off by {(gap / size).max():.1e} of a number: the mean square is that of both halves together, "
                               "and each half has its own part of the weight")
@@ -86,6 +82,33 @@ def check_place_rows(place_rows):
                             "a slot of -1 is none, and not the last one")
 
 
+@exercise
+def check_gelu_kernel(gelu_kernel):
+    from .triton_kernels import launch
+    g = torch.Generator().manual_seed(3)
+    for name, dtype, rows, dim, block, scale in (("3 rows", torch.float32, 3, 8, 8, 1), ("rows that take two programs", torch.float32, 2, 21, 16, 1),
+                                                 ("numbers up to some thousands", torch.float32, 2, 16, 16, 1000), ("every second number of a wider matrix", torch.float32, 3, 16, 8, 1),
+                                                 ("float16", torch.float16, 40, 64, 64, 1)):
+        wide = (scale * torch.randn(rows, 4*dim, generator=g)).to(dtype)
+        x = wide[:, ::2] if "wider" in name else wide[:, :2*dim].contiguous()
+        y, gate, up = torch.full((rows*dim + block,), torch.nan, dtype=dtype), *x.float().chunk(2, -1)
+        case = f"{name}, (N, 2*DIM) = {(rows, 2*dim)}, BLOCK = {block}: gelu_kernel"
+        with np.errstate(over="ignore", invalid="ignore"):        # e to the power of a large number is infinite
+            launch(case, gelu_kernel, (rows, -(-dim // block)), x, y, *x.stride(), dim, block)
+        require(bool(y[rows*dim:].isnan().all()), f"{case} writes behind the last row", "mask what lies beyond DIM")
+        got, gelu = y[:rows*dim].view(rows, dim), gate.double() * torch.sigmoid(1.5957691 * (gate.double() + 0.044715 * gate.double()**3))
+        require(not got.isnan().any(), f"{case} gives nan, or nothing", "e**z may be infinite, and infinity divided by infinity is no number" if scale > 1 else
+                "each program writes BLOCK numbers of its row, which begins at row*DIM of y")
+        wanted = gelu.to(dtype).double() * up.double()
+        bad = (got.double() - wanted).abs() > 4 * torch.finfo(dtype).eps * wanted.abs() + 1e-5 * scale
+        if bad.any():
+            row, i = bad.nonzero()[0].tolist()
+            raise WrongAnswer(f"{case} gives {got[row, i]:.5g} for gate {gate[row, i]:.5g} and up {up[row, i]:.5g}, expected {wanted[row, i]:.5g}")
+        share = (got != wanted.to(dtype)).float().mean().item()
+        require(share < .02 or dtype != torch.float16, f"{case} differs in {share:.0%} of the numbers, in the last bit", "GELU is rounded to the type of `x` before `up` multiplies it")
+    return "one launch"
+
+
 class Counting(TorchDispatchMode):
     "Bytes that operations read and write; views move nothing."
 
@@ -109,8 +132,9 @@ def score(add_norm) -> str:
     x, residual, weight = (torch.randn(*shape, generator=g).bfloat16() for shape in ((256, 1024), (256, 1024), (1024,)))
     wanted, kept = rms_norm(x, weight, 1e-6, residual), weight.clone()
     with torch.inference_mode(), Counting() as heard: got = add_norm(x.clone(), residual.clone(), weight, 1e-6)
+    if not (isinstance(got, (tuple, list)) and len(got) == 2 and all(map(torch.is_tensor, got))): raise WrongAnswer(f"your answer gives {show(got)}, not (norm, sum)")
     for a, b in zip(got, wanted):
-        if a.dtype != b.dtype or not torch.allclose(a.float(), b.float(), rtol=2**-6, atol=2**-6):
+        if a.dtype != b.dtype or a.shape != b.shape or not torch.allclose(a.float(), b.float(), rtol=2**-6, atol=2**-6):
             raise WrongAnswer("the norm, or the sum, is not that of rms_norm")
     if not torch.equal(weight, kept): raise WrongAnswer("the weight has been written over, and the next row of tokens needs it")
     copies = 2 * (x.nbytes + residual.nbytes)                  # `clone`, above

@@ -9,13 +9,7 @@ from nano_vllm.tokenizer import Tokenizer
 from nano_vllm.weights import load_model
 from nano_vllm.workbench import fetch
 
-from . import WrongAnswer, attempt, exercise, expect, require, show
-
-
-@exercise
-def check_bits_per_weight(bits_per_weight):
-    for bits, group in ((8, 576), (8, 1536), (4, 32), (4, 128), (2, 16)):
-        expect(bits_per_weight, (bits, group), bits + 32 / group, f"{group} weights share the 32 bits of a scale", 1e-9)
+from . import WrongAnswer, attempt, call, exercise, require, show
 
 
 @exercise
@@ -125,6 +119,36 @@ def check_int8_product(int8_product):
         if len(rows) > 1 and not why: why = "; each row has a scale of its own"
         raise WrongAnswer(f"{case} gives {got[row, out]:.6g} for output {out} of row {row}, expected {wanted[row, out]:.6g}: the sum of whole numbers is "
                           f"{whole:,}, which does not fit into 8 bits{why}")
+
+
+@exercise
+def check_smooth(smooth):
+    for name, inputs, outputs, outlier in (("channels that are 20 times as large as others", 576, 96, 20), ("a channel that is 60 times as large as others", 64, 32, 60),
+                                           ("a channel and a column of zeros beside large ones", 128, 32, 40)):
+        g = torch.Generator().manual_seed(inputs)
+        norm, weight = 0.5 + torch.rand(inputs, generator=g), 0.05 * torch.randn(outputs, inputs, generator=g)
+        norm[::80] *= -outlier
+        if "zeros" in name: norm[5], weight[:, 7] = 0, 0
+        texts, x = torch.randn(2, 200, inputs, generator=g)                # behind the norm's division, before its weight
+        case = f"{name}, {outputs} outputs of {inputs} inputs: smooth"
+        got = call(smooth, norm.clone(), weight.clone(), (texts * norm).abs().amax(0), case=case)
+        require(isinstance(got, (tuple, list)) and len(got) == 2 and all(map(torch.is_tensor, got)), f"{case} gives {show(got)}, not (norm, weight)",
+                "Is a `return` missing?" if got is None else "")
+        require(got[0].shape == norm.shape and got[1].shape == weight.shape,
+                f"{case} gives shapes {tuple(got[0].shape)} and {tuple(got[1].shape)}, expected {tuple(norm.shape)} and {tuple(weight.shape)}")
+        require(all(bool(part.isfinite().all()) for part in got), f"{case} gives numbers that are none, or infinite", "a factor of 0, or one that was divided by 0")
+        old, new = ((x.double() * n.double(), w.double()) for n, w in ((norm, weight), got))
+        exact = old[0] @ old[1].T
+        gap = float((new[0] @ new[1].T - exact).abs().max() / exact.abs().max())
+        require(gap < 1e-4, f"{case} changes the product in floats, by {gap:.1e} of its largest number",
+                "what a channel is divided by, the column that it meets is multiplied by")
+        def error(activations, matrix, both=(True, True)):
+            kept = [q * s if yes else part for part, yes in ((activations, both[0]), (matrix, both[1])) for q, s in [rounded(part, 127)]]
+            return float((kept[0] @ kept[1].T - exact).square().mean().sqrt())
+        before, after = error(*old), error(*new)
+        side = "the matrix" if error(*new, (False, True)) > error(*new, (True, False)) else "the activations"
+        require(after < 0.5 * before, f"{case}: with both sides rounded, the error is {after / before:.0%} of what it was, expected less than half", f"most of it comes from {side}")
+    return "the product is the same, and its error less than half"
 
 
 def perplexity_with(linear=None, num_tokens=256) -> float:

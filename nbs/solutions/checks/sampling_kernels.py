@@ -1,11 +1,14 @@
 "Checks of the exercises of the chapter on sampling kernels."
+import builtins
 import math
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import WrongAnswer, attempt, exercise, expect, require, show
 
+PYTHONS_SORTED = sorted
 SORTS = ("sort", "argsort", "topk", "kthvalue", "unique", "median", "quantile", "searchsorted")
 
 
@@ -18,10 +21,18 @@ class NoSort(TorchDispatchMode):
         return op(*args, **kwargs or {})
 
 
+def no_floats_sorted(items, **kwargs):
+    "Python's `sorted`, which refuses numbers of the row."
+    items, sort = list(items), kwargs.get("key")
+    if any(isinstance(item, float) or torch.is_tensor(item) for item in (map(sort, items) if sort else items)):
+        raise WrongAnswer("your answer calls sorted, which sorts; compare and count instead")
+    return PYTHONS_SORTED(items, **kwargs)
+
+
 def without_sort(case, function, *args):
     "What `function` gives, on copies of `args`, if it does without a sort."
     given = [a.clone() if torch.is_tensor(a) else a for a in args]
-    with NoSort(): got = attempt(case, function, *given)
+    with NoSort(), mock.patch.object(builtins, "sorted", no_floats_sorted): got = attempt(case, function, *given)
     for old, new in zip(args, given):
         if torch.is_tensor(old): require(torch.equal(old, new), f"{case} changes what it is given")
     require(got is not None, f"{case} gives None", "Is a `return` missing?")
@@ -67,7 +78,9 @@ def check_kth_largest(kth_largest):
     for name, x in cases.items():
         for k in sorted({1, 2, 4, len(x) // 2, len(x)} & set(range(1, len(x) + 1))):
             case = f"{name}, k = {k}: kth_largest"
-            got, wanted = float(without_sort(case, kth_largest, x, k)), sorted(x.tolist(), reverse=True)[k - 1]
+            got, wanted = without_sort(case, kth_largest, x, k), sorted(x.tolist(), reverse=True)[k - 1]
+            require(isinstance(got, (int, float)) or torch.is_tensor(got) and got.numel() == 1, f"{case} gives {show(got)}, not a number")
+            got = float(got)
             require(got == wanted, f"{case} gives {got!r}, expected {wanted!r}", f"{int((x >= got).sum())} numbers reach yours")
 
 
