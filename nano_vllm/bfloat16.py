@@ -107,11 +107,11 @@ TIMED_ROWS = 1, 8, 32, 128, 512
 def time_both(rows: int, size: int = 1024, copies: int = 16) -> tuple[float, float]:
     "Seconds that our product and oneDNN's take for `copies` matrices."
     x, weight = torch.ones(rows, size), torch.ones(size, size, dtype=torch.bfloat16)
-    kinds = [[kind(weight) for _ in range(copies)]
-             for kind in (Bfloat16Product, LibraryProduct)]
-    rounds = [[timed(lambda: [product(x) for product in kind], repeat=3)
-               for kind in kinds] for _ in range(3)]
-    return tuple(map(min, zip(*rounds)))
+    ours, library = ([kind(weight) for _ in range(copies)]
+                     for kind in (Bfloat16Product, LibraryProduct))
+    def seconds(products): return timed(lambda: [p(x) for p in products], repeat=3)
+    rounds = [(seconds(ours), seconds(library)) for _ in range(3)]   # in turn
+    return min(a for a, _ in rounds), min(b for _, b in rounds)
 
 # %% ../nbs/24_bfloat16.ipynb #559f4c5c
 def times_key() -> str:

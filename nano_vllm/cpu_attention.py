@@ -201,7 +201,7 @@ PIECES = r"""
 #include <memory>
 #include <vector>
 #ifndef FEW
-#define FEW 4   // tokens of a text that are not worth a block
+#define FEW 4   // a piece of fewer tokens is not worth a tile
 #endif
 // where pieces of texts begin, and where the last one ends
 static std::vector<int64_t> find_pieces(const Queries* s) {

@@ -177,11 +177,15 @@ def num_levels(value) -> int:
 
 def check_schema(schema):
     "ValueError if a JSON schema may lead too deep by its references."
-    refs = re.findall(r'"\$ref": "(?:[^"\\]|\\.)*"', json.dumps(schema))
-    most = num_levels(schema) * (1 + len(set(refs)))
+    refs = set(re.findall(r'"\$ref": ("(?:[^"\\]|\\.)*")', json.dumps(schema)))
+    most = whole = num_levels(schema)
+    for ref in map(json.loads, refs):
+        where, _, name = ref.removeprefix("#/").partition("/")
+        try: most += num_levels(schema[where][name])
+        except (KeyError, TypeError, IndexError): most += whole    # no definition
     if most <= MAX_LEVELS: return
-    raise ValueError(f"the levels of a schema times its references must be at most "
-                     f"{MAX_LEVELS}, got {most}")
+    raise ValueError(f"a schema and what its references name must have at most "
+                     f"{MAX_LEVELS} levels, got {most}")
 
 
 def check_grammar(grammar: str):

@@ -215,6 +215,8 @@ wrong(bfloat16.check_pair_product, "still has the lower one behind it")(
 wrong(bfloat16.check_pair_product, "the first input of a pair is its lower half")(
     lambda x, pairs: x[:, 1::2] @ (pairs << 16).view(torch.float32).T + x[:, 0::2] @ (pairs & -65536).view(torch.float32).T)
 wrong(bfloat16.check_pair_product, "raises RuntimeError")(lambda x, pairs: x @ (pairs << 16).view(torch.float32).T)
+wrong(bfloat16.check_pair_product, "`x` is rounded; it is to stay float32")(
+    lambda x, pairs: x.bfloat16().float() @ pairs.view(torch.bfloat16).float().T)
 wrong(bfloat16.check_pair_product, "is off by")(         # in bfloat16 throughout
     lambda x, pairs: x.bfloat16() @ pairs.view(torch.bfloat16).T)
 
@@ -391,6 +393,7 @@ def _(rows, most):               # text by text
     return (*begins, start)
 
 
+wrong(cpu_attention.check_find_pieces, "it is a Tensor, not a list")(lambda rows, most: torch.tensor([0, 2, 3, 6]))
 wrong(cpu_attention.check_find_pieces, "the last number is where the last piece ends")(
     lambda rows, most: [i for i in range(len(rows)) if i == 0 or rows[i] != rows[i - 1]])
 wrong(cpu_attention.check_find_pieces, "counted from its own beginning")(
@@ -399,7 +402,7 @@ wrong(cpu_attention.check_find_pieces, "at most 3 tokens")(
     lambda rows, most: [i for i in range(len(rows)) if i == 0 or rows[i] != rows[i - 1]] + [len(rows)])
 
 
-@right(cpu_attention.check_attend_tile)
+@wrong(cpu_attention.check_attend_tile, "each `take` overwrites what the one before gave")
 def _(q, take, end, width, window):          # everything taken, then all at once
     at = torch.arange(end - len(q), end)[:, None]
     start = 0 if window is None else max(0, end - len(q) - window + 1)

@@ -967,6 +967,7 @@ def _(x):
     return torch.where(x.abs() < 2**-6, small, normal).clamp(max=448).copysign(x)
 
 
+wrong(fp8.check_round_e4m3, "changes what it is given")(lambda x: x.copy_(to_steps(x)))
 wrong(fp8.check_round_e4m3, "what is too large becomes 448")(lambda x: to_steps(x, most=480))
 wrong(fp8.check_round_e4m3, "down there all neighbours are 2^-9 apart")(lambda x: to_steps(x, least=-9))
 wrong(fp8.check_round_e4m3, "the one with the even mantissa counts")(lambda x: to_steps(x, rounding=lambda y: (y.abs() + 0.5).floor() * y.sign()))
@@ -982,8 +983,16 @@ def in_blocks(x, weight, size, rows=True, weights=True):
     return y
 
 
+def unscaled(x, size):           # rounded, and the scales multiplied in again, too early
+    groups = x.unflatten(1, (-1, size))
+    scale = groups.abs().amax(-1, keepdim=True) / 448
+    return ((groups / scale).to(fp8.E4M3).float() * scale).flatten(1)
+
+
 right(fp8.check_block_product)(in_blocks)
 right(fp8.check_block_product)(lambda x, weight, size: in_blocks(x.double(), weight.double(), size).float())
+wrong(fp8.check_block_product, "only then come the scales")(
+    lambda x, weight, size: (lambda a, b: a @ b.T)(*(unscaled(n, size) for n in (x, weight))))
 wrong(fp8.check_block_product, "nothing was rounded")(lambda x, weight, size: x @ weight.T)
 wrong(fp8.check_block_product, "a scale belongs to each block")(lambda x, weight, size: in_blocks(x, weight, x.shape[1]))
 wrong(fp8.check_block_product, "the weights' scales are missing")(lambda *a: in_blocks(*a, weights=False))

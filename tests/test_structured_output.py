@@ -342,7 +342,7 @@ def test_a_chain_that_would_fill_the_librarys_stack_is_refused(name):
 
 
 def test_what_leads_deep_and_not_too_deep_is_taken(llm):
-    for form in (dict(json=linked(100, lambda ref: dict(type="array", items=ref))), dict(json={"type": "array", "items": {"$ref": "#"}}),
+    for form in (dict(json=linked(480, lambda ref: dict(type="array", items=ref))), dict(json=linked(990, lambda ref: ref)), dict(json=linked(45, wrapped(10))), dict(json={"type": "array", "items": {"$ref": "#"}}),
                  dict(grammar="start: a0\n" + "".join(f"a{i}: a{i + 1}\n" for i in range(490)) + 'a490: "x"')):
         make_grammar_mask(StructuredOutputsParams(**form), llm.engine.input_processor)
 

@@ -95,6 +95,7 @@ def expect(function, args, wanted, why="", tolerance=0, case=None):
     case = case or call_text(function, args)
     got = call(function, *args, case=case)
     if got is None: why += " (Is a `return` missing?)"
+    elif show(got) == show(wanted): why = f"it is a {type(got).__name__}, not a {type(wanted).__name__}"
     require(same(got, wanted, tolerance), f"{case} gives {show(got)}, expected {show(wanted)}", why)
 
 

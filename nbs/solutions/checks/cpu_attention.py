@@ -49,20 +49,22 @@ def check_find_pieces(find_pieces):
 
 
 class Text:
-    "Keys and values of one text, which it gives piece by piece and counts."
+    "Keys and values of one text, which it gives piece by piece, always in the same place, and counts."
 
-    def __init__(self, end, new, width, window, scale, seed=0):
+    def __init__(self, end, new, width, window, scale, seed=0, anew=False):
         g = torch.Generator().manual_seed(seed)
         self.end, self.new, self.width, self.window = end, new, width, window
         self.q = torch.randn(new, 8, generator=g) * scale
         self.keys, self.values = torch.randn(2, end, 8, generator=g)
-        self.taken = []
+        self.taken, self.place, self.anew = [], torch.empty(2, width, 8), anew
 
     def take(self, first, last):
         if not 0 <= first < last <= self.end: raise WrongAnswer(f"take({first}, {last}), but positions go from 0 to before {self.end}")
         if last - first > self.width: raise WrongAnswer(f"take({first}, {last}) is more than {self.width} positions")
         self.taken += range(first, last)
-        return self.keys[first:last].clone(), self.values[first:last].clone()
+        place = torch.empty_like(self.place) if self.anew else self.place.fill_(torch.nan)
+        place[0, :last - first], place[1, :last - first] = self.keys[first:last], self.values[first:last]
+        return tuple(place[:, :last - first])
 
     @property
     def wanted(self):
@@ -88,14 +90,17 @@ def check_attend_tile(attend_tile):
         got = attempt(f"{name}: attend_tile", attend_tile, text.q.clone(), text.take, end, width, window)
         require(torch.is_tensor(got), f"{name}: gives {show(got)}, not a tensor", "Is a `return` missing?" if got is None else "")
         require(got.shape == text.q.shape, f"{name}: the shape is {tuple(got.shape)}, expected {tuple(text.q.shape)}")
+        require(len(set(text.taken)) == len(text.taken), f"{name}: some positions are taken twice", "all rows share a key that has been taken")
         why = "a row sees the positions up to its own, in a window only the last ones, and old sums shrink when a better score comes"
         if got.isnan().any():
             why = "minus infinity less minus infinity is no number: some row has seen nothing yet" if window else "e to the power of a large score is infinite"
+        patient = Text(end, new, width, window, scale, anew=True)
+        if torch.allclose(attend_tile(patient.q.clone(), patient.take, end, width, window), text.wanted, atol=1e-3 if scale > 1 else 1e-5):
+            why = "each `take` overwrites what the one before gave: use keys and values before you take more"
         if not torch.allclose(got, text.wanted, atol=1e-3 if scale > 1 else 1e-5):
             row = int(((got - text.wanted).abs().amax(1) > 1e-5).nonzero()[0]) if not got.isnan().any() else int(got.isnan().any(1).nonzero()[0])
             raise WrongAnswer(f"{name}: row {row} gives {show(got[row, :3])} ..., expected {show(text.wanted[row, :3])} ...: {why}")
         start = max(0, end - new - window + 1) if window else 0
-        require(len(set(text.taken)) == len(text.taken), f"{name}: some positions are taken twice", "all rows share a key that has been taken")
         require(not window or min(text.taken) > start - width,
                 f"{name}: takes position {min(text.taken)}, but no row sees anything before {start}")
     return "and every key was taken once for all rows"

@@ -17,7 +17,7 @@ def check_decode_e5m2(decode_e5m2):
         for byte in some:
             case, wanted = f"{kind}: decode_e5m2({byte})", numbers[byte]
             got = attempt(case, decode_e5m2, byte)
-            require(isinstance(got, (int, float)), f"{case} gives {show(got)}, not a number", "Is a `return` missing?" if got is None else "")
+            require(isinstance(got, (int, float)), f"{case} gives {got!r}, not a float", "Is a `return` missing?" if got is None else "")
             if got == wanted or math.isnan(got) and math.isnan(wanted): continue
             why = ""
             if kind == "exponent 0": why = "these are subnormal: no leading 1, and the smallest exponent, -14"
@@ -41,7 +41,9 @@ def check_round_e4m3(round_e4m3):
              "a matrix": (torch.randn(5, 7, generator=g), "")}
     for name, (x, why) in cases.items():
         case, wanted = f"{name}: round_e4m3", x.clamp(-448, 448).to(E4M3).float()
-        got = attempt(case, round_e4m3, x.clone())
+        given = x.clone()
+        got = attempt(case, round_e4m3, given)
+        require(torch.equal(given, x), f"{case} changes what it is given")
         require(torch.is_tensor(got), f"{case} gives {show(got)}, not a tensor", "Is a `return` missing?" if got is None else "")
         require(got.dtype == torch.float32, f"{case} gives {got.dtype}, expected torch.float32")
         require(got.shape == x.shape, f"{case} has shape {tuple(got.shape)}, expected {tuple(x.shape)}")
@@ -56,6 +58,16 @@ def rounded(x, size):
     groups = x.unflatten(-1, (-1, size))
     scale = groups.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 448
     return (groups / scale).clamp(-448, 448).to(E4M3).double(), scale.squeeze(-1).double()
+
+
+def cancelling(g, size=64):
+    "x (8, size) and weight (8, size) whose e4m3 products have exact sums, much smaller than the products."
+    def whole(): return 256 + 32 * torch.randint(7, (8, size // 2), generator=g).float()
+    a, b, order = whole(), whole(), torch.randperm(size // 2, generator=g)
+    a[:, 0], b[:, 0] = 448, 448
+    x, weight = torch.cat([a, a[:, order]], 1), torch.cat([b, -b[:, order]], 1)
+    weight[:, 5] += torch.where(weight[:, 5] < 400, 32, -32)
+    return x * 0.0123, weight * 0.0456
 
 
 @exercise
@@ -83,3 +95,9 @@ def check_block_product(block_product):
             if bool(((got.double() - other).abs() <= 1e-5 * other.abs() + allowed).all()): why = why or reason
         row, out = bad.nonzero()[0].tolist()
         require(False, f"{case} gives {got[row, out]:.7g} for output {out} of row {row}, expected {wanted[row, out]:.7g}", why)
+    x, weight = cancelling(g)
+    (xq, x_scale), (wq, w_scale) = rounded(x, 64), rounded(weight, 64)
+    wanted = torch.einsum("rgi,ogi->ro", xq, wq) * x_scale * w_scale.T
+    got = block_product(x.clone(), weight.clone(), 64)
+    require(bool(((got - wanted).abs() <= 8 * 2**-24 * wanted.abs()).all()), "block_product where products nearly cancel is inexact",
+            "sums of e4m3 numbers are exact here, and only then come the scales")
