@@ -190,7 +190,9 @@ def check_schema(schema):
 
 def check_grammar(grammar: str):
     "ValueError if a grammar, of JSON or in Lark's notation, may lead too deep."
-    if grammar.startswith("{"): return check_schema(json.loads(grammar))
+    if grammar.startswith("{"):
+        for one in json.loads(grammar)["grammars"]: check_schema(one["json_schema"])
+        return
     if grammar.count("\n") >= MAX_LINES:
         raise ValueError(f"it must have at most {MAX_LINES} lines")
     for place in re.finditer(r"%json\s*", grammar):
