@@ -290,9 +290,10 @@ def write_gguf(file, model, architecture="llama"):
     import gguf
     from nano_vllm.workbench import HF_NAMES, WHOLE_NAMES
     c, writer = model.config, gguf.GGUFWriter(file, architecture)
+    theta = c.rope_parameters["rope_theta"] if hasattr(c, "rope_parameters") else c.rope_theta    # transformers 5 and 4
     entries = dict(context_length=c.max_position_embeddings, embedding_length=c.hidden_size, block_count=c.num_hidden_layers,
                    feed_forward_length=c.intermediate_size, head_count=c.num_attention_heads, head_count_kv=c.num_key_value_heads,
-                   key_length=c.head_dim, layer_norm_rms_eps=c.rms_norm_eps, rope_freq_base=c.rope_parameters["rope_theta"])
+                   key_length=c.head_dim, layer_norm_rms_eps=c.rms_norm_eps, rope_freq_base=theta)
     for name, value in entries.items(): getattr(writer, f"add_{name}")(value)
     vocab = json.loads((fetch()/"tokenizer.json").read_text())["model"]
     writer.add_tokenizer_model("gpt2")
@@ -328,7 +329,8 @@ def test_a_gguf_file_goes_through_the_demo_models_door(tied, tmp_path, monkeypat
     with torch.inference_mode(): expected = theirs(torch.tensor([ids])).logits[0]
     torch.testing.assert_close(our_logits(load(folder), ids), expected, atol=1e-4, rtol=0)
     ours, demos = (json.loads((path/"tokenizer.json").read_text()) for path in (folder, DEMO))
-    assert ours["model"] == demos["model"] and ours["pre_tokenizer"] == demos["pre_tokenizer"]
+    for part in "vocab", "merges": assert ours["model"][part] == demos["model"][part]    # transformers 4 writes the flags of unknown bytes otherwise
+    assert ours["pre_tokenizer"] == demos["pre_tokenizer"]
     assert resolve_model(file) == folder and len(list((tmp_path/"cache").iterdir())) == 2
     if not tied: return
     write_gguf(file, make("Llama", tmp_path/"hf2", tie_word_embeddings=tied, vocab_size=49152, hidden_size=24))
