@@ -365,7 +365,7 @@ def nearest_e4m3(z):
 
 @triton.jit
 def quantize_kernel(x, q, scale, x_row, x_dim, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    "One program for each row: its numbers in e4m3 to `q`, what one is worth to `scale`."
+    "One program for each row: its numbers in e4m3 to `q`, the unit to `scale`."
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, WIDTH)
     there = i < DIM
