@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['norm', 'add_norm', 'split_norm_rotate', 'compiled', 'compiled_norm', 'compiled_activation', 'compiled_rope_and_cache',
            'half_offsets', 'load_heads', 'store_heads', 'rotate_heads', 'rounded', 'norm_heads', 'norm_rotate_heads',
-           'norm_rotate_store_kernel', 'norm_rotate_store', 'add_norm_kernel', 'fused_norm', 'silu_and_mul_kernel',
-           'fused_silu_and_mul', 'fused_rope_and_cache', 'fused_or_compiled_rope_and_cache', 'triton_fusion_ops',
-           'fusion_ops', 'storages', 'LaunchList', 'launches', 'CountingRecorder', 'nearest_e4m3', 'quantize_kernel',
-           'quantize_rows', 'FusedFp8Product', 'fp8_fusion_ops']
+           'norm_rotate_store_kernel', 'norm_rotate_store', 'add_norm_kernel', 'num_warps_for', 'fused_norm',
+           'silu_and_mul_kernel', 'fused_silu_and_mul', 'fused_rope_and_cache', 'fused_or_compiled_rope_and_cache',
+           'triton_fusion_ops', 'fusion_ops', 'storages', 'LaunchList', 'launches', 'CountingRecorder', 'nearest_e4m3',
+           'quantize_kernel', 'quantize_rows', 'FusedFp8Product', 'fp8_fusion_ops']
 
 # %% ../nbs/31_fusions.ipynb #0650ae4d
 import functools
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from .engine_args import has_fp8
-from .fp8 import E4M3, Fp8Product, fp8_linear, fp8_ops, quantize_fp8
+from .fp8 import E4M3, Fp8Product, fp8_ops
 from .layers import (OPS, Ops, Target, last_that_suits, rms_norm,
                               rope_and_cache, rotate, silu_and_mul, triton_ops)
 
@@ -228,6 +228,11 @@ def add_norm_kernel(x, residual, weight, eps, y, total, x_row, x_dim, residual_r
     tl.store(y + row*DIM + i, rounded(z*scale, total) * factor, mask=there)
 
 # %% ../nbs/31_fusions.ipynb #34c9a05f
+def num_warps_for(width: int) -> int:
+    "How many warps share a row of `width` numbers in registers."
+    return min(max(4, width // 512), 16)
+
+
 def fused_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None):
     "What `rms_norm(x, weight, eps, residual)` gives, in one launch."
     dim = x.shape[-1]
@@ -239,7 +244,7 @@ def fused_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = 
     steps = rows.stride() if others is None else others.stride()
     add_norm_kernel[(len(rows),)](
         rows, others, weight, eps, y, total, *rows.stride(), *steps, dim, width,
-        num_warps=min(max(4, width // 512), 16), enable_fp_fusion=False)
+        num_warps=num_warps_for(width), enable_fp_fusion=False)
     return y if residual is None else (y, total)
 
 # %% ../nbs/31_fusions.ipynb #1dee14c4
@@ -384,8 +389,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     scale = x.new_empty(rows, 1, dtype=torch.float32)
     width = triton.next_power_of_2(dim)
     quantize_kernel[(rows,)](x, q, scale, *x.stride(), dim, width,
-                             num_warps=min(max(4, width // 512), 16),
-                             enable_fp_fusion=False)
+                             num_warps=num_warps_for(width), enable_fp_fusion=False)
     return q, scale
 
 # %% ../nbs/31_fusions.ipynb #bbfc6fb6
@@ -398,9 +402,7 @@ def fp8_fusion_ops(target: Target) -> Ops | None:
     "quantization='fp8' on a GPU that has units for it; no compile."
     ops = fp8_ops(target)
     if ops is None or not has_fp8(target.device): return None
-    linear = functools.partial(fp8_linear, product=FusedFp8Product,
-                               plain=ops.head_linear)
-    return replace(ops, linear=linear)
+    return replace(ops, linear=functools.partial(ops.linear, product=FusedFp8Product))
 
 
 if TritonAttention: OPS["fp8_fusions"] = fp8_fusion_ops

@@ -131,12 +131,21 @@ def test_a_step_from_the_border_on_is_not_one_call(tmp_path, monkeypatch):
 def test_the_library_has_to_be_much_faster(times, border): assert library_border(times) == border
 
 
-@with_library
-def test_products_are_timed_once_on_a_machine(tmp_path, monkeypatch):
-    "What was found is kept, whole, for those processors, threads and versions of PyTorch for which it holds."
+@pytest.fixture
+def asked(tmp_path, monkeypatch):
+    "The numbers of rows that were timed, in pretence, with a cache that is empty at first."
     monkeypatch.setenv("NANO_VLLM_CACHE", str(tmp_path))
-    asked, measure = [], bfloat16.product_times.__wrapped__
-    monkeypatch.setattr(bfloat16, "time_both", lambda rows: (asked.append(rows), (0.25, rows))[1])
+    rows_asked = []
+    monkeypatch.setattr(bfloat16, "time_both", lambda rows: (rows_asked.append(rows), (0.25, rows))[1])
+    return rows_asked
+
+
+def measure(): return bfloat16.product_times.__wrapped__()      # as another process would
+
+
+@with_library
+def test_products_are_timed_once_on_a_machine(asked, tmp_path, monkeypatch):
+    "What was found is kept, whole, for those processors, threads and versions of PyTorch for which it holds."
     first = measure()
     assert list(first) == asked == list(bfloat16.TIMED_ROWS) and measure() == first == {n: (0.25, n) for n in asked} and len(asked) == len(first)
     kept, = (tmp_path/"products").iterdir()
@@ -152,10 +161,7 @@ def test_products_are_timed_once_on_a_machine(tmp_path, monkeypatch):
 
 @with_library
 @pytest.mark.parametrize("held", [b"", b"{", b"null", b"[]", b"3", b'{"1": null}', b'{"1": [1]}', b'{"a": [1, 2]}', b'{"1": ["x", 2]}', b"\xff\x00"], ids=str)
-def test_a_file_that_holds_no_times_is_replaced(held, tmp_path, monkeypatch):
-    monkeypatch.setenv("NANO_VLLM_CACHE", str(tmp_path))
-    asked, measure = [], bfloat16.product_times.__wrapped__
-    monkeypatch.setattr(bfloat16, "time_both", lambda rows: (asked.append(rows), (0.25, rows))[1])
+def test_a_file_that_holds_no_times_is_replaced(held, asked, tmp_path):
     path = tmp_path/"products"/f"{bfloat16.times_key()}.json"
     path.parent.mkdir()
     path.write_bytes(held)
@@ -164,24 +170,20 @@ def test_a_file_that_holds_no_times_is_replaced(held, tmp_path, monkeypatch):
 
 @with_library
 @pytest.mark.parametrize("spoil", [lambda products: products.write_text(""), lambda products: None], ids=["no folder", "a folder where the file should be"])
-def test_a_cache_that_takes_nothing_stops_no_engine(spoil, tmp_path, monkeypatch):
+def test_a_cache_that_takes_nothing_stops_no_engine(spoil, asked, tmp_path):
     "As one that belongs to somebody else: the products are timed, and what was found is used."
-    monkeypatch.setenv("NANO_VLLM_CACHE", str(tmp_path))
-    monkeypatch.setattr(bfloat16, "time_both", lambda rows: (0.25, rows))
     spoil(tmp_path/"products")
     if not (tmp_path/"products").exists(): (tmp_path/"products"/f"{bfloat16.times_key()}.json").mkdir(parents=True)
-    assert bfloat16.product_times.__wrapped__() == {n: (0.25, n) for n in bfloat16.TIMED_ROWS}
+    assert measure() == {n: (0.25, n) for n in bfloat16.TIMED_ROWS}
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith("tmp")]
 
 
 @with_library
-def test_engines_that_start_together_disturb_nobody(tmp_path, monkeypatch):
+def test_engines_that_start_together_disturb_nobody(asked, tmp_path):
     "Threads of one process here, which also share its number."
-    monkeypatch.setenv("NANO_VLLM_CACHE", str(tmp_path))
-    monkeypatch.setattr(bfloat16, "time_both", lambda rows: (0.25, rows))
     key = bfloat16.times_key()
     for _ in range(10):
-        with ThreadPoolExecutor(8) as threads: made = list(threads.map(lambda _: bfloat16.product_times.__wrapped__(), range(8)))
+        with ThreadPoolExecutor(8) as threads: made = list(threads.map(lambda _: measure(), range(8)))
         assert made == [made[0]] * 8 and [path.name for path in (tmp_path/"products").iterdir()] == [f"{key}.json"]
         (tmp_path/"products"/f"{key}.json").unlink()
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from helpers import run_compiler
-from nano_vllm import fp8, fusions
+from nano_vllm import fusions
 from nano_vllm.cuda_graphs import make_graphs
 from nano_vllm.fp8 import EmulatedFp8Product, Fp8Product, fp8_linear, quantize_fp8
 from nano_vllm.fusions import (
@@ -221,16 +221,21 @@ def decode_launches(config, ops, dtype=torch.bfloat16):
     return counter.steps[0]
 
 
+def launches_a_layer(ops, **changes):
+    "The names that a layer adds to the step of a model with one less."
+    two, one = (len(decode_launches(make_config(num_layers=n, **changes), ops)) for n in (2, 1))
+    return two - one
+
+
 FAMILIES = {"Llama": {}, "Qwen2": dict(qkv_bias=True), "Qwen3": dict(qk_norm=True), "biases": dict(qkv_bias=True, o_bias=True, mlp_bias=True)}
 
 
 @pytest.mark.parametrize("changes", FAMILIES.values(), ids=FAMILIES)
 def test_a_layer_of_a_decode_step_has_ten_launches(changes):
-    "The names a layer adds to the step of a model with one less. Without these kernels there are some forty, with norms on heads some fifty."
+    "Without these kernels there are some forty, with norms on heads some fifty."
     torch.use_deterministic_algorithms(False)          # it fills what is empty, which is a launch
-    def a_layer(ops): return len(decode_launches(make_config(num_layers=2, **changes), ops)) - len(decode_launches(make_config(num_layers=1, **changes), ops))
-    assert a_layer(choose_ops(target())) <= 10
-    assert a_layer(choose_ops(target(), "triton")) > 35
+    assert launches_a_layer(choose_ops(target()), **changes) <= 10
+    assert launches_a_layer(choose_ops(target(), "triton"), **changes) > 35
 
 
 def test_with_fp8_a_layer_has_four_more():
@@ -240,8 +245,7 @@ def test_with_fp8_a_layer_has_four_more():
     except (RuntimeError, NotImplementedError): pytest.skip("this PyTorch has no FP8 product for processors")
     def a_layer(product):
         ops = replace(choose_ops(target()), linear=partial(fp8_linear, product=product, plain=float_linear), head_linear=float_linear)
-        return len(decode_launches(make_config(num_layers=2, head_dim=16, hidden_size=64, intermediate_size=96), ops)) - len(
-            decode_launches(make_config(num_layers=1, head_dim=16, hidden_size=64, intermediate_size=96), ops))
+        return launches_a_layer(ops, head_dim=16, hidden_size=64, intermediate_size=96)
     assert a_layer(FusedFp8Product) <= 14 and a_layer(Fp8Product) == a_layer(FusedFp8Product) + 4*7
 
 
@@ -264,7 +268,7 @@ COMPILE = """
 import sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from nano_vllm import fp8, fusions
+from nano_vllm import fusions
 def shared(name, types, constants, capability, warps):
     kernel = getattr(fusions, name)
     types = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}

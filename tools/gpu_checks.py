@@ -15,8 +15,8 @@ from nano_vllm.attention import Batch, ReferenceAttention, TorchAttention, make_
 from nano_vllm.cuda_graphs import GpuRecorder
 from nano_vllm.engine_args import has_fp8
 from nano_vllm.fp8 import EmulatedFp8Product, Fp8Product, quantize_fp8, to_e4m3
-from nano_vllm.fusions import FusedFp8Product, quantize_rows
-from nano_vllm.fusions import fused_norm, fused_rope_and_cache, fused_silu_and_mul, norm_rotate_store, split_norm_rotate
+from nano_vllm.fusions import (
+    FusedFp8Product, fused_norm, fused_rope_and_cache, fused_silu_and_mul, norm_rotate_store, quantize_rows, split_norm_rotate)
 from nano_vllm.kv_blocks import ScheduledSequence, Sequence, blocks_needed
 from nano_vllm.layers import OPS, Ops, Rotary, Target, last_that_suits, rms_norm, silu_and_mul
 from nano_vllm.sampler import FILTERS, SAMPLING_STAGES, SamplingMetadata, gumbel, make_keys, row_keys, run_stages, sample
