@@ -78,11 +78,11 @@ def chosen(args, options: dict) -> dict:
 class FlexibleArgumentParser(argparse.ArgumentParser):
     "argparse's parser, which also takes `--field_name` for `--field-name`."
     def parse_args(self, args=None, namespace=None):
-        words = []
-        for word in sys.argv[1:] if args is None else args:
+        words = list(sys.argv[1:] if args is None else args)
+        end = words.index("--") if "--" in words else len(words)
+        for i, word in enumerate(words[:end]):
             name, sign, value = word.partition("=")
-            if name.startswith("--"): word = name.replace("_", "-") + sign + value
-            words.append(word)
+            if name.startswith("--"): words[i] = name.replace("_", "-") + sign + value
         return super().parse_args(words, namespace)
 
 
@@ -346,7 +346,7 @@ def add_command(choices, name: str, function, add_arguments, has_engine=True):
     add_arguments(p)
     if not has_engine: return
     p.add_argument("--model", default=MODEL_NAME, help="folder or hub id")
-    add_options(p, ENGINE_OPTIONS)
+    add_options(p, ENGINE_OPTIONS, SHORT_NAMES)
 
 # %% ../nbs/21_command_line.ipynb #c56cbcf3
 def add_commands(parser, commands: dict):
@@ -359,9 +359,9 @@ def add_commands(parser, commands: dict):
         else: add_command(choices, name, *entry)
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> FlexibleArgumentParser:
     "The parser of `nano-vllm`."
-    parser = argparse.ArgumentParser("nano-vllm", description="An inference engine.")
+    parser = FlexibleArgumentParser("nano-vllm", description="An inference engine.")
     add_commands(parser, COMMANDS)
     return parser
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from helpers import tiny_folder
-from nano_vllm.cli import main
+from nano_vllm.cli import main, make_parser
 
 PROGRAM = [sys.executable, "-c", "import sys; from nano_vllm.cli import main; sys.exit(main())"]
 
@@ -82,3 +82,9 @@ def test_a_message_does_not_repeat_a_book(folder, capsys):
     "The value is quoted, with its middle left out."
     assert main(["generate", "x", "--model", "m" * 10**6]) == 2
     assert len(capsys.readouterr().err.splitlines()[-1]) < 600
+
+
+def test_options_by_the_names_of_fields():
+    args = make_parser().parse_args(["generate", "--block_size=8", "--max_tokens", "3", "-tp", "2", "a_b", "--", "--no_option"])
+    assert (args.block_size, args.max_tokens, args.tensor_parallel_size) == (8, 3, 2)
+    assert args.prompts == ["a_b", "--no_option"]
