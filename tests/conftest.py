@@ -2,6 +2,7 @@
 
 Two workers take turns at the files (pytest -n 2 --dist loadfile). A file stays with one of them, so that what its tests share is made once."""
 import copy
+import gc
 import os
 import time
 from pathlib import Path
@@ -9,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import warm
+from quick_interpreter import remember_names
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may depend on a download from a hub
 if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is imported
+remember_names()
 
 # the book, and then what takes longest: so no worker begins a long file when the other has nothing left to do
 FIRST = [f"test_{name}.py" for name in (
@@ -25,6 +28,9 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
+
+
+def pytest_unconfigure(): gc.unfreeze()     # see garbage_is_of_this_file
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -54,6 +60,15 @@ def tokenizers_are_read_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer, "load_hf", load_once)
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def garbage_is_of_this_file():
+    """A collection looks at what a file's tests have made, and not at all modules and at what earlier files keep.
+
+    That would be a million objects and more, half a second each time that a test asks for one."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -19,9 +19,10 @@ import torch  # noqa: F401
 from fastcore import test  # noqa: F401
 from nbdev.config import get_config
 from nbdev.process import NBProcessor
-from transformers import PreTrainedTokenizerFast  # noqa: F401
+from transformers import LlamaConfig, PreTrainedTokenizerFast  # noqa: F401
 
 import warm
+from quick_interpreter import remember_names
 from short_runs import SHORT, name_of, shortened, timed_once
 
 AT_ONCE = 2
@@ -40,6 +41,7 @@ def run(path: Path, flags: list[str]):
     sys.path.insert(0, str(root))
     from nano_vllm import parallel, workbench
     nbdev.test.NBProcessor, workbench.timed, parallel.subprocess = read_short, timed_once, warm
+    remember_names()
     warm.fork_server()
     passed, seconds = nbdev.test.test_nb(path, skip_flags=flags, basepath=root)
     print(f"{os.path.relpath(path)}: {seconds:.0f} s{'' if passed else ', FAILED'}", flush=True)

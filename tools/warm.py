@@ -103,7 +103,7 @@ if sys.platform != "linux":     # without its files of processes, programs begin
 def be_forked(fd):
     "Fork for each request; the fork becomes the program that it asks for."
     import nano_vllm, transformers  # noqa: F401, E401
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
+    from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast  # noqa: F401
     become(*next_request(socket.socket(fileno=fd)))
 
 
