@@ -51,19 +51,29 @@ def test_every_job_runs(toy):
     assert len(list(out.iterdir())) == len(known)
 
 
-def test_what_is_there_is_not_repeated_and_what_is_missing_is(toy):
+def test_what_is_there_is_not_repeated(toy):
     _, out, env = toy
-    file, = out.glob("*-gpu-kernels.json")
-    entry = json.loads(file.read_text())
-    marked = entry["data"]["prefill"] = "kept"
-    del entry["data"]["decode"]
-    file.write_text(json.dumps(entry))
     done = suite("--toy", "--out", out, "tests", "kernels", **env)
-    assert done.returncode == 0 and "tests: already in" in done.stdout and "kernels: decode: done" in done.stdout
-    data = json.loads(file.read_text())["data"]
-    assert data["prefill"] == marked and data["decode"]["rows"]
-    file.write_text(json.dumps(entry | dict(source="of another version")))
-    assert "prefill: done" in suite("--toy", "--out", out, "kernels", **env).stdout
+    assert done.returncode == 0 and done.stdout.count("already in") == 2 and "done in" not in done.stdout
+
+
+def test_what_is_missing_is_made_and_nothing_of_other_code_is_kept(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(gpu_suite, "parts", lambda: dict(kernels=(1, dict(good=(good, 60), other=(good, 60)))))
+    args, about = gpu_suite.parse(["--toy", "--out", str(tmp_path)]), dict(machine=dict(name="A GPU"), versions=dict(torch="2"))
+    file = tmp_path/"a-gpu-gpu-kernels.json"
+
+    def run(**changed):
+        "What was run, after the file was `changed`, and the results."
+        if changed: file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+        assert gpu_suite.run_part("kernels", about, args, time.monotonic() + 60)
+        return capfd.readouterr().out.count("done in"), json.loads(file.read_text())["data"]
+
+    assert run() == (2, dict(good=2, other=2))
+    assert run(data=dict(good="kept")) == (1, dict(good="kept", other=2))
+    assert run(source="of another version") == (2, dict(good=2, other=2))
+    assert run(versions=dict(torch="1")) == (2, dict(good=2, other=2)) and run() == (0, dict(good=2, other=2))
+    args.force = True
+    assert run()[0] == 2
 
 
 FAKES = {"nanovllm": """
