@@ -80,10 +80,11 @@ class AsyncLLM:
         self.asks = queue.SimpleQueue()           # calls that the thread is to make
         self.news: dict[Request, None] = {}       # filled by the engine's steps
         self.input_thread = ThreadPoolExecutor(1, "input")
-        self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
+        self.thread = None                        # `start` makes it
 
     def start(self):
         "Let the thread begin; from here on the engine is its own."
+        self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
         self.thread.start()
         return self
 
@@ -322,7 +323,7 @@ async def is_paused(self: AsyncLLM) -> bool: return self.is_paused_now
 def shutdown(self: AsyncLLM):
     "Abort what is open and end the thread."
     self.asks.put(None)
-    if self.thread.is_alive(): self.thread.join()
+    if self.thread: self.thread.join()
     self.input_thread.shutdown()
 
 # %% ../nbs/35_async_llm.ipynb #6b96b299

@@ -127,7 +127,8 @@ class ControlGroup(TensorParallelGroup):
 
     def collect(self, message) -> list:
         "On rank 0 what all ranks give, in their order; nothing elsewhere."
-        data = to_bytes(message)
+        try: data = to_bytes(message)
+        except Exception as error: data = to_bytes(error)   # says what cannot be sent
         longest = -self.minimum(-len(data))     # pickle reads no further than its end
         mine = torch.frombuffer(bytearray(data.ljust(longest)), dtype=torch.uint8)
         parts = [torch.empty_like(mine) for _ in range(self.size)]

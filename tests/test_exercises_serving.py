@@ -214,9 +214,9 @@ class KeepsThemAll(WithFuture):
         self.wake()
 
     async def take(self):
-        if not self.texts: return await super().take()
+        if not self.texts: await super().take()
         texts, self.texts = self.texts, []
-        return "".join(texts)
+        return "".join(texts) or None
 
 
 # ---- a server

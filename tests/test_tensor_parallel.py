@@ -386,3 +386,15 @@ def test_an_interrupt_that_the_program_ignores_stays_ignored(known, monkeypatch)
         with hold_interrupts():
             for _ in range(2): signal.raise_signal(signal.SIGINT)
     finally: signal.signal(signal.SIGINT, before)
+
+
+def unpicklable(runner):
+    "What a user's function might give."
+    return (i for i in range(runner.group.rank))
+
+
+def test_an_answer_that_cannot_be_sent_is_an_error_and_the_engine_goes_on(tmp_path):
+    llm = LLM(tiny_folder(tmp_path), tensor_parallel_size=2, **LIMITS)
+    with pytest.raises(TypeError, match="cannot pickle 'generator' object"): llm.collective_rpc(unpicklable)
+    assert len(llm.collective_rpc("clear")) == 2
+    llm.engine.runner.group.close()

@@ -70,30 +70,31 @@ def check_all_experts(all_experts):
                 else "each token's outputs are added up by its own weights, and experts that it has not chosen have the weight zero")
     args, _ = mixture_case(100, 50, 2, seed=1)
     with Calls() as calls: all_experts(*args)
-    require(calls.num < 50, f"100 tokens, 50 experts: all_experts asks PyTorch for {calls.num} operations", "a loop over tokens or experts is not needed")
+    require(calls.num < 150, f"100 tokens, 50 experts: all_experts asks PyTorch for {calls.num} operations", "a loop over tokens or experts is not needed")
 
 
 @exercise
 def check_mixture(mixture):
     for name, sizes in CASES.items():
         (x, gate_up, down, picks, weights), wanted = mixture_case(*sizes, seed=2)
-        asked = []
+        asked = {}
 
         def run_expert(e, rows):
             e = int(e)
             if not 0 <= e < sizes[1]: raise WrongAnswer(f"{name}: there is no expert {e}")
             if rows.ndim != 2: raise WrongAnswer(f"{name}: expert {e} gets rows of shape {tuple(rows.shape)}, expected (n, {x.shape[1]})")
             if not len(rows): raise WrongAnswer(f"{name}: expert {e} is run without rows; its weights would be read for nothing")
-            num = int((picks == e).sum())
-            if num and len(rows) != num: raise WrongAnswer(f"{name}: expert {e} gets {len(rows)} rows, and {num} tokens have chosen it; an expert is run on its own tokens alone")
             if e in asked: raise WrongAnswer(f"{name}: expert {e} is run a second time, and its weights would be read again")
-            asked.append(e)
+            asked[e] = len(rows)
             return silu_and_mul(rows @ gate_up[e].T) @ down[e].T
 
         got = attempt(f"{name}: mixture", mixture, x.clone(), picks.clone(), weights.clone(), run_expert)
         compare(f"{name}: mixture", got, wanted, "each token gets its own experts' outputs, by its own weights")
         unused = set(asked) - set(picks.flatten().tolist())
         require(not unused, f"{name}: the experts {sorted(unused)} are run, though nobody has chosen them")
+        for e, num_rows in asked.items():
+            num = int((picks == e).sum())
+            require(num_rows == num, f"{name}: expert {e} gets {num_rows} rows, and {num} tokens have chosen it", "an expert is run on its own tokens alone")
     return "and each expert that is in use was run once"
 
 
