@@ -62,7 +62,8 @@ class Experts(nn.Module):
         rows = self.ops.activation(grouped_linear(rows, self.gate_up_proj, ends))
         rows = grouped_linear(rows, self.down_proj, ends)
         chosen = torch.empty_like(rows).index_copy_(0, order, rows)
-        return (weights[:, None] @ chosen.view(*experts.shape, -1)).squeeze(1)
+        chosen = chosen.view(*experts.shape, x.shape[1])
+        return (weights[:, None] @ chosen).squeeze(1)
 
     def weight_shards(self, name: str) -> dict[str, WeightShard]:
         "Those of each expert `e`: `name.e.gate_proj.weight`, `up_proj`, `down_proj`."

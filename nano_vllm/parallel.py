@@ -28,10 +28,14 @@ from .layers import LAUNCHERS, TensorParallelGroup
 
 # %% ../nbs/33_ranks.ipynb #7cc80455
 class Pickler(pickle.Pickler):
-    "Pickles tensors by way of NumPy, as they are small here; waits for a GPU's."
+    "Pickles the numbers of tensors, by way of NumPy where it can; waits for a GPU's."
     def reducer_override(self, obj):
-        if isinstance(obj, torch.Tensor): return torch.from_numpy, (obj.cpu().numpy(),)
-        return NotImplemented
+        if not isinstance(obj, torch.Tensor): return NotImplemented
+        host = obj.detach().cpu()
+        try: return torch.from_numpy, (host.numpy(),)
+        except TypeError:    # NumPy has no bfloat16 and no FP8: their bits, then
+            bits = host.view({1: torch.uint8, 2: torch.int16}[host.itemsize])
+            return torch.Tensor.view, (bits, host.dtype)
 
 
 def to_bytes(message) -> bytes:
@@ -53,8 +57,12 @@ def collective_options(kind, **settings):
 
 # %% ../nbs/33_ranks.ipynb #9f75edf9
 def step_seconds() -> float:
-    "How long rank 0 waits for the others within a step."
-    return float(os.environ.get("NANO_VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", 300))
+    "How long rank 0 waits for the others within a step; ValueError unless over 0."
+    name = "NANO_VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"
+    try:
+        if (seconds := float(os.environ.get(name, 300))) > 0: return seconds
+    except ValueError: pass      # no number: refused as well
+    raise ValueError(f"{name} must be a number over 0, got {os.environ[name]!r}")
 
 
 SLICE = timedelta(seconds=1)
@@ -119,7 +127,8 @@ class ControlGroup(TensorParallelGroup):
 
     def collect(self, message) -> list:
         "On rank 0 what all ranks give, in their order; nothing elsewhere."
-        data = to_bytes(message)
+        try: data = to_bytes(message)
+        except Exception as error: data = to_bytes(error)   # says what cannot be sent
         longest = -self.minimum(-len(data))     # pickle reads no further than its end
         mine = torch.frombuffer(bytearray(data.ljust(longest)), dtype=torch.uint8)
         parts = [torch.empty_like(mine) for _ in range(self.size)]
@@ -173,9 +182,9 @@ def worker():
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     try:
         size, device_type, target, payload = pickle.loads(store.get("job"))
-        store.add("present", 1)
         module, _, name = target.rpartition(".")
         function = getattr(import_module(module), name)
+        store.add("present", 1)      # not before: rank 0 would wait for the group
         function(DistributedGroup(store, rank, size, device_type), payload)
     except Exception:
         report(store, f"rank {rank} failed:\n{traceback.format_exc()}")
@@ -209,7 +218,8 @@ def stop_workers(processes: list[subprocess.Popen]):
 def describe_end(rank: int, code: int) -> str:
     "What became of a rank whose process ended with exit `code`."
     if code >= 0: return f"rank {rank} ended with status {code}"
-    return f"rank {rank} was killed by {signal.Signals(-code).name}"
+    names = {number: number.name for number in signal.Signals}
+    return f"rank {rank} was killed by {names.get(-code, f'signal {-code}')}"
 
 
 def find_failure(store, processes: list[subprocess.Popen],
@@ -231,10 +241,11 @@ def hold_interrupts():
     """Put off Ctrl-C to the end of the block, or the ranks would lose step.
 
     A second Ctrl-C is not put off: KeyboardInterrupt where the block stands."""
-    if threading.current_thread() is not threading.main_thread():
-        yield   # Python interrupts no thread but the main one
-        return
     caught, handler = [], signal.getsignal(signal.SIGINT)
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or handler in (signal.SIG_IGN, None):
+        yield   # Python interrupts no thread but the main one, or nobody at all
+        return
     def note(*args):
         caught.append(args)
         if len(caught) > 1: raise KeyboardInterrupt
@@ -284,7 +295,7 @@ class StartedGroup(DistributedGroup):
             other = None
             if isinstance(e, RuntimeError):   # what torch.distributed raises
                 other = find_failure(self.store, self.processes)
-            self.failure = other or f"rank 0 failed: {e or type(e).__name__}"
+            self.failure = other or f"rank 0 failed: {str(e) or type(e).__name__}"
             self.close()
             if other: raise RuntimeError(other) from e
             raise

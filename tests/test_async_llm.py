@@ -168,13 +168,13 @@ def test_generate_is_vllms():
 
 def test_the_queue_is_bounded_in_sequences():
     with fake_llm() as llm:
-        llm.max_open = 4
+        llm.max_open, several = 4, [SamplingParams(n=2), SamplingParams(n=3)]
         params = SamplingParams(max_tokens=50, ignore_eos=True)
 
         async def go():
             held = llm.follow(await llm.make_requests([[1]] * 3, params), True)
             await anext(held)
-            for prompts, p in (([[1]], SamplingParams(n=5)), ([[1]] * 5, None), ([[1]] * 3, SamplingParams(n=2))):
+            for prompts, p in (([[1]], SamplingParams(n=5)), ([[1]] * 5, None), ([[1]] * 3, SamplingParams(n=2)), ([[1]] * 2, several)):
                 with pytest.raises(ValueError, match="n for each prompt must make at most 4 sequences, got [56]"): await llm.make_requests(prompts, p)
             two = await llm.make_requests([[1]] * 2, params)
             with pytest.raises(QueueFullError, match="3 of 4"): await anext(llm.follow(two, True))
@@ -254,3 +254,97 @@ def test_who_has_ended_is_told_though_its_last_piece_could_not_be_made(monkeypat
         assert not waiting and all(isinstance(task.exception(), ValueError) for task in done)
 
     with fake_llm() as llm: asyncio.run(main(llm))
+
+
+ENDLESS = SamplingParams(max_tokens=50, ignore_eos=True)
+
+
+async def beside_a_reader(llm, what):
+    "Does `what`, a coroutine, while somebody reads; nothing may happen to the reader."
+    requests = await llm.make_requests([[1, 2]], ENDLESS)
+    reading = asyncio.ensure_future(read(llm, requests))
+    while not llm.engine.requests: await asyncio.sleep(.001)
+    try: return await what
+    finally: check_answers(requests, await asyncio.wait_for(reading, 10))
+
+
+@pytest.mark.parametrize("request_id", [None, 5, b"x", ["x", 5], ["x", ["y"]]])
+def test_an_id_that_is_no_string_is_refused_and_harms_nobody(request_id):
+    with fake_llm() as llm:
+        with pytest.raises(ValueError, match="request_id must be a string, got"): asyncio.run(beside_a_reader(llm, llm.abort(request_id)))
+        if request_id is None: return
+        with pytest.raises(ValueError, match="request_id must be a string, got"): asyncio.run(llm.make_requests([[1]], ENDLESS, request_id))
+
+
+@pytest.mark.parametrize("kind", [list, tuple, set, iter])
+def test_several_requests_are_aborted_by_one_call(kind):
+    async def go(llm):
+        requests = await llm.make_requests([[1], [2], [3]], ENDLESS)
+        reading = [asyncio.ensure_future(read(llm, [r])) for r in requests]
+        while len(llm.engine.requests) < 3: await asyncio.sleep(.001)
+        await llm.abort(kind([r.request_id for r in requests[:2]]))
+        ends = [found.popitem()[1].outputs[0].finish_reason for found in await asyncio.wait_for(asyncio.gather(*reading), 10)]
+        assert ends == ["abort", "abort", "length"]
+    with fake_llm() as llm: asyncio.run(go(llm))
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_who_waits_for_a_call_waits_no_longer_than_the_engine_lives(dies):
+    "Also where nothing but the call has gone through the loop, and where the engine dies instead of ending."
+    llm, gate = AsyncLLM(fake.fake_engine()).start(), threading.Event()
+
+    def fails(*args):
+        gate.wait()
+        raise RuntimeError("the device is gone")
+    if dies: llm.abort_all = fails
+    for ask in (fails if dies else gate.wait, None): llm.asks.put(ask)
+
+    async def go():
+        asking = asyncio.ensure_future(llm.ask(print, "never"))
+        await asyncio.sleep(0)      # it is in the queue, behind the end
+        gate.set()
+        with pytest.raises(EngineDeadError, match="gone" if dies else "shut down"): await asyncio.wait_for(asking, 10)
+        assert not llm.answers
+    asyncio.run(go())
+    llm.shutdown()
+
+
+def test_a_call_that_nobody_waits_for_any_more_is_not_made_and_harms_nobody():
+    with fake_llm() as llm:
+        async def leaves():
+            gate = threading.Event()
+            llm.asks.put(gate.wait)
+            asking = asyncio.ensure_future(llm.pause_generation(mode="keep"))
+            await asyncio.sleep(.01)
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+            gate.set()
+        asyncio.run(beside_a_reader(llm, leaves()))
+        assert not llm.is_paused_now and not llm.answers
+
+
+def test_a_pause_waits_for_what_an_earlier_one_has_kept():
+    async def go(llm):
+        requests = await llm.make_requests([[1, 2]], ENDLESS)
+        reading = asyncio.ensure_future(read(llm, requests))
+        while not llm.engine.requests: await asyncio.sleep(.001)
+        await llm.pause_generation(mode="keep")
+        assert not reading.done()
+        await asyncio.wait_for(llm.pause_generation(mode="wait"), 10)
+        check_answers(requests, await reading)
+        assert await llm.is_paused()
+        await llm.pause_generation(mode="wait")      # nobody is there
+        assert await llm.is_paused()
+        await llm.resume_generation()
+    with fake_llm() as llm: asyncio.run(go(llm))
+
+
+def test_an_engine_that_was_never_started_can_be_shut_down(): AsyncLLM(fake.fake_engine()).shutdown()
+
+
+def test_from_engine_args_takes_its_arguments_as_vllm_does(monkeypatch):
+    monkeypatch.setattr("nano_vllm.async_llm.make_engine", lambda args: fake.fake_engine())
+    for llm in (AsyncLLM.from_engine_args(None, True), AsyncLLM.from_engine_args(engine_args=None, start_engine_loop=True, max_open=7)):
+        llm.shutdown()
+        assert llm.max_open in (2**20, 7)
+    with pytest.raises(ValueError, match="stat_loggers is refused"): AsyncLLM.from_engine_args(None, True, None, [print])

@@ -2,10 +2,11 @@
 
 What holds for the notebooks of all chapters with solutions stands in test_exercises.py."""
 import math
-from collections import Counter
 import pickle
-from collections import deque
+from collections import Counter, deque
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -789,6 +790,7 @@ wrong(sampling_kernels.check_nucleus, "not a boolean for each token")(lambda pro
 # ---- ranks
 
 right(parallel.check_ring_sends)(lambda n, p: [(p - 1) / p * n * 2, 2 * n * (p - 1)])
+right(parallel.check_ring_sends)(lambda n, p: (Fraction(2 * n * (p - 1), p), np.float32(2 * n * (p - 1))))
 wrong(parallel.check_ring_sends, "twice 1 steps")(lambda n, p: (n * (p - 1) / p, n * (p - 1)))
 wrong(parallel.check_ring_sends, "gives (2400, 4800)")(lambda n, p: (2 * n * (p - 1), 2 * n * (p - 1) * p))    # all pieces to the next
 wrong(parallel.check_ring_sends, "gives 1200.0, expected")(lambda n, p: 2 * n * (p - 1) / p)
@@ -897,6 +899,7 @@ right(parallel.check_all_reduce)(ring)
 wrong(parallel.check_all_reduce, "rank 0 gets [1, 222, ")(lambda *a: ring(*a, rounds=1))
 wrong(parallel.check_all_reduce, "expected [111, 222, 333]")(lambda *a: ring(*a, add=False))
 wrong(parallel.check_all_reduce, "rank 0 gets")(lambda *a: ring(*a, first=1))
+wrong(parallel.check_all_reduce, "rank 0 gets 666, expected [111, 222, 333]")(lambda *a: sum(ring(*a)))
 
 
 @wrong(parallel.check_all_reduce, "a rank sends 6 numbers, and 4 are enough")
@@ -928,6 +931,8 @@ def _(rank, size, pieces, send, receive):    # everybody waits before he gives
 right(moe.check_tokens_for_share)(lambda share, experts, chosen: math.ceil(math.log(1 - share, 1 - chosen / experts)))
 wrong(moe.check_tokens_for_share, "8 tokens use 90.0% of the experts and 9 use")(
     lambda share, experts, chosen: round(math.log(1 - share) / math.log(1 - chosen / experts)))
+wrong(moe.check_tokens_for_share, "(0.75, 2, 1) gives 3, expected 2: 1 tokens use 50.0%")(    # more than the share, not at least
+    lambda share, experts, chosen: math.floor(math.log(1 - share) / math.log(1 - chosen / experts)) + 1)
 wrong(moe.check_tokens_for_share, "(0.9, 8, 2) gives 4, expected 9")(lambda share, experts, chosen: math.ceil(share * experts / chosen))
 
 right(moe.check_ridge)(lambda experts, chosen, peak, bandwidth, size: (experts / chosen) * (peak / bandwidth) * size / 2)
@@ -937,7 +942,7 @@ wrong(moe.check_ridge, "64 x 4 w bytes are read")(lambda experts, chosen, peak, 
 
 @right(moe.check_all_experts)
 def _(x, gate_up, down, experts, weights):   # by a product with the one-hot choices
-    rows = torch.stack([silu_and_mul(x @ a.T) @ b.T for a, b in zip(gate_up, down)])
+    rows = torch.einsum("eni,ehi->enh", silu_and_mul(torch.einsum("nh,eih->eni", x, gate_up)), down)
     chosen = torch.nn.functional.one_hot(experts, len(down)).float()
     return torch.einsum("nke,nk,enh->nh", chosen, weights, rows)
 
@@ -949,6 +954,13 @@ def everywhere(x, gate_up, down, experts, weights, value=lambda w: w):
 
 
 right(moe.check_all_experts)(everywhere)
+
+
+@wrong(moe.check_all_experts, "a loop over tokens or experts is not needed")
+def _(x, gate_up, down, experts, weights):
+    return sum((weights * (experts == e)).sum(1, keepdim=True) * (silu_and_mul(x @ a.T) @ b.T) for e, (a, b) in enumerate(zip(gate_up, down)))
+
+
 wrong(moe.check_all_experts, "it has chosen the experts")(lambda *a: everywhere(*a, value=torch.ones_like))
 wrong(moe.check_all_experts, "has shape (3, 1, 6), expected (1, 6)")(lambda x, gate_up, down, *_: silu_and_mul(x @ gate_up.mT) @ down.mT)
 wrong(moe.check_all_experts, "gives")(lambda x, gate_up, down, experts, weights: (silu_and_mul(x @ gate_up.mT) @ down.mT).mean(0))
@@ -980,6 +992,11 @@ wrong(moe.check_mixture, "by its own weights")(lambda *a: grouped(*a, add=False)
 wrong(moe.check_mixture, "1 token, 2 of 3 experts: mixture gives")(lambda *a: grouped(*a, first=True))
 
 
+@wrong(moe.check_mixture, "an expert is run on its own tokens alone")
+def _(x, experts, weights, run_expert):      # each of them on all tokens
+    return sum((weights * (experts == e)).sum(1, keepdim=True) * run_expert(e, x) for e in experts.unique().tolist())
+
+
 @wrong(moe.check_mixture, "is run a second time")
 def _(x, experts, weights, run_expert):      # token by token
     return torch.stack([sum(w * run_expert(e, x[t:t + 1])[0] for e, w in zip(experts[t].tolist(), weights[t])) for t in range(len(x))])
@@ -995,6 +1012,13 @@ right(moe.check_tokens_to_send)(sends)
 wrong(moe.check_tokens_to_send, "a token goes to a rank once")(lambda *a: sends(*a, kinds=list))
 wrong(moe.check_tokens_to_send, "each rank has 2 experts")(lambda choices, n: sends(choices, n, rank_of=lambda e, size: e % len(choices)))
 wrong(moe.check_tokens_to_send, "a rank without tokens")(lambda *a: [list(row) for row in zip(*sends(*a))])
+
+
+def test_where_experts_live_is_told_by_a_rank_that_there_is():
+    load = moe.uneven_load()
+    assert moe.busiest(load, [e % 4 for e in range(64)]) == moe.busiest(load, torch.arange(64) % 4)
+    for rank_of in ([e // 8 for e in range(64)], [-1] * 64, [e / 16 for e in range(64)]):
+        with pytest.raises(WrongAnswer, match="expert .* is placed on rank .*, there are 0 to 3"): moe.busiest(load, rank_of)
 
 
 # ---- what holds for all

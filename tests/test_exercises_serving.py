@@ -56,6 +56,8 @@ def _(num_tokens, interval):
 wrong(async_llm.check_pieces_sent, "the first token is to be sent at once")(evenly)
 wrong(async_llm.check_pieces_sent, "no token may be lost")(lambda num_tokens, interval: [1] + [interval] * ((num_tokens - 1) // interval))
 wrong(async_llm.check_pieces_sent, "expected [1, 4, 4, 1]")(lambda num_tokens, interval: [1] * num_tokens)
+wrong(async_llm.check_pieces_sent, "gives 4, expected the list")(lambda num_tokens, interval: 1 + math.ceil((num_tokens - 1) / interval))
+wrong(async_llm.check_pieces_sent, "expected whole numbers")(lambda num_tokens, interval: ["1"] * num_tokens)
 
 
 @right(async_llm.check_stepper)
@@ -148,14 +150,14 @@ class WithQueue:
 
 
 @right(async_llm.check_box)
-class WithCondition:
-    def __init__(self): self.parts, self.open, self.waiter = [], True, None
+class WithFuture:
+    def __init__(self): self.text, self.open, self.waiter = "", True, None
 
     def wake(self):
         if self.waiter and not self.waiter.done(): self.waiter.set_result(None)
 
     def put(self, text):
-        self.parts.append(text)
+        self.text += text
         self.wake()
 
     def close(self):
@@ -163,32 +165,32 @@ class WithCondition:
         self.wake()
 
     async def take(self):
-        if self.open and not self.parts:
+        if self.open and not self.text:
             self.waiter = asyncio.get_running_loop().create_future()
             await self.waiter
-        parts, self.parts = self.parts, []
-        return "".join(parts) if parts else None
+        text, self.text = self.text, ""
+        return text or None
 
 
 wrong(async_llm.check_box, "take gives 'One,', expected 'One, two'")(WithQueue)
 
 
 @wrong(async_llm.check_box, "two takes give (None, None)")
-class ForgetsTheEnd(WithCondition):
+class ForgetsTheEnd(WithFuture):
     async def take(self):
         text = await super().take()
         return text if self.open else None
 
 
 @wrong(async_llm.check_box, "it has to wait")
-class NeverWaits(WithCondition):
+class NeverWaits(WithFuture):
     async def take(self):
-        parts, self.parts = self.parts, []
-        return "".join(parts)
+        text, self.text = self.text, ""
+        return text
 
 
 @wrong(async_llm.check_box, "what has been read is not given again")
-class Repeats(WithCondition):
+class Repeats(WithFuture):
     async def take(self):
         if not hasattr(self, "all"): self.all = ""
         new = await super().take()
@@ -197,8 +199,24 @@ class Repeats(WithCondition):
 
 
 @wrong(async_llm.check_box, "though there is something to give")
-class SleepsOn(WithCondition):
+class SleepsOn(WithFuture):
     def wake(self): pass
+
+
+@wrong(async_llm.check_box, "the box holds 100 texts")
+class KeepsThemAll(WithFuture):
+    def __init__(self):
+        super().__init__()
+        self.texts = []
+
+    def put(self, text):
+        self.texts.append(text)
+        self.wake()
+
+    async def take(self):
+        if not self.texts: await super().take()
+        texts, self.texts = self.texts, []
+        return "".join(texts) or None
 
 
 # ---- a server

@@ -216,7 +216,7 @@ def test_whole_experts_on_each_rank_give_the_same_logits(saved, size):
 
 def test_whole_experts_need_experts(saved, caplog):
     log_once.cache_clear()
-    assert len(make_llm(saved("Llama")[1], enable_expert_parallel=True).generate("a", use_tqdm=False)) == 1     # as in vLLM
+    assert len(make_llm(saved("Llama")[1], enable_expert_parallel=True).generate("a", use_tqdm=False)) == 1     # vLLM refuses it
     assert "enable_expert_parallel has no effect here" in caplog.text
     with pytest.raises(ValueError, match="enable_expert_parallel must be bool"): make_llm(saved("Llama")[1], enable_expert_parallel="yes")
 
@@ -260,7 +260,7 @@ def random_layer(kind, *args, seed=0, **kwargs):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 9), st.data())
+@given(st.integers(0, 40), st.integers(1, 9), st.data())
 def test_grouped_experts_equal_one_by_one(num_tokens, num_experts, data):
     top_k, only = data.draw(st.integers(1, num_experts)), data.draw(st.integers(1, num_experts))
     hidden, inner = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 20))

@@ -1,6 +1,7 @@
 """Tensor parallelism: a model cut into N ranks gives TP=1's logits and tokens, and no process outlives its engine."""
 import gc
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from nano_vllm import LLM, SamplingParams
 from nano_vllm.attention import Batch, make_batch
 from nano_vllm.cli import get_open_port
 from nano_vllm.kv_blocks import ScheduledSequence, Sequence
-from nano_vllm.parallel import StartedGroup
+from nano_vllm.parallel import StartedGroup, describe_end, hold_interrupts, step_seconds, to_bytes
 from nano_vllm.workbench import fetch
 from test_model import make
 
@@ -340,3 +341,60 @@ def test_a_rank_may_end_right_after_a_message():
     try: assert [p.wait(timeout=100) for p in ranks] == [0] * len(ranks)
     finally:
         for p in ranks: p.kill()
+
+
+def test_a_rank_that_cannot_be_imported_is_told_at_once():
+    "And not after the two minutes that the ranks may take to find each other."
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="No module named 'nowhere'"): StartedGroup(2, "cpu", "nowhere.nothing", None)
+    assert time.monotonic() - start < 100
+
+
+def test_why_rank_0_left_is_told_without_words_too():
+    group = StartedGroup(2, "cpu", "rank_targets.echo", None)
+    with pytest.raises(KeyboardInterrupt), group.collective_guard(): raise KeyboardInterrupt
+    with pytest.raises(RuntimeError, match="this engine has ended: rank 0 failed: KeyboardInterrupt"):
+        with group.collective_guard(): pass
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_message_carries_tensors_of_any_type_and_shape(dtype):
+    for x in (torch.tensor(1.), torch.arange(6.).view(2, 3).T, torch.zeros(0, 2), torch.ones(2, requires_grad=True) * 2):
+        again, = pickle.loads(to_bytes([x.to(dtype)]))
+        assert again.dtype == dtype and torch.equal(again.float(), x.detach().to(dtype).float())
+        again.zero_()      # it is the receiver's own
+
+
+@pytest.mark.parametrize("seconds", ["", "soon", "-1", "0", "nan"])
+def test_a_limit_that_is_none_is_refused_by_name(seconds, monkeypatch):
+    monkeypatch.setenv("NANO_VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", seconds)
+    with pytest.raises(ValueError, match=f"NANO_VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS must be a number over 0, got '{seconds}'"): step_seconds()
+    monkeypatch.setenv("NANO_VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "1.5")
+    assert step_seconds() == 1.5
+
+
+def test_every_end_of_a_process_has_words():
+    assert [describe_end(1, -signal.SIGKILL), describe_end(2, -40)] == ["rank 1 was killed by SIGKILL", "rank 2 was killed by signal 40"]
+
+
+@pytest.mark.parametrize("known", [signal.SIG_IGN, None], ids=["ignored", "set by C"])
+def test_an_interrupt_that_the_program_ignores_stays_ignored(known, monkeypatch):
+    "Nor is a handler touched that Python does not know."
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    monkeypatch.setattr(signal, "getsignal", lambda number: known)
+    try:
+        with hold_interrupts():
+            for _ in range(2): signal.raise_signal(signal.SIGINT)
+    finally: signal.signal(signal.SIGINT, before)
+
+
+def unpicklable(runner):
+    "What a user's function might give."
+    return (i for i in range(runner.group.rank))
+
+
+def test_an_answer_that_cannot_be_sent_is_an_error_and_the_engine_goes_on(tmp_path):
+    llm = LLM(tiny_folder(tmp_path), tensor_parallel_size=2, **LIMITS)
+    with pytest.raises(TypeError, match="cannot pickle 'generator' object"): llm.collective_rpc(unpicklable)
+    assert len(llm.collective_rpc("clear")) == 2
+    llm.engine.runner.group.close()

@@ -1,7 +1,9 @@
 "Checks of the exercises of the chapter on the asynchronous engine. Nothing here needs an engine."
 import asyncio
+import numbers
 import threading
 import time
+import weakref
 from concurrent.futures import TimeoutError as NotDone
 
 from . import WrongAnswer, attempt, exercise, expect, require, show
@@ -25,7 +27,9 @@ def check_pieces_sent(pieces_sent):
         case = f"pieces_sent({num_tokens}, {interval})"
         got = attempt(case, pieces_sent, num_tokens, interval)
         require(got is not None, f"{case} gives None. Is a `return` missing?")
+        require(hasattr(got, "__iter__"), f"{case} gives {show(got)}, expected the list {show(wanted)}")
         got = list(got)
+        require(all(isinstance(n, numbers.Integral) for n in got), f"{case} gives {show(got)}, expected whole numbers")
         require(sum(got) == num_tokens, f"{case} gives {show(got)}, {sum(got)} tokens of {num_tokens}", "no token may be lost or sent twice")
         require(got[:1] == [1], f"{case} gives {show(got)}", "the first token is to be sent at once")
         require(got == wanted, f"{case} gives {show(got)}, expected {show(wanted)}")
@@ -68,6 +72,10 @@ def check_stepper(Stepper):
     require(not thread.is_alive(), "close has returned, and the thread is still alive")
 
 
+class Text(str):
+    "A string of which one can tell whether somebody holds it."
+
+
 @exercise
 def check_box(Box):
     async def scenario():
@@ -91,6 +99,12 @@ def check_box(Box):
         box.close()
         got = await asyncio.wait_for(waiting, 1)
         require(got is None, f"take waits when the box is closed, and gives {show(got)}, expected None")
+        box, seen = Box(), weakref.WeakSet()
+        for i in range(100):
+            seen.add(text := Text(f"word {i} "))
+            box.put(text)
+        del text
+        require(len(seen) < 2, f"after 100 puts that nobody has read, the box holds {len(seen)} texts", "it is to hold one string, with all of them in it")
     in_its_own_loop(scenario)
 
 
@@ -102,7 +116,9 @@ def in_its_own_loop(scenario):
         except WrongAnswer as error: failed.append(error)
         except (TimeoutError, asyncio.TimeoutError): failed.append(WrongAnswer("take waits, though there is something to give"))
         except Exception as error: failed.append(WrongAnswer(f"the box raises {type(error).__name__}: {error}"))
-    thread = threading.Thread(target=run)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join()
+    thread.join(10)
+    require(not thread.is_alive(), "after 10 seconds take has neither given something nor let go of the event loop",
+            "a loop without `await` keeps all others waiting; restart the kernel, it is still running")
     if failed: raise failed[0]

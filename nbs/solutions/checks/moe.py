@@ -2,6 +2,7 @@
 import math
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nano_vllm.layers import silu_and_mul
 from nano_vllm.moe import route
@@ -11,7 +12,7 @@ from . import WrongAnswer, attempt, exercise, expect, require, show
 
 @exercise
 def check_tokens_for_share(tokens_for_share):
-    for share, experts, chosen in ((0.9, 8, 2), (0.9, 128, 8), (0.5, 128, 8), (0.99, 64, 8), (0.1, 8, 2), (0.05, 8, 2)):
+    for share, experts, chosen in ((0.9, 8, 2), (0.9, 128, 8), (0.5, 128, 8), (0.99, 64, 8), (0.1, 8, 2), (0.05, 8, 2), (0.75, 2, 1)):
         wanted = math.ceil(math.log(1 - share) / math.log(1 - chosen / experts))
         used = [1 - (1 - chosen / experts)**n for n in (wanted - 1, wanted)]
         expect(tokens_for_share, (share, experts, chosen), wanted,
@@ -51,6 +52,15 @@ def compare(case, got, wanted, why):
     raise WrongAnswer(f"{case} gives {show(got[t, :3])} ... for token {t}, expected {show(wanted[t, :3].float())} ...: {why}")
 
 
+class Calls(TorchDispatchMode):
+    "Counts what PyTorch is asked to compute."
+    num = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.num += 1
+        return function(*args, **(kwargs or {}))
+
+
 @exercise
 def check_all_experts(all_experts):
     for name, sizes in CASES.items():
@@ -58,13 +68,16 @@ def check_all_experts(all_experts):
         got = attempt(f"{name}: all_experts", all_experts, *(a.clone() for a in args))
         compare(f"{name}: all_experts", got, wanted, f"it has chosen the experts {args[3][0].tolist()} with the weights {show(args[4][0])}" if sizes[0] == 1
                 else "each token's outputs are added up by its own weights, and experts that it has not chosen have the weight zero")
+    args, _ = mixture_case(100, 50, 2, seed=1)
+    with Calls() as calls: all_experts(*args)
+    require(calls.num < 150, f"100 tokens, 50 experts: all_experts asks PyTorch for {calls.num} operations", "a loop over tokens or experts is not needed")
 
 
 @exercise
 def check_mixture(mixture):
     for name, sizes in CASES.items():
         (x, gate_up, down, picks, weights), wanted = mixture_case(*sizes, seed=2)
-        asked = []
+        asked = {}
 
         def run_expert(e, rows):
             e = int(e)
@@ -72,13 +85,16 @@ def check_mixture(mixture):
             if rows.ndim != 2: raise WrongAnswer(f"{name}: expert {e} gets rows of shape {tuple(rows.shape)}, expected (n, {x.shape[1]})")
             if not len(rows): raise WrongAnswer(f"{name}: expert {e} is run without rows; its weights would be read for nothing")
             if e in asked: raise WrongAnswer(f"{name}: expert {e} is run a second time, and its weights would be read again")
-            asked.append(e)
+            asked[e] = len(rows)
             return silu_and_mul(rows @ gate_up[e].T) @ down[e].T
 
         got = attempt(f"{name}: mixture", mixture, x.clone(), picks.clone(), weights.clone(), run_expert)
         compare(f"{name}: mixture", got, wanted, "each token gets its own experts' outputs, by its own weights")
         unused = set(asked) - set(picks.flatten().tolist())
         require(not unused, f"{name}: the experts {sorted(unused)} are run, though nobody has chosen them")
+        for e, num_rows in asked.items():
+            num = int((picks == e).sum())
+            require(num_rows == num, f"{name}: expert {e} gets {num_rows} rows, and {num} tokens have chosen it", "an expert is run on its own tokens alone")
     return "and each expert that is in use was run once"
 
 
@@ -104,7 +120,8 @@ def busiest(load, rank_of, ranks=4):
     "How many times the even part the busiest rank has to do, if expert `e` is on rank `rank_of[e]`."
     if len(rank_of) != len(load): raise WrongAnswer(f"{len(rank_of)} experts are placed, there are {len(load)}")
     sums, counts = [0] * ranks, [0] * ranks
-    for rows, rank in zip(load, rank_of):
+    for e, (rows, rank) in enumerate(zip(load, rank_of)):
+        if not (hasattr(rank, "__index__") and rank in range(ranks)): raise WrongAnswer(f"expert {e} is placed on rank {show(rank)}, there are 0 to {ranks - 1}")
         sums[rank] += rows
         counts[rank] += 1
     if len(set(counts)) > 1: raise WrongAnswer(f"the ranks have {counts} experts, and must have equally many: their memory is full")

@@ -100,7 +100,7 @@ def check_all_reduce(all_reduce):
         for rank, got in enumerate(results):
             case = f"of {size} ranks that hold {show(held)}, rank {rank}"
             require(got is not None, f"{case} gets None. Is a `return` missing?")
-            require(list(got) == wanted, f"{case} gets {show(got)}, expected {wanted}")
+            require(hasattr(got, "__len__") and list(got) == wanted, f"{case} gets {show(got)}, expected {wanted}")
         require(not left, f"{size} ranks: {left} messages have been sent that nobody received")
         require(max(sent) <= 2 * (size - 1), f"{size} ranks: a rank sends {max(sent)} numbers, and {2 * (size - 1)} are enough",
                 "each piece goes round once to be added up and once to be handed out")
