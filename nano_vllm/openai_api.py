@@ -8,10 +8,10 @@ __all__ = ['LOGPROBS', 'TEMPLATE_FIELDS', 'CALL', 'RESPONSE_FORMATS', 'TOOL_CHOI
            'chat_logprob', 'chat_logprobs', 'completion_logprobs', 'prompt_logprobs', 'read_logprobs',
            'read_chat_logprobs', 'write_logprobs', 'write_chat_logprobs', 'write_prompt_logprobs', 'read_call',
            'with_calls', 'read_conversation', 'read_calls', 'CallFilter', 'write_calls', 'choose', 'json_schema_format',
-           'function_name', 'call_schema', 'call_form', 'require_call', 'require_function', 'require_nothing',
-           'read_form', 'snapshot', 'Metrics', 'tokenize', 'detokenize', 'events', 'show_page', 'show_metrics',
-           'version', 'Front', 'allow_origins', 'serve', 'serve_arguments', 'post_lines', 'timed_request', 'run_all',
-           'bench_http', 'bench_serve', 'bench_serve_arguments']
+           'function_name', 'call_rule', 'call_form', 'require_call', 'require_function', 'require_nothing',
+           'read_form', 'snapshot', 'mean_gap', 'Metrics', 'tokenize', 'detokenize', 'events', 'show_page',
+           'show_metrics', 'version', 'Front', 'allow_origins', 'serve', 'serve_arguments', 'post_lines',
+           'timed_request', 'run_all', 'bench_http', 'bench_serve', 'bench_serve_arguments']
 
 # %% ../nbs/38_openai_api.ipynb #a0edbcec
 import argparse, asyncio, hmac, json, logging, math, re, signal, sys, time, uuid
@@ -30,9 +30,10 @@ from .request import RequestOutput
 from .latency import Timeline, check_options, under_load
 from .llm import GAUGES
 from .sampling_params import (SamplingParams, StructuredOutputsParams,
-                                       check_number, quote)
+                                       check_number, is_unicode, quote)
 from .server import (API, CHAT, COMPLETION, LAYERS, OBSERVERS, ROUTES,
-                              APIError, make_server, read_fields, render, to_response)
+                              APIError, given_prompt, make_server, read_fields,
+                              read_json, render, to_response)
 from .tokenizer import StopFilter
 
 # %% ../nbs/38_openai_api.ipynb #859927e5
@@ -52,11 +53,11 @@ def chat_logprobs(token_ids, entries, top: int) -> dict:
                                        for t, entry in zip(token_ids, entries)])
 
 # %% ../nbs/38_openai_api.ipynb #6f682089
-def completion_logprobs(token_ids, entries, offset: int) -> dict:
+def completion_logprobs(token_ids, entries, offset: int, tokenizer) -> dict:
     "The same in the older form of /v1/completions."
     made = dict(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
     for t, entry in zip(token_ids, entries):
-        text = entry[t].decoded_token if entry else ""
+        text = entry[t].decoded_token if entry else tokenizer.decode([t])
         best = entry and {e.decoded_token: number(e.logprob) for e in entry.values()}
         made["tokens"].append(text)
         made["token_logprobs"].append(entry and number(entry[t].logprob))
@@ -110,7 +111,8 @@ def write_logprobs(choice, made: dict, piece: RequestOutput, out):
             ids = piece.prompt_token_ids + ids
             entries = piece.prompt_logprobs + entries
     if entries is None: return
-    made["logprobs"] = completion_logprobs(ids, entries, choice.offset)
+    made["logprobs"] = completion_logprobs(ids, entries, choice.offset,
+                                           choice.tokenizer)
     choice.offset += sum(map(len, made["logprobs"]["tokens"]))
 
 
@@ -181,12 +183,13 @@ def read_calls(text: str) -> list[dict]:
     calls = []
     parts = re.findall(rf"{CALL}(.*?)(?:</tool_call>|$)", text, re.S)
     for i, part in enumerate(parts):
-        try: call = json.loads(part)
+        try: call = read_json(part.encode())
         except ValueError: return []
-        if not isinstance(call, dict) or type(call.get("name")) is not str: return []
+        name = call.get("name")
         arguments = json.dumps(call.get("arguments", {}), ensure_ascii=False)
+        if not is_unicode(name) or not is_unicode(arguments): return []
         calls.append(dict(index=i, id=f"call_{uuid.uuid4().hex[:24]}", type="function",
-                          function=dict(name=call["name"], arguments=arguments)))
+                          function=dict(name=name, arguments=arguments)))
     return calls
 
 # %% ../nbs/38_openai_api.ipynb #94cfe1d2
@@ -250,22 +253,21 @@ def function_name(tool):
     return function.get("name") if isinstance(function, dict) else None
 
 
-def call_schema(tool) -> dict:
-    "The JSON schema of a call of `tool`; ValueError if it has no name."
+def call_rule(tool) -> str:
+    "What a call of `tool` is, in a grammar's notation; ValueError if it has no name."
     name = function_name(tool)
     if not isinstance(name, str) or not name:
         raise ValueError("tools must have a function with a name each, "
                          f"got {quote(tool)}")
-    arguments = tool["function"].get("parameters") or {"type": "object"}
-    return dict(type="object", additionalProperties=False,
-                properties=dict(name={"const": name}, arguments=arguments),
-                required=["name", "arguments"])
+    schema = json.dumps(tool["function"].get("parameters") or {"type": "object"})
+    head = f'{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": '
+    return f'{json.dumps(head)} %json {schema} "}}"'
 
 
 def call_form(tools: list[dict]) -> dict:
     "SamplingParams' arguments for a call of one of the `tools`."
-    schema = json.dumps({"anyOf": [call_schema(tool) for tool in tools]})
-    lark = f'start: "<tool_call>\\n" %json {schema} "\\n</tool_call>"'
+    calls = " | ".join(map(call_rule, tools))
+    lark = f'start: "<tool_call>\\n" ({calls}) "\\n</tool_call>"'
     return dict(structured_outputs=StructuredOutputsParams(grammar=lark))
 
 # %% ../nbs/38_openai_api.ipynb #c1ea8f01
@@ -277,7 +279,7 @@ def require_call(tool_choice, tools: list[dict]) -> dict:
 
 def require_function(tool_choice: dict, tools: list[dict]) -> dict:
     "A call of the tool that `tool_choice` names."
-    for tool in tools: call_schema(tool)                # a nameless one is told first
+    for tool in tools: call_rule(tool)                  # a nameless one is told first
     name = function_name(tool_choice)
     chosen = [tool for tool in tools if function_name(tool) == name]
     if chosen: return call_form(chosen)
@@ -301,7 +303,11 @@ def read_form(given: dict, engine: Engine) -> dict:
     kind = choice.get("type") if isinstance(choice, dict) else choice
     of_form = choose("response_format", form.get("type"), RESPONSE_FORMATS)
     of_choice = choose("tool_choice", kind, TOOL_CHOICES)
-    return of_form(form) | of_choice(choice, given.get("tools", []))
+    made = of_form(form) | of_choice(choice, given.get("tools", []))
+    if made and "structured_outputs" in given:
+        raise ValueError("structured_outputs must be left out where response_format or "
+                         "tool_choice asks for a form")
+    return made
 
 
 CHAT.readers |= dict(form=read_form, conversation=read_conversation)
@@ -318,14 +324,21 @@ def snapshot(engine: Engine) -> dict:
 SECONDS = (.001, .005, .01, .02, .04, .06, .08, .1, .25, .5, .75, 1, 2.5, 5, 10, 20, 40)
 
 # %% ../nbs/38_openai_api.ipynb #55ef1966
+def mean_gap(p: RequestOutput) -> float:
+    "Seconds between two tokens of an answer; a request may have several, side by side."
+    m = p.metrics
+    num_gaps = m.num_generated_tokens / len(p.outputs) - 1
+    return (m.finished_time - m.first_token_time) / max(1, num_gaps)
+
+
 HISTOGRAMS = dict(
-    time_to_first_token_seconds=("To the first token", lambda m: m.time_to_first_token),
-    request_queue_time_seconds=("Before the first step", lambda m: m.queue_time),
+    time_to_first_token_seconds=(
+        "To the first token", lambda p: p.metrics.time_to_first_token),
+    request_queue_time_seconds=(
+        "Before the first step", lambda p: p.metrics.queue_time),
     e2e_request_latency_seconds=(
-        "To the end", lambda m: m.finished_time - m.arrival_time),
-    request_time_per_output_token_seconds=(
-        "Mean gap between tokens", lambda m: (m.finished_time - m.first_token_time)
-        / max(1, m.num_generated_tokens - 1)))
+        "To the end", lambda p: p.metrics.finished_time - p.metrics.arrival_time),
+    request_time_per_output_token_seconds=("Mean gap between tokens", mean_gap))
 
 # %% ../nbs/38_openai_api.ipynb #b55969ff
 COUNTERS = dict(
@@ -356,8 +369,7 @@ class Metrics:
 def observe(self: Metrics, piece: RequestOutput):
     "Book a finished request, whose last piece this is."
     for t, (_, value) in COUNTERS.items(): self.counters[t].inc(value(piece))
-    for t, (_, value) in HISTOGRAMS.items():
-        self.histograms[t].observe(value(piece.metrics))
+    for t, (_, value) in HISTOGRAMS.items(): self.histograms[t].observe(value(piece))
     for out in piece.outputs: self.ended(out.finish_reason)
     self.prompt_tokens += len(piece.prompt_token_ids)
     self.cached_tokens += piece.num_cached_tokens
@@ -384,7 +396,8 @@ async def tokenize(api: API, body: dict, log: dict) -> dict:
     api.check_model(body)
     given = read_fields(body, TOKENIZED)
     def tokens():
-        if "messages" not in given: return api.tokenizer.encode(given.get("prompt"))
+        if "messages" not in given:
+            return api.tokenizer.encode(given_prompt(given, api.engine))
         read_conversation(given, api.engine)
         return render(given, api.engine)[0]["prompt_token_ids"]
     ids = await api.in_thread(tokens)
@@ -397,8 +410,10 @@ async def detokenize(api: API, body: dict, log: dict) -> dict:
     api.check_model(body)
     ids = read_fields(body, dict(model=str, tokens=list)).get("tokens", [])
     last = api.engine.input_processor.vocab_size - 1
-    for token in ids: check_number("tokens", token, int, 0, last)
-    return dict(prompt=api.tokenizer.decode(ids, skip_special_tokens=False))
+    def text():
+        for token in ids: check_number("tokens", token, int, 0, last)
+        return api.tokenizer.decode(ids, skip_special_tokens=False)
+    return dict(prompt=await api.in_thread(text))
 
 # %% ../nbs/38_openai_api.ipynb #1646ff31
 HERE = Path(__file__).parent if "__file__" in globals() else Path("../nano_vllm")

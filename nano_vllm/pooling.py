@@ -47,7 +47,9 @@ ONLY = dict(task=(None, "embed"), output_kind=(RequestOutputKind.FINAL_ONLY,))
 def check_fields(p):
     "ValueError names a field of the PoolingParams `p` that cannot be had, and why."
     for name in NOT_FOR_VECTORS:
-        if value := getattr(p, name): settle(name, value, {}, NOT_FOR_VECTORS)
+        value = getattr(p, name)
+        if value is not None and value is not False:
+            settle(name, value, {}, NOT_FOR_VECTORS)
     for name, limits in VECTOR_LIMITS.items():
         value = getattr(p, name)
         if value is not None: check_number(name, value, *limits)
@@ -204,8 +206,13 @@ def make_request(self: PoolingInputs, text, ids: list[int], params: PoolingParam
 def read_sizes(config: EngineConfig) -> Collection[int]:
     "The `dimensions` that the model was trained for, as its config.json says."
     given = read_json(config.model_path/"config.json")
-    if given.get("matryoshka_dimensions"): return given["matryoshka_dimensions"]
-    return range(1, config.model.hidden_size + 1) if given.get("is_matryoshka") else ()
+    sizes = given.get("matryoshka_dimensions")
+    if not sizes:
+        every = range(1, config.model.hidden_size + 1)
+        return every if given.get("is_matryoshka") else ()
+    if isinstance(sizes, list) and all(type(n) is int for n in sizes): return sizes
+    raise ValueError("matryoshka_dimensions in config.json must be a list of integers, "
+                     f"got {quote(sizes)}")
 
 # %% ../nbs/39_pooling.ipynb #3fb62df3
 def make_pooling_inputs(config: EngineConfig, *args, **options) -> PoolingInputs:
@@ -246,11 +253,11 @@ class ScoringOutput:
 class ScoringRequestOutput(PoolingRequestOutput): "Its `outputs`: a ScoringOutput."
 
 
-def read_pairs(data_1, data_2) -> tuple[list, list]:
+def read_pairs(data_1, data_2, names="data_1 and data_2") -> tuple[list, list]:
     "The prompts of both sides, 1:1, 1:N or N:N; else ValueError."
     first, second = split_prompts(data_1), split_prompts(data_2)
     if first and second and len(first) in (1, len(second)): return first, second
-    raise ValueError("data_1 and data_2 must be 1:1, 1:N or N:N prompts, got "
+    raise ValueError(f"{names} must be 1:1, 1:N or N:N prompts, got "
                      f"{len(first)}:{len(second)}")
 
 # %% ../nbs/39_pooling.ipynb #8810c78e
@@ -301,9 +308,14 @@ ENCODINGS = dict(float=list, base64=to_base64)
 
 # %% ../nbs/39_pooling.ipynb #0f3f7196
 @patch
-async def vectors(self: API, prompts, params: PoolingParams, log: dict) -> list:
-    "The outputs of all prompts, in order; counted, and noted in the log."
-    requests, found = await self.llm.make_requests(prompts, params, log["id"]), {}
+async def vectors(self: API, prompts, params: PoolingParams, log: dict,
+                  names="input") -> list:
+    "The outputs of all prompts, the fields `names`; counted, and noted in the log."
+    try: requests = await self.llm.make_requests(prompts, params, log["id"])
+    except ValueError as e:
+        param = "dimensions" if params.dimensions and "dimensions" in str(e) else names
+        raise APIError(400, f"{names}: {e}", param.split()[0]) from None
+    found = {}
     metrics = self.observers["metrics"]
     async with aclosing(self.llm.follow(requests, streams=False)) as outputs:
         async for out in outputs:
@@ -337,7 +349,8 @@ async def embeddings(self: API, body: dict, log: dict) -> dict:
     self.check_model(body)
     given = read_fields(body, dict(model=str, input=None, encoding_format=None)
                         | VECTOR_FIELDS)
-    if given.get("input", []) == []: raise ValueError("input must have a prompt")
+    if given.get("input", []) == []:
+        raise APIError(400, "input must have a prompt", "input")
     kind = given.get("encoding_format", "float")
     encode = choose("encoding_format", kind, ENCODINGS)
     params = PoolingParams(**{k: given[k] for k in VECTOR_FIELDS.keys() & given.keys()})
@@ -351,8 +364,9 @@ async def score(self: API, body: dict, log: dict) -> dict:
     "/score: how near `text_1` and `text_2` are, texts or lists of them."
     self.check_model(body)
     given = read_fields(body, dict(model=str, text_1=None, text_2=None))
-    first, second = read_pairs(given.get("text_1", []), given.get("text_2", []))
-    outputs = await self.vectors([*first, *second], PoolingParams(), log)
+    names = "text_1 and text_2"
+    first, second = read_pairs(given.get("text_1", []), given.get("text_2", []), names)
+    outputs = await self.vectors([*first, *second], PoolingParams(), log, names)
     scores = score_pairs(outputs, len(first), [])
     return self.listing("score", [s.outputs.score for s in scores], log)
 

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['INTERNAL', 'SAMPLING', 'COMMON', 'NOUNS', 'IGNORED', 'STREAM_OPTIONS', 'READERS', 'COMPLETION', 'CHAT', 'OBSERVERS',
-           'to_json', 'ROUTES', 'RUNNER_ROUTES', 'LAYERS', 'APIError', 'to_api_error', 'refuse_constant', 'read_json',
-           'read_fields', 'Interface', 'Ask', 'read_bias', 'read_stream_options', 'given_prompt', 'read_content',
-           'read_message', 'render', 'message', 'read_max_tokens', 'Choice', 'Usage', 'API', 'Answer', 'to_events',
-           'to_response', 'read_body', 'unless_gone', 'routes_of', 'endpoint', 'make_app', 'make_server', 'serving']
+           'to_json', 'ROUTES', 'RUNNER_ROUTES', 'LAYERS', 'APIError', 'to_api_error', 'report_error',
+           'refuse_constant', 'read_json', 'read_fields', 'Interface', 'Ask', 'read_bias', 'read_stream_options',
+           'given_prompt', 'read_content', 'read_message', 'render', 'message', 'read_max_tokens', 'Choice', 'Usage',
+           'API', 'Answer', 'to_events', 'to_response', 'read_body', 'unless_gone', 'routes_of', 'endpoint', 'make_app',
+           'make_server', 'serving']
 
 # %% ../nbs/36_server.ipynb #c1b76bca
-import asyncio, json, logging, re, threading, time, uuid
+import asyncio, json, logging, math, re, threading, time, uuid
 from collections.abc import Callable
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -18,19 +19,20 @@ from fastcore.basics import patch
 from .async_llm import AsyncLLM, EngineDeadError, QueueFullError
 from .engine import Engine
 from .request import Request, RequestOutput
-from .sampling_params import SamplingParams, quote
+from .sampling_params import SamplingParams, check_number, quote
 from .tokenizer import join_parts
 
 # %% ../nbs/36_server.ipynb #56b48d4d
 class APIError(Exception):
     "An error that the client is told about, in OpenAI's form."
     def __init__(self, status: int, message: str, param=None, **headers):
+        message = message[:1000].encode("utf-8", "replace").decode()
         super().__init__(message)
         self.status, self.headers = status, headers
         kinds = {401: "authentication_error", 404: "not_found_error",
                  429: "rate_limit_error"}
         kind = "server_error" if status >= 500 else "invalid_request_error"
-        self.body = dict(error=dict(message=message[:1000], code=status, param=param,
+        self.body = dict(error=dict(message=message, code=status, param=param,
                                     type=kinds.get(status, kind)))
 
 # %% ../nbs/36_server.ipynb #71723d28
@@ -46,6 +48,14 @@ def to_api_error(error: Exception, names=()) -> APIError:
     said = message[:1000].split("]: ")[-1]       # what follows "prompt[0]: "
     words = re.findall(r"\w+", f"{said} {message[:1000]}")
     return APIError(400, message, next((w for w in words if w in names), None))
+
+
+def report_error(error: Exception, names=()) -> APIError:
+    "The same; what is no mistake of the client's goes into the log with its cause."
+    found = to_api_error(error, names)
+    if found.status == 500:
+        logging.getLogger("nano_vllm").error("a request failed", exc_info=error)
+    return found
 
 # %% ../nbs/36_server.ipynb #80afc89e
 def refuse_constant(name): raise ValueError(f"{name} is no JSON number")
@@ -192,8 +202,10 @@ def message(choice, text: str) -> dict:
 
 def read_max_tokens(given: dict, engine: Engine) -> dict:
     "OpenAI's newer name for `max_tokens`."
-    most = given.get("max_completion_tokens")
-    return {} if most is None else dict(max_tokens=most)
+    if "max_completion_tokens" not in given: return {}
+    most = given["max_completion_tokens"]
+    return dict(max_tokens=check_number("max_completion_tokens", most, int, 1,
+                                        math.inf))
 
 
 CHAT = Interface(("chat.completion", "chat.completion.chunk"), "chatcmpl-",
@@ -315,7 +327,7 @@ async def chunks(self: Answer, first: RequestOutput, pieces):
             async for piece in pieces:
                 for made in self.read(piece): yield self.chunk([made], always)
         if at_end: yield self.chunk([], True)
-    except Exception as error: yield to_api_error(error).body
+    except Exception as error: yield report_error(error).body
     finally: self.note()
 
 # %% ../nbs/36_server.ipynb #6c363b78
@@ -442,10 +454,7 @@ def endpoint(api: API, handler, max_body: int, body_seconds: float):
             work = handler(api, body, log)
             return to_response(await unless_gone(request, work))
         except Exception as error:
-            found = to_api_error(error, {"prompt", "messages", *body})
-            if found.status == 500:
-                logging.getLogger("nano_vllm").exception("a request failed")
-            return to_response(found)
+            return to_response(report_error(error, {"prompt", "messages", *body}))
     return respond
 
 # %% ../nbs/36_server.ipynb #9c87198f

@@ -278,6 +278,9 @@ right(server.check_places)(places())
 wrong(server.check_places, "5 never fit into 4 places")(places(never=429))
 wrong(server.check_places, "who was refused has taken no place")(places(takes=True))
 wrong(server.check_places, "and one is free")(places(least=1))
+@wrong(server.check_places, "one would fit later")
+class FullIsForever(places()):         # says "never" when it should say "not now"
+    def enter(self, num): return super().enter(num) if self.free else 400
 
 
 # ---- the whole API
@@ -305,6 +308,13 @@ def _(given, key):
 
 wrong(openai_api.check_same_key, "the time tells where the first difference is")(
     lambda given, key: len(given) == len(key) and all(given[i] == key[i] for i in range(len(key))))
+@wrong(openai_api.check_same_key, "counting the key's")
+def _(given, key):                     # looks at all that was given, but at the key only while they agree
+    equal = len(given) == len(key)
+    for i, letter in enumerate(given): equal = equal and letter == key[i]
+    return equal
+
+
 wrong(openai_api.check_same_key, "same_key('s3cret', 's3cret-key') gives True, expected False")(
     lambda given, key: not sum(given[i] != key[i] for i in range(min(len(given), len(key)))))
 wrong(openai_api.check_same_key, "raises IndexError")(lambda given, key: not sum(given[i] != key[i] for i in range(len(key))))
@@ -334,6 +344,25 @@ def by_piece(pieces, tag):             # looks for the tag in each piece alone
 
 
 wrong(openai_api.check_shown, "is shown with the next piece")(by_piece)
+wrong(openai_api.check_shown, "gives 5, expected ['Hello'")(lambda pieces, tag: 5)
+@wrong(openai_api.check_shown, "raises KeyError")
+def _(pieces, tag):
+    yield "Hello"
+    raise KeyError(tag)
+
+
+@wrong(openai_api.check_shown, "the tag may come in three pieces")
+def _(pieces, tag):                    # looks for the tag's beginning at the end of the last piece alone
+    texts, text, done = [], "", 0
+    for piece in pieces:
+        text += piece
+        end = text.find(tag)
+        if end < 0: end = len(text) - max(k for k in range(len(tag)) if piece.endswith(tag[:k]))
+        texts.append(text[done:end])
+        done = max(done, end)
+    return texts
+
+
 wrong(openai_api.check_shown, "nothing of it may become the tag")(lambda pieces, tag: [""] * (len(pieces) - 1) + ["".join(pieces).split(tag)[0]])
 @wrong(openai_api.check_shown, "only the second `<`")
 def _(pieces, tag):                    # begins anew with the letter after the one that did not fit
@@ -1074,6 +1103,8 @@ def _(vector, n):
 wrong(pooling.check_shorten_vector, "and should be 1")(lambda vector, n: vector[:n])
 wrong(pooling.check_shorten_vector, "expected (2,)")(lambda vector, n: vector)
 wrong(pooling.check_shorten_vector, "Is a `return` missing?")(lambda vector, n: None)
+wrong(pooling.check_shorten_vector, "gives 'short', which is no tensor")(lambda vector, n: "short")
+wrong(pooling.check_shorten_vector, "which is no tensor")(lambda vector, n: (x for x in vector[:n]))
 
 
 @right(pooling.check_mean_pool)
@@ -1085,6 +1116,10 @@ def _(states, lengths):
 
 
 def parts_of_texts(states, lengths): return states.split(lengths)
+
+
+@right(pooling.check_mean_pool)
+def _(states, lengths): return [torch.nn.functional.normalize(p.mean(0), dim=0) for p in parts_of_texts(states, lengths)]
 
 
 wrong(pooling.check_mean_pool, "should have length 1")(lambda states, lengths: torch.stack([p.mean(0) for p in parts_of_texts(states, lengths)]))
@@ -1118,6 +1153,27 @@ class KeepsAll:
     def __init__(self): self.states = []
     def add(self, states): self.states += list(states)
     def vector(self): return torch.nn.functional.normalize(torch.stack(self.states).mean(0), dim=0)
+
+
+@right(pooling.check_running_mean)
+class Slotted:
+    __slots__ = ["total"]
+    def __init__(self): self.total = None
+    def add(self, states): self.total = states.sum(0) if self.total is None else self.total + states.sum(0)
+    def vector(self): return self.total / self.total.norm()
+
+
+class KeepsPieces:
+    def __init__(self): self.pieces = ()
+    def add(self, states): self.pieces += (states,)
+    def vector(self): return torch.nn.functional.normalize(torch.cat(self.pieces).mean(0), dim=0)
+
+
+class KeepsPiecesInASlot(KeepsPieces):
+    __slots__ = ["pieces"]
+
+
+for keeps in (KeepsPieces, KeepsPiecesInASlot): wrong(pooling.check_running_mean, "keeps 23 numbers or entries")(keeps)
 
 
 @wrong(pooling.check_running_mean, "changes the states it is given")

@@ -204,7 +204,7 @@ def test_parameters_of_each_prompt(llm, states):
     (dict(dimensions=0), "dimensions must be an integer of at least 1, got 0"), (dict(dimensions=1.5), "dimensions must be an integer"), (dict(use_activation="yes"), "use_activation must be bool"),
     (dict(task="classify"), "task must be 'embed' for vectors, got 'classify'"), (dict(step_tag_id=3), "step_tag_id is refused"), (dict(returned_token_ids=[1]), "returned_token_ids is refused"),
     (dict(late_interaction_params={"mode": "x"}), "late_interaction_params is refused"), (dict(extra_kwargs={"a": 1}), "extra_kwargs is refused"), (dict(requires_token_ids=True), "requires_token_ids is refused"),
-    (dict(output_kind=RequestOutputKind.DELTA), "output_kind must be"), (dict(skip_reading_prefix_cache=1), "skip_reading_prefix_cache must be bool")])
+    (dict(step_tag_id=0), "step_tag_id is refused"), (dict(returned_token_ids=[]), "returned_token_ids is refused"), (dict(output_kind=RequestOutputKind.DELTA), "output_kind must be"), (dict(skip_reading_prefix_cache=1), "skip_reading_prefix_cache must be bool")])
 def test_bad_parameters(bad, said):
     with pytest.raises(ValueError, match=said): PoolingParams(**bad)
 
@@ -216,6 +216,11 @@ def test_dimensions_are_those_the_model_was_trained_for(tiny, llm):
         for n in bad:
             with pytest.raises(ValueError, match=rf"prompts\[0\]: dimensions must be .*got {n}"): embed(other, "Hi", dimensions=n)
         assert_idle(other)
+
+
+@pytest.mark.parametrize("sizes", [64, "64", [64, "x"], {"64": 1}])
+def test_sizes_that_are_no_list_are_refused_at_the_start(tiny, sizes):
+    with pytest.raises(ValueError, match="matryoshka_dimensions in config.json must be a list of integers, got"): make(tiny, hf_overrides={"matryoshka_dimensions": sizes})
 
 
 # ---- who may ask for what
@@ -358,7 +363,9 @@ def test_openais_client(client, server, llm):
     (dict(input=[1] * 257), 400, "max_model_len is 256"), (dict(input=["Hi"] * 49), 400, "at most 48")])
 def test_bad_requests(server, body, status, said):
     answer = httpx.post(server.url + "/v1/embeddings", json=body)
-    assert answer.status_code == status and said in answer.json()["error"]["message"], answer.text
+    error = answer.json()["error"]
+    assert answer.status_code == status and said in error["message"], answer.text
+    assert error["param"] in ("input", *body) and error["param"] in error["message"]
 
 
 def test_each_kind_of_server_has_its_own_routes(server, tiny):
@@ -368,6 +375,15 @@ def test_each_kind_of_server_has_its_own_routes(server, tiny):
     with serving(writer, NAME) as url:
         for path in ("/v1/embeddings", "/score"): assert httpx.post(url + path, json=dict(input="Hi")).status_code == 404
     writer.shutdown()
+
+
+@pytest.mark.parametrize("body, param, said", [
+    (dict(), None, "text_1 and text_2 must be 1:1"), (dict(text_1=["a", "b"], text_2=["c"]), "text_1", "text_1 and text_2 must be 1:1, 1:N or N:N prompts, got 2:1"),
+    (dict(text_1="", text_2="b"), "text_1", "text_1 and text_2: prompts[0]: prompt must have at least 1 token"),
+    (dict(text_1="a", text_2=[[10**9]]), "text_1", "text_1 and text_2: prompts[1]: ")])
+def test_bad_pairs(server, body, param, said):
+    answer = httpx.post(server.url + "/score", json=body)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == param and said in answer.json()["error"]["message"]
 
 
 def test_scores_over_http(server, llm):

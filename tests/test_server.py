@@ -53,6 +53,10 @@ CALLS = {
     '<tool_call>{"name": "f", "arguments": {}}</tool_call><tool_call>{"name": "g"}</tool_call>': ("", [("f", {}), ("g", {})]),
     '<tool_call>{"name": "f"}': ("", [("f", {})]), "a <tool_caller>": ("a <tool_caller>", []), "a <tool": ("a <tool", []),
     '<tool_call>{"name": 3}</tool_call>': ('<tool_call>{"name": 3}</tool_call>', []), "": ("", []),
+    '<tool_call>{"name": "f", "arguments": {"a": NaN}}': ('<tool_call>{"name": "f", "arguments": {"a": NaN}}', []),
+    '<tool_call>{"name": "\\ud800"}': ('<tool_call>{"name": "\\ud800"}', []), '<tool_call>{"name": "f", "arguments": "\\ud800"}': ('<tool_call>{"name": "f", "arguments": "\\ud800"}', []),
+    "<tool_call>" + "[" * 5000: ("<tool_call>" + "[" * 5000, []),
+    'a <tool_call>{"name": "f"}</tool_call>\n<tool_call>{"name": "g"}</tool_call> b': ("a ", [("f", {}), ("g", {})]),      # what stands between and behind is dropped
     '<tool_call>{"name": "f"}</tool_call><tool_call>oops</tool_call>': ('<tool_call>{"name": "f"}</tool_call><tool_call>oops</tool_call>', [])}
 
 
@@ -158,7 +162,8 @@ def test_echo_and_logprobs_of_a_completion(server, other):
     ids = out.prompt_token_ids + out["token_ids"]
     entries = out.prompt_logprobs + out["logprobs"]
     assert lists["token_logprobs"][1:] == pytest.approx([e[t].logprob for t, e in zip(ids[1:], entries[1:])], abs=1e-4)
-    assert {len(v) for v in lists.values()} == {len(ids)} and lists["text_offset"][:2] == [0, 0]
+    assert {len(v) for v in lists.values()} == {len(ids)} and lists["tokens"][0] == "One"
+    for token, offset in zip(lists["tokens"], lists["text_offset"]): assert made["text"][offset:].startswith(token)
 
 
 def test_chat_is_the_same_in_every_form(client, other):
@@ -211,6 +216,16 @@ def test_another_models_tokens_are_not_told(server, path, body):
     for name, status in ((NAME, 200), (None, 200), ("another", 404)): assert httpx.post(f"{server.url}/{path}", json=body | dict(model=name)).status_code == status
 
 
+def test_tokens_are_counted_beside_the_event_loop(server, llm, monkeypatch):
+    tokenizer, threads = llm.engine.input_processor.tokenizer, []
+    for name in ("encode", "decode"):
+        monkeypatch.setattr(tokenizer, name, lambda *args, do=getattr(tokenizer, name), **options: threads.append(threading.current_thread().name) or do(*args, **options))
+    for path, body in (("tokenize", dict(prompt="a")), ("detokenize", dict(tokens=[5]))): assert httpx.post(f"{server.url}/{path}", json=body).status_code == 200
+    assert len(threads) == 2 and all(name.startswith("input") for name in threads)
+    answer = httpx.post(server.url + "/tokenize", json={})
+    assert answer.status_code == 400 and "prompt must be given" in answer.text
+
+
 def test_small_routes(server):
     get, post = (lambda path: httpx.get(server.url + path)), (lambda path, **body: httpx.post(server.url + path, json=body).json())
     made = post("/tokenize", prompt="One, two")
@@ -238,6 +253,17 @@ def test_metrics_have_vllms_names_and_count(server, client):
     for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"): assert after[f'vllm:{name}{{model_name="{NAME}"}}'] == 0
 
 
+def test_the_gap_between_tokens_is_that_of_one_answer(server):
+    def sums():
+        lines = httpx.get(server.url + "/metrics").text.splitlines()
+        return {name: next(float(line.split()[-1]) for line in lines if line.startswith(f"vllm:{name}_seconds_sum"))
+                for name in ("e2e_request_latency", "time_to_first_token", "request_time_per_output_token")}
+    before = sums()
+    httpx.post(server.url + "/v1/completions", json=dict(prompt="a", n=3, seed=1, max_tokens=5, ignore_eos=True))
+    total, first, gap = (now - old for now, old in zip(sums().values(), before.values()))
+    assert 4 * gap == pytest.approx(total - first, rel=1e-3)
+
+
 # ---- what is refused
 
 TALK, ASK = dict(messages=HI), dict(prompt="a")
@@ -247,6 +273,11 @@ def schema_format(schema): return dict(type="json_schema", json_schema=dict(name
 
 
 REFUSED = [  # (path, body, status, param, words of the message)
+    ("completions", ASK | {"\ud800": 1}, 400, None, "? is not a field"), ("completions", ASK | {"\ud800": 1, "stream": True}, 400, None, "? is not a field"),
+    ("chat/completions", TALK | dict(max_completion_tokens=0), 400, "max_completion_tokens", "at least 1, got 0"),
+    ("chat/completions", TALK | dict(max_completion_tokens="x"), 400, "max_completion_tokens", "an integer of at least 1, got 'x'"),
+    ("chat/completions", TALK | dict(response_format=dict(type="json_object"), structured_outputs=dict(regex="a")), 400, "structured_outputs", "left out"),
+    ("chat/completions", TALK | dict(tool_choice="required", tools=[dict(function=dict(name="f"))], structured_outputs=dict(regex="a")), 400, "structured_outputs", "left out"),
     ("completions", dict(prompt=[]), 400, "prompt", "must not be an empty list"), ("completions", dict(prompt=[[]]), 400, "prompt", "at least 1 token"),
     ("chat/completions", TALK | dict(chat_template_kwargs=dict(messages=1)), 400, "chat_template_kwargs", "must not have messages"),
     ("chat/completions", TALK | dict(chat_template_kwargs=dict(self=1)), 400, "chat_template_kwargs", "must not have self"),
@@ -293,7 +324,7 @@ REFUSED = [  # (path, body, status, param, words of the message)
 @pytest.mark.parametrize("path, body, status, param, words", REFUSED, ids=lambda v: str(v)[:40])
 def test_refusals_name_the_field_before_any_work(server, llm, path, body, status, param, words):
     made = llm.engine.input_processor.num_made
-    answer = httpx.post(f"{server.url}/v1/{path}", json=body)
+    answer = httpx.post(f"{server.url}/v1/{path}", content=json.dumps(body), headers={"content-type": "application/json"})      # httpx writes no lone surrogates
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (status, param) and words in error["message"]
     assert error["code"] == status and error["type"] in ("invalid_request_error", "not_found_error")
@@ -405,6 +436,15 @@ def test_a_failing_engine_fails_every_open_request(server, llm, caplog):
     assert len(answers) == 4 and all("the engine failed: RuntimeError" in a.text and "secret" not in a.text for a in answers)
     assert sorted(a.status_code for a in answers)[-2:] == [500, 500]
     assert httpx.post(server.url + "/v1/completions", json=dict(prompt="a", max_tokens=2)).status_code == 200
+
+
+def test_a_failure_amid_a_stream_is_in_the_log(server, monkeypatch, caplog):
+    def fails(choice, made, piece, out):
+        if choice.begun: raise KeyError("secret words")
+    monkeypatch.setitem(COMPLETION.writers, "fails", fails)
+    answer = httpx.post(server.url + "/v1/completions", json=dict(prompt="a", max_tokens=5, ignore_eos=True, stream=True))
+    assert answer.status_code == 200 and "the engine failed: KeyError" in answer.text and "secret" not in answer.text
+    assert "secret words" in caplog.text
 
 
 def test_a_slow_reader_is_not_waited_for(server, llm):
@@ -771,6 +811,19 @@ def test_a_call_that_is_asked_for_is_made(tiny, tmp_path, choice, called):
         arguments = json.loads(call["function"]["arguments"])
         assert set(arguments) == {"a", "color"} and arguments["color"] in ("red", "blue") and 0 <= arguments["a"] <= 99
     assert names == called
+
+
+def test_references_in_a_tools_parameters_lead_into_them(llm):
+    "As pydantic writes nested types: two tools may use one name for different ones."
+    def tool(name, kind):
+        parameters = {"type": "object", "properties": {"p": {"$ref": "#/$defs/P"}}, "required": ["p"], "additionalProperties": False, "$defs": {"P": {"type": kind}}}
+        return dict(type="function", function=dict(name=name, parameters=parameters))
+    params = SamplingParams(**openai_api.call_form([tool("f", "integer"), tool('sag "é"', "boolean")]))
+    for name, value, fits in (("f", "1", True), ("f", "true", False), ('sag "é"', "true", True), ('sag "é"', "1", False)):
+        text = f'<tool_call>\n{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": {{"p": {value}}}}}\n</tool_call>'
+        ids = llm.tokenizer.encode(text)
+        assert llm.engine.input_processor.make_mask(params).move_to(ids) == fits, text
+        assert [c["function"]["name"] for c in openai_api.read_calls(text)] == [name]
 
 
 def test_an_answer_has_the_form_that_a_client_asks_for(client):

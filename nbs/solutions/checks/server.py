@@ -51,7 +51,7 @@ def check_places(Places):
     calls = [("enter", 3, 200, ""), ("enter", 2, 429, "3 of 4 places are taken, and 2 more do not fit now"),
              ("enter", 1, 200, "who was refused has taken no place, and one is free"), ("enter", 5, 400, "5 never fit into 4 places; to come back is of no use"),
              ("leave", 3, None, ""), ("enter", 4, 429, "1 place is taken"), ("enter", 3, 200, "3 of 4 places are free"),
-             ("leave", 4, None, ""), ("enter", 4, 200, "all places are free")]
+             ("leave", 4, None, ""), ("enter", 4, 200, "all places are free"), ("enter", 1, 429, "no place is free now, and one would fit later")]
     places, said = attempt("Places(4)", Places, 4), []
     for name, num, status, why in calls:
         said.append(f"{name}({num})")
