@@ -26,6 +26,7 @@ from .model import (ARCHITECTURES, MLP, MODEL_TYPES, Attention, Decoder,
                              ModelConfig, refuse_all_but)
 from .model_runner import InputBatch
 from .prefix_cache import KVCacheManager, PrefixCache
+from .sampling_params import check_number
 from .weights import MODELS
 from .workbench import (GGUF_KINDS, HF_NAMES, GGUFKind, cache_dir,
                                  check_sha256, convert_gguf, download_wheel,
@@ -192,13 +193,15 @@ ONLY = dict(hidden_activation="gelu_pytorch_tanh", attn_logit_softcapping=None,
 def gemma3(hf) -> dict:
     "What Gemma 3 sets of a ModelConfig; ValueError for what it would get wrong."
     refuse_all_but(hf, ONLY)
+    scalar = check_number("query_pre_attn_scalar", hf.query_pre_attn_scalar, float,
+                          1e-6, 1e6)
     if getattr(hf, "use_bidirectional_attention", False):
         raise ValueError("use_bidirectional_attention is True, supported: False")
     windows = layer_windows(hf)
     layout, windowed = make_layout(windows), None not in windows
     return dict(
         decoder=Gemma3, qk_norm=True, qkv_bias=hf.attention_bias,
-        o_bias=hf.attention_bias, attention_scale=hf.query_pre_attn_scalar**-0.5,
+        o_bias=hf.attention_bias, attention_scale=scalar**-0.5,
         layer_windows=windows, local_rope=local_rope(hf), kv_layout=layout,
         sliding_window=hf.sliding_window if windowed else None)
 

@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass, field, replace
 from weakref import WeakKeyDictionary
 from fastcore.basics import patch
 from .cuda_graphs import make_graphs
-from .engine_args import (SPECULATORS, EngineConfig, make_runner,
-                                   make_scheduler, max_sampled, resolve_args)
+from .engine_args import (SPECULATORS, EngineConfig, block_counter,
+                                   make_runner, make_scheduler, max_sampled,
+                                   resolve_args)
 from .kv_blocks import (ScheduledSequence, SchedulerOutput, Sequence,
                                  blocks_needed)
 from .layers import TensorParallelGroup
@@ -277,13 +278,13 @@ DRAFT_SHARE = 0.1    # of the memory that is free, for a draft model's keys and 
 
 
 def count_draft_blocks(config: EngineConfig) -> int:
-    "How many KV blocks a draft model gets: what a tenth of free memory holds, or less."
+    "How many KV blocks a draft model gets: as asked, or what a tenth of memory holds."
     args = config.args
     if args.num_kv_blocks is not None: return args.num_kv_blocks
     room = DRAFT_SHARE * device_memory(config.device)[0]
     block_bytes = kv_block_bytes(config.model, args.block_size, config.kv_dtype)
-    most = args.max_num_seqs * blocks_needed(config.max_model_len, args.block_size)
-    return max(1, min(int(room) // block_bytes, most))
+    longest = block_counter(config)(config.max_model_len, args.block_size)
+    return max(1, min(int(room) // block_bytes, args.max_num_seqs * longest))
 
 # %% ../nbs/40_speculative_decoding.ipynb #62657282
 class DraftModel:
@@ -296,7 +297,13 @@ class DraftModel:
             self.runner.graphs = make_graphs(self.runner, config.max_model_len)
         self.scheduler = make_scheduler(config, num_blocks)
         self.prices = measure_prices(self.runner, max_sampled(args))
-        self.longest = min(config.max_model_len, num_blocks * args.block_size)
+        self.max_len, self.num_blocks = config.max_model_len, num_blocks
+        self.blocks_needed = block_counter(config)
+
+    def fits(self, seq: Sequence) -> bool:
+        "Can `seq`, alone if need be, become as long as it is to be?"
+        needed = self.blocks_needed(seq.max_len, self.scheduler.manager.block_size)
+        return seq.max_len <= self.max_len and needed <= self.num_blocks
 
     def seconds(self, num_seqs: int) -> tuple[float, float]:
         "What guessing costs a step: once, and for each guess."
@@ -312,7 +319,7 @@ def guess(self: DraftModel, seqs: list[Sequence],
     if self.scheduler.running or self.scheduler.waiting: self.restart()
     twins = [twin(seq, n) for seq, n in zip(seqs, lengths)]
     for t in twins:
-        if t.max_len <= self.longest: self.scheduler.add(t)
+        if self.fits(t): self.scheduler.add(t)
     while self.scheduler.running or self.scheduler.waiting: self.step()
     return [t.output_token_ids[len(seq.output_token_ids):]
             for t, seq in zip(twins, seqs)]
@@ -340,7 +347,8 @@ def draft_config(config: EngineConfig, model, **changes) -> EngineConfig:
     args = replace(config.args, model=model, tokenizer=None, speculative_config=None,
                    spec_method=None, spec_model=None, spec_tokens=None, revision=None,
                    hf_overrides=None, tensor_parallel_size=1, max_model_len=None,
-                   ops="auto", attention_backend="auto", compile=False, **changes)
+                   ops="auto", attention_backend="auto", compile=False,
+                   enable_lora=False, **changes)
     try: draft = resolve_args(args)
     except ValueError as e: raise ValueError(f"speculative_config: {e}") from None
     size, wanted = draft.model.vocab_size, config.model.vocab_size
@@ -366,9 +374,9 @@ def read_fields(config: EngineConfig, *names: str) -> dict:
     return given
 
 
-def read_number(given: dict, name: str, default=None) -> int:
+def read_number(given: dict, name: str) -> int:
     "A number of guesses or of tokens to look up; ValueError if it is no such number."
-    value = given.get(name, default)
+    value = given.get(name)
     return check_number(f"speculative_config: {name}", value, int, 1, MAX_GUESSES)
 
 
@@ -380,9 +388,10 @@ def with_guesser(config: EngineConfig, guesser) -> Speculator:
 # %% ../nbs/40_speculative_decoding.ipynb #76c9d2d9
 def ngram_speculator(config: EngineConfig) -> Speculator:
     "Guesses by looking up in the text what followed its last tokens before."
-    given = read_fields(config, "prompt_lookup_max", "prompt_lookup_min")
-    least = read_number(given, "prompt_lookup_min", given.get("prompt_lookup_max", 5))
-    most = read_number(given, "prompt_lookup_max", least)
+    names = "prompt_lookup_min", "prompt_lookup_max"
+    given = read_fields(config, *names)
+    sizes = [read_number(given, name) for name in names if name in given] or [5]
+    least, most = sizes[0], sizes[-1]
     if least <= most: return with_guesser(config, NgramGuesser(most, least))
     raise ValueError("speculative_config: prompt_lookup_min must be at most "
                      f"prompt_lookup_max={most}, got {least}")

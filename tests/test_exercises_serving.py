@@ -428,6 +428,14 @@ def _(chance, seconds):
     return best[0]
 
 
+@wrong(speculative.check_best_length, "a first guess that is dear")      # as far as each further guess is a gain
+def _(chance, seconds):
+    def rate(k): return sum(chance**i for i in range(k + 1)) / seconds[k]
+    return next(k for k in range(len(seconds)) if k + 1 == len(seconds) or rate(k + 1) <= rate(k))
+
+
+wrong(speculative.check_best_length, "of which the least is asked for")(
+    lambda chance, seconds: max(range(len(seconds)), key=lambda k: (sum(chance**i for i in range(k + 1)) / seconds[k], k)))
 wrong(speculative.check_best_length, "more seconds for each guess")(lambda chance, seconds: len(seconds) - 1)
 wrong(speculative.check_best_length, "tokens a second")(lambda chance, seconds: sum(chance**k > seconds[k] - seconds[k-1] for k in range(1, len(seconds))))
 
@@ -483,6 +491,13 @@ def _(x, slots, width, run):
 def _(x, slots, width, run):
     added = torch.zeros(len(x), width)
     for s in range(int(slots.max()) + 1): added[slots == s] = run(s, x[slots == s])
+    return added
+
+
+@wrong(lora.check_grouped, "2 rows, one adapter each: slot 0 gets 2 rows, and only 1 want it")
+def _(x, slots, width, run):            # right, but each row meets all adapters
+    added = torch.zeros(len(x), width)
+    for s in slots[slots >= 0].unique(): added[slots == s] = run(s, x)[slots == s]
     return added
 
 

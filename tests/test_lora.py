@@ -373,12 +373,17 @@ BAD = {
     "another kind": (dict(config=dict(peft_type="IA3")), "peft_type is 'IA3', supported: 'LORA'"),
     "dora": (dict(config=dict(use_dora=True)), "use_dora is True, which is not supported"),
     "bias": (dict(config=dict(bias="all")), "bias is 'all', supported: 'none'"),
-    "no alpha": (dict(config=dict(lora_alpha=None)), "lora_alpha is None, must be a number"),
+    "no alpha": (dict(config=dict(lora_alpha=None)), "lora_alpha must be a number from -1048576 to 1048576, got None"),
+    "an alpha that is no number": (dict(config=dict(lora_alpha=float("nan"))), "lora_alpha must be a number .*, got nan"),
+    "an alpha beyond all floats": (dict(config=dict(lora_alpha=10**400)), "lora_alpha must be a number"),
     "a wrong shape": (dict(tensors=lambda t: t.update({Q + "A.weight": torch.zeros(4, 33)})), r"q_proj has A \(4, 33\) and B \(32, 4\), this model needs \(4, 32\) and \(32, 4\); it was made for"),
+    "no rank": (dict(tensors=lambda t: t.update({Q + "A.weight": torch.zeros(0, 32), Q + "B.weight": torch.zeros(32, 0)})), r"q_proj has A \(0, 32\) and B \(32, 0\), this model needs \(1, 32\)"),
+    "no matrix": (dict(tensors=lambda t: t.update({Q + "A.weight": torch.tensor(1.)})), r"q_proj.lora_A.weight has shape \[\], must be a matrix"),
     "half": (dict(tensors=lambda t: t.pop(Q + "B.weight")), "layers.0.self_attn.q_proj lacks one of lora_A, lora_B"),
     "another layer": (dict(tensors=lambda t: t.update({Q.replace("0", "7") + x: t[Q + x].clone() for x in ("A.weight", "B.weight")})), "layers.7.self_attn.q_proj is not a layer that can be adapted here"),
     "another tensor": (dict(tensors=lambda t: t.update({"base_model.model.lm_head.weight": torch.zeros(2, 2)})), "tensor base_model.model.lm_head.weight is of a kind that is unknown"),
     "not a number": (dict(tensors=lambda t: t[Q + "A.weight"].fill_(float("nan"))), "q_proj: some of its numbers are NaN or infinite"),
+    "too large with its scale": (dict(tensors=lambda t: t[Q + "B.weight"].fill_(3e38)), "q_proj: some of its numbers are NaN or infinite in torch.float32"),
     "nothing": (dict(tensors=lambda t: t.clear()), "adapter_model.safetensors is empty"),
 }
 
@@ -396,6 +401,14 @@ def test_a_bad_adapter_is_refused_by_name_and_others_do_not_notice(one_slot, req
     with pytest.raises(ValueError, match="adapter 'edited' in .*" + says): llm.generate(PROMPTS, GREEDY, use_tqdm=False, lora_request=bad)
     for piece in stream: got += piece["token_ids"]
     assert got == solo[1]
+    assert_idle(llm)
+
+
+def test_an_adapter_too_large_for_the_models_number_type_is_refused(base, requests, tmp_path):
+    large = edited(requests[0].lora_path, tmp_path, tensors=lambda t: t[Q + "B.weight"].fill_(1e5))
+    llm = LLM(base, **LIMITS, enable_lora=True, dtype="float16")
+    with pytest.raises(ValueError, match="q_proj: some of its numbers are NaN or infinite in torch.float16"):
+        llm.generate(PROMPTS, GREEDY, use_tqdm=False, lora_request=large)
     assert_idle(llm)
 
 

@@ -111,6 +111,8 @@ def test_compile_and_graphs_are_not_for_it(gemma):
     (dict(final_logit_softcapping=30.0), "final_logit_softcapping is 30.0"),
     (dict(use_bidirectional_attention=True), "use_bidirectional_attention"),
     (dict(sliding_window=0), "sliding_window must be"),
+    (dict(query_pre_attn_scalar=0), "query_pre_attn_scalar must be a number from 1e-06 to 1000000.0, got 0"),
+    (dict(query_pre_attn_scalar=-4), "query_pre_attn_scalar must be .*, got -4"),
     (dict(sliding_window=None), "sliding_window is None, but layer_types"),
     (dict(layer_types=["full_attention"] * 4), "layer_types|5|layers"),
     (dict(layer_types=["chunked_attention"] * 5), "layer_types"),

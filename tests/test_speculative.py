@@ -439,6 +439,25 @@ def test_a_text_too_long_for_the_draft_model_gets_no_guess(tiny, tmp_path):
     assert len(out["token_ids"]) == 40 and 0 < drafts <= 5
 
 
+def test_a_text_for_which_the_draft_model_lacks_blocks_gets_no_guess(tiny, tmp_path):
+    "A draft with windows holds several blocks for each part of a text: 20 tokens fit into 40 blocks here, and 60 do not."
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Gemma3TextConfig(vocab_size=49152, hidden_size=32, intermediate_size=48, head_dim=16, num_hidden_layers=6, num_attention_heads=2,
+                                           num_key_value_heads=1, sliding_window=64, max_position_embeddings=512)
+    transformers.Gemma3ForCausalLM(config).save_pretrained(tmp_path)
+    llm = eager_to_guess(LLM(tiny, speculative_config=dict(method="draft_model", model=str(tmp_path), num_speculative_tokens=3), **small_options()))
+    params, stats = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True), llm.engine.speculator.stats
+    for length, guesses in ((60, False), (10, True)):
+        out, = llm.generate([[100] * length], params, use_tqdm=False)
+        assert len(out["token_ids"]) == 4 and (stats.num_drafts > 0) == guesses
+    assert_idle(llm)
+
+
+def test_a_draft_model_has_no_room_for_adapters(tiny):
+    llm = LLM(tiny, enable_lora=True, speculative_config=dict(method="self", num_speculative_tokens=2), **small_options())
+    assert llm.engine.runner.adapters and llm.engine.speculator.guesser.runner.adapters is None
+
+
 def test_a_twin_has_the_noise_of_its_sequence():
     seq = Sequence("a", [1, 2], SamplingParams(logprobs=2, temperature=.5), seed=7, output_token_ids=[3], stop_token_ids=frozenset([4]))
     other = twin(seq, 3)
@@ -464,7 +483,8 @@ def test_statistics():
     (dict(method="ngram", num_speculative_tokens=2.5), "num_speculative_tokens"),
     (dict(method="ngram", num_speculative_tokens=2, model="x"), "'model'"),
     (dict(method="ngram", num_speculative_tokens=2, prompt_lookup_min=3, prompt_lookup_max=2), "prompt_lookup_min must be at most"),
-    (dict(method="ngram", num_speculative_tokens=2, prompt_lookup_max=0), "prompt_lookup"),
+    (dict(method="ngram", num_speculative_tokens=2, prompt_lookup_max=0), "prompt_lookup_max must be an integer from 1 to 64, got 0"),
+    (dict(method="ngram", num_speculative_tokens=2, prompt_lookup_min=65), "prompt_lookup_min must be an integer from 1 to 64, got 65"),
     (dict(method="draft_model", num_speculative_tokens=2), "model must be given"),
     (dict(method="draft_model", num_speculative_tokens=2, model="no/such"), "speculative_config"),
     (dict(method="self", num_speculative_tokens=2, prompt_lookup_max=2), "prompt_lookup_max"),

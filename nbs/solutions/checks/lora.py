@@ -57,6 +57,7 @@ def check_grouped(grouped):
             if rows.ndim != 2 or rows.shape[1] != x.shape[1]:
                 raise WrongAnswer(f"{name}: slot {slot} gets rows of shape {tuple(rows.shape)}, expected (n, {x.shape[1]})")
             if not len(rows): raise WrongAnswer(f"{name}: slot {slot} is run without rows; its numbers would be read for nothing")
+            if len(rows) > slots.count(slot): raise WrongAnswer(f"{name}: slot {slot} gets {len(rows)} rows, and only {slots.count(slot)} want it")
             if slot in asked: raise WrongAnswer(f"{name}: slot {slot} is run a second time, and its numbers would be read again")
             asked.append(slot)
             return rows @ a[slot].T @ b[slot]

@@ -56,11 +56,14 @@ def best(chance, seconds, limit):
 
 @exercise
 def check_best_length(best_length):
-    for chance, slope in product((.1, .4, .7, .95), (0.003, .05, .3, 1.5)):
-        seconds = [1 + slope * k for k in range(9)]
-        wanted = best(chance, seconds, 8)
+    cases = [(chance, [1 + slope * k for k in range(9)], f"{slope} more seconds for each guess")
+             for chance, slope in product((.1, .4, .7, .95), (0.003, .05, .3, 1.5))]
+    cases.append((.5, [1, 1.6, 1.6, 1.6], "a first guess that is dear and others that are free"))
+    cases.append((.5, [1, 1.5, 1.75], "several numbers that bring the same, of which the least is asked for"))
+    for chance, seconds, what in cases:
+        wanted = best(chance, seconds, len(seconds) - 1)
         got = call(best_length, chance, seconds)
         if got == wanted: continue
         def rate(k): return sum(chance**i for i in range(k + 1)) / seconds[k]
-        require(isinstance(got, int) and 0 <= got <= 8, f"best_length must give a number from 0 to {len(seconds) - 1}, got {got!r}")
-        raise WrongAnswer(f"chance {chance} and {slope} more seconds for each guess: {got} guesses bring {rate(got):.2f} tokens a second, {wanted} bring {rate(wanted):.2f}")
+        require(isinstance(got, int) and 0 <= got < len(seconds), f"best_length must give a number from 0 to {len(seconds) - 1}, got {got!r}")
+        raise WrongAnswer(f"chance {chance} and {what}: {got} guesses bring {rate(got):.2f} tokens a second, {wanted} bring {rate(wanted):.2f}")
