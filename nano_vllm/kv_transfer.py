@@ -262,10 +262,10 @@ class TransferReplica(Replica):
         self.connector = read_transfer_config(args).make_connector()
         self.format = kv_format(resolve_args(args))
 
-    def clear(self):
-        "Forget all sequences."
-        super().clear()
+    def clear(self) -> tuple[int, int]:
+        "Forget all sequences and what is cached; as `describe`."
         self.sent: dict[tuple, KVHandle | None] = {}    # since the last report
+        return super().clear()
 
 # %% ../nbs/47_disaggregated_prefill.ipynb #d1a00080
 @patch
