@@ -202,7 +202,7 @@ class Fleet:
         self.close = weakref.finalize(self, end_actors, self.ray, self.actors)
         self.waiting: OrderedDict[Sequence, None] = OrderedDict()   # not sent yet
         self.homes: dict[Sequence, int] = {}        # who has it
-        self.num_started, self.failure = 0, "closed"
+        self.num_started, self.failure = 0, "all were ended"
         try:
             for _ in range(config.args.data_parallel_size): self.start()
             while any(a.starting for a in self.actors.values()): self.hear()

@@ -11,6 +11,7 @@ from fake_engine import expected_answer, fake_engine, some_params
 from helpers import Tracing
 from nano_vllm import SamplingParams, replicas
 from nano_vllm.engine_args import EngineArgs, Parts
+from nano_vllm.kv_blocks import Sequence
 from nano_vllm.kv_transfer import DisaggregatedFleet, KVHandle, KVTransferConfig, TransferReplica, store_prefix, transfer_params
 from nano_vllm.replicas import Actor, Fleet, Replica
 
@@ -243,3 +244,6 @@ def test_a_fleet_is_resized_to_whole_numbers(make_engine):
     fleet.resize(2)
     assert sorted(fleet.actors) == [0, 1], "one that is loading has nothing to finish"
     assert_idle(fleet)
+    fleet.resize(0)
+    fleet.add(Sequence("1", [1, 2], SamplingParams()))
+    with pytest.raises(RuntimeError, match="there is no replica left: all were ended"): fleet.schedule()
