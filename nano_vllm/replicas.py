@@ -357,14 +357,18 @@ def finish(self: Fleet, seq: Sequence, reason: str, stop_reason=None):
 @patch
 def reset(self: Fleet, sequences: list[Sequence]):
     "Begin anew with these sequences and the tokens they have; nothing is cached."
+    told = []
     for name, actor in list(self.actors.items()):
         actor.forget()
         if actor.draining: self.retire(name)
-        elif not actor.starting: actor.starting = actor.handle.clear.remote()
+        elif not actor.starting:
+            actor.starting = actor.handle.clear.remote()
+            told.append(actor.starting)
     router = self.make_router()              # whoever has forgotten all joins it anew
     router.rule, router.num_blocks = self.router.rule, self.router.num_blocks
-    self.router = router
-    self.homes, self.waiting = {}, OrderedDict.fromkeys(sequences)
+    self.router, self.homes = router, {}
+    self.waiting = OrderedDict.fromkeys(sequences)
+    while any(actor.starting in told for actor in self.actors.values()): self.hear()
 
 
 @patch

@@ -235,6 +235,17 @@ def test_a_draining_replica_goes_when_all_begins_anew(make_engine):
     assert_idle(fleet, num_replicas=1)
 
 
+def test_what_begins_anew_is_shared(make_engine):
+    "Nothing is sent before all have forgotten: the first to say so would get it all."
+    engine = make_engine()
+    fleet, loads = engine.scheduler, []
+    def on_step(i):
+        if i == 3: engine.must_recover = True
+        if i == 4: loads.append(sorted(fleet.router.load.values()))
+    answer_all(engine, [[1] * 5, [2] * 5, [3] * 5, [1, 2] * 3], [PARAMS[0]] * 4, on_step)        # no two begin alike
+    assert loads == [[2, 2]]
+
+
 def test_a_fleet_is_resized_to_whole_numbers(make_engine):
     fleet = make_engine().scheduler
     for bad in (-1, 2.5, True, "2", None, 2**10 + 1):
