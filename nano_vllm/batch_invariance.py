@@ -36,7 +36,7 @@ def num_differing_cuts(product, x: Tensor) -> int:
 # %% ../nbs/48_batch_invariance.ipynb #69047fc0
 @functools.cache
 def keeps_rows_apart(linear, dtype: torch.dtype) -> bool:
-    "Do the products that `linear` makes give a row its own bits in any company?"
+    "Are the products of `linear` ours, and is a row's the same in any company?"
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(96, 128, generator=generator).to(dtype)
     product = linear(weight)

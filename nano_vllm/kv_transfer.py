@@ -116,8 +116,8 @@ MAX_UNUSED = 4       # that wait for another message
 class SharedMemoryConnector:
     """Bytes for other processes of this computer, in memory that has no name.
 
-    It is gone when nobody has it open. At most `capacity` bytes are kept for those who
-    have not come for them. Linux only: elsewhere AttributeError."""
+    It is gone when nobody has it open. At most `capacity` bytes, or one message, are
+    kept for those who have not come for them. Linux only: elsewhere AttributeError."""
     def __init__(self, capacity: int = 2**30):
         self.capacity = check_number("capacity", capacity, int, 0, 2**60)
         self.kept: dict[int, int] = {}      # file number -> bytes, oldest first
@@ -130,12 +130,12 @@ def send(self: SharedMemoryConnector, data: Tensor) -> tuple:
     "Keep bytes (N,) for somebody; where they are."
     self.tidy(room=len(data))
     fd = self.unused.pop() if self.unused else os.memfd_create("kv_blocks")
+    self.kept[fd] = len(data)       # first, so that it is let go of if the rest fails
     ticket = secrets.token_bytes(TICKET)
     with open(fd, "wb", buffering=0, closefd=False) as file:
         file.seek(0)
         file.write(ticket)
         data.numpy().tofile(file)
-    self.kept[fd] = len(data)
     return f"/proc/{os.getpid()}/fd/{fd}", ticket, len(data)
 
 # %% ../nbs/47_disaggregated_prefill.ipynb #d1a00075
@@ -262,10 +262,10 @@ class TransferReplica(Replica):
         self.connector = read_transfer_config(args).make_connector()
         self.format = kv_format(resolve_args(args))
 
-    def clear(self):
-        "Forget all sequences."
-        super().clear()
+    def clear(self) -> tuple[int, int]:
+        "Forget all sequences and what is cached; as `describe`."
         self.sent: dict[tuple, KVHandle | None] = {}    # since the last report
+        return super().clear()
 
 # %% ../nbs/47_disaggregated_prefill.ipynb #d1a00080
 @patch

@@ -60,13 +60,14 @@ class Replica:
         "KV blocks, and the number of this process: an answer means that all is loaded."
         return self.parts.num_blocks, os.getpid()
 
-    def clear(self):
-        "Forget all sequences."
+    def clear(self) -> tuple[int, int]:
+        "Forget all sequences and what is cached; as `describe`."
         self.sequences: dict[tuple, Sequence] = {}
         self.in_flight: deque = deque()
         self.stats_due = 0.0
         self.parts.scheduler.reset([])
         self.parts.runner.clear()
+        return self.describe()
 
 # %% ../nbs/46_replicas.ipynb #258e7a0e
 SECONDS_BETWEEN_STATS = .25
@@ -201,7 +202,7 @@ class Fleet:
         self.close = weakref.finalize(self, end_actors, self.ray, self.actors)
         self.waiting: OrderedDict[Sequence, None] = OrderedDict()   # not sent yet
         self.homes: dict[Sequence, int] = {}        # who has it
-        self.num_started, self.failure = 0, "closed"
+        self.num_started, self.failure = 0, "all were ended"
         try:
             for _ in range(config.args.data_parallel_size): self.start()
             while any(a.starting for a in self.actors.values()): self.hear()
@@ -253,8 +254,7 @@ def joined(self: Fleet, name: int, num_blocks: int, pid: int):
     actor.starting, actor.pid, actor.num_blocks = None, pid, num_blocks
     actor.stats = SchedulerStats(num_blocks=num_blocks)
     self.router.num_blocks = num_blocks
-    if actor.draining: self.retire(name)
-    else: self.router.add(name)
+    self.router.add(name)
 
 
 @patch
@@ -267,7 +267,7 @@ def lost(self: Fleet, name: int, error: Exception):
     self.waiting = OrderedDict.fromkeys([*actor.sequences.values(), *self.waiting])
     actor.forget()
     if isinstance(error, gone) or actor.draining: self.retire(name)
-    else: actor.starting = actor.handle.describe.remote()
+    else: actor.starting = actor.handle.clear.remote()
 
 # %% ../nbs/46_replicas.ipynb #09dad32a
 @patch
@@ -356,12 +356,19 @@ def finish(self: Fleet, seq: Sequence, reason: str, stop_reason=None):
 
 @patch
 def reset(self: Fleet, sequences: list[Sequence]):
-    "Begin anew with these sequences and the tokens they have."
-    for name in self.homes.values(): self.router.finished(name)
-    for actor in self.actors.values():
-        if not actor.starting: actor.handle.clear.remote()
+    "Begin anew with these sequences and the tokens they have; nothing is cached."
+    told = []
+    for name, actor in list(self.actors.items()):
         actor.forget()
-    self.homes, self.waiting = {}, OrderedDict.fromkeys(sequences)
+        if actor.draining: self.retire(name)
+        elif not actor.starting:
+            actor.starting = actor.handle.clear.remote()
+            told.append(actor.starting)
+    router = self.make_router()              # whoever has forgotten all joins it anew
+    router.rule, router.num_blocks = self.router.rule, self.router.num_blocks
+    self.router, self.homes = router, {}
+    self.waiting = OrderedDict.fromkeys(sequences)
+    while any(actor.starting in told for actor in self.actors.values()): self.hear()
 
 
 @patch
@@ -383,6 +390,7 @@ def resize(self: Fleet, num_replicas: int):
 
     New ones get requests once they have loaded the model; of those that are too many
     the youngest get no more, and end with their last request."""
+    check_number("num_replicas", num_replicas, int, 0, 2**10)
     staying = [name for name, a in sorted(self.actors.items()) if not a.draining]
     for _ in range(num_replicas - len(staying)): self.start()
     for name in staying[num_replicas:]: self.drain(name)
@@ -416,6 +424,7 @@ LAUNCHERS["replicas"] = make_fleet
 def measure_machine(llm, num_requests: int = 40) -> Machine:
     "An idle engine's limits, and the costs of its steps, from some work of its own."
     engine, scheduler = llm.engine, llm.engine.scheduler
+    refuse_beside(engine.config.args, "to measure one machine", "data_parallel_size")
     prefix_len = min(256, engine.input_processor.max_model_len // 2)
     work = list(Traffic(1, num_requests, 8, prefix_len, (8, 32), (16, 32)))
     params = [SamplingParams(max_tokens=a.output_len, ignore_eos=True) for a in work]
@@ -449,6 +458,9 @@ def plan(machine: Machine, p99_ttft_ms: float = 1000.0, request_rate: float = 10
     "For each rule, the replicas that a service needs, and what its readers then see."
     traffic = Traffic(request_rate, num_requests, question_len=(question_len,) * 2,
                       output_len=(output_len,) * 2, **dict(num_prefixes=100) | texts)
+    longest = traffic.prefix_len + question_len + output_len    # or it would never run
+    check_number("prefix_len + question_len + output_len", longest, int, 1,
+                 machine.num_blocks * machine.block_size)
     answer = dict(costs=dict(zip(FEATURES, machine.costs)))
     for rule in RULES:
         n, run = replicas_needed(machine, traffic, p99_ttft_ms, rule)

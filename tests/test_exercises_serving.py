@@ -640,6 +640,15 @@ def _(reports):
     return answer
 
 
+@wrong(replicas.check_join_reports, "gives [1, 2, 3], expected ValueError: there is a gap when the second comes")
+def _(reports):
+    answer = []
+    for start, tokens in sorted(reports):
+        if start > len(answer) or answer[start:start + len(tokens)] != tokens[:len(answer) - start]: raise ValueError
+        answer += tokens[len(answer) - start:]
+    return answer
+
+
 @wrong(replicas.check_join_reports, "there is a token that contradicts")
 def _(reports):
     answer = []
@@ -936,6 +945,14 @@ def _(product, x, tile):
 
 
 def filled(x, n): return torch.cat([x, x.new_zeros(n, x.shape[1])])
+
+
+@wrong(batch_invariance.check_constant_tiles, "constant_tiles changes what it is given")
+def _(product, x, tile):
+    whole = torch.cat([x, x.new_zeros(-len(x) % tile, x.shape[1])])
+    got = torch.cat([product(part) for part in whole.split(tile)])[:len(x)]
+    x.zero_()
+    return got
 
 
 wrong(batch_invariance.check_constant_tiles, "calls product with 1 rows")(lambda product, x, tile: torch.cat([product(p) for p in x.split(tile)]))

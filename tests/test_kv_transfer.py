@@ -199,6 +199,19 @@ def test_what_nobody_wants_is_bounded(monkeypatch):
     assert len(os.listdir("/proc/self/fd")) <= before + 1
 
 
+def test_what_could_not_be_written_is_let_go_of():
+    "Memory that was opened for a message and then not filled."
+    class Failing:
+        def __len__(self): return 400
+        def numpy(self): raise MemoryError
+    connector, before = SharedMemoryConnector(capacity=1000), len(os.listdir("/proc/self/fd"))
+    for _ in range(50):
+        with pytest.raises(MemoryError): connector.send(Failing())
+    assert len(os.listdir("/proc/self/fd")) <= before + 2 and len(connector.kept) <= 2
+    whole = connector.send(some(2000))                        # one message is kept, however large
+    assert len(connector.kept) == 1 and torch.equal(connector.receive(whole), some(2000))
+
+
 OWNER = """
 import sys, torch
 from nano_vllm.kv_transfer import SharedMemoryConnector

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -160,6 +161,14 @@ def test_bench_plan_measures_prints_and_writes_the_answer(tiny, tmp_path, capsys
     for rule in RULES: assert answer[rule]["replicas"] >= 1 and answer[rule]["p99_ttft_ms"] <= 2000 and answer[rule]["num_requests"] == 200
     for bad, what in (("--num-prefixes", "num_prefixes"), ("--p99-ttft-ms", "p99_ttft_ms"), ("--request-rate", "request_rate")):
         assert cli.main([*args, bad, "-1"]) == 2 and what in capsys.readouterr().err
+    assert cli.main([*args, "--prefix-len", "5000"]) == 2          # no replica ever has room for one
+    assert "prefix_len + question_len + output_len must be an integer from 1 to 1600, got 5128" in capsys.readouterr().err
+
+
+def test_the_steps_of_several_are_not_those_of_a_machine(tiny):
+    llm = LLM(tiny, **LIMITS)
+    llm.engine.config = replace(llm.engine.config, args=replace(llm.engine.config.args, data_parallel_size=2))
+    with pytest.raises(ValueError, match="data_parallel_size must be left out to measure one machine, got 2"): replicas.measure_machine(llm)
 
 
 # ---- with Ray

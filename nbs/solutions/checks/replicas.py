@@ -23,7 +23,8 @@ def check_join_reports(join_reports):
             ([(0, [1]), (1, [2]), (0, [1])], [1, 2]), ([(0, [5, 5, 5]), (2, [5, 5])], [5, 5, 5, 5]), ([(0, [1, 2, 3]), (1, [2])], [1, 2, 3]),
             ([(0, [])], []), ([(0, [1, 2]), (2, [])], [1, 2])]
     for reports, wanted in good: expect(join_reports, (reports,), wanted, "what is known already is dropped, what is new is appended")
-    for reports, what in (([(1, [2])], "a gap before its first token"), ([(0, [1]), (3, [4])], "a gap"), ([(0, [1, 2]), (1, [9])], "a token that contradicts"),
+    for reports, what in (([(1, [2])], "a gap before its first token"), ([(0, [1]), (3, [4])], "a gap"), ([(0, [1]), (2, [3]), (1, [2])], "a gap when the second comes"),
+                          ([(0, [1, 2]), (1, [9])], "a token that contradicts"),
                           ([(0, [1, 2]), (0, [1, 3, 4])], "a token that contradicts")):
         try: got = join_reports([(start, list(tokens)) for start, tokens in reports])
         except ValueError: continue
@@ -40,7 +41,7 @@ class MortalReplica:
 
     def step(self, added):
         self.num_steps += 1
-        if self.num_steps > 500: raise RuntimeError("500 steps, and no end")
+        if self.num_steps > 500: raise RuntimeError("500 steps, and no end; is there a sequence that no replica has?")
         if self.lives is not None and self.num_steps >= self.lives: raise LostReplica("it is dead")
         for key, tokens, wanted in added: self.held[key] = [len(tokens), wanted]
         said = {}
