@@ -6,6 +6,7 @@ solve an exercise. Standard library only: the first exercises do without torch.
 """
 import copy
 import functools
+import numbers
 import traceback
 
 
@@ -60,7 +61,7 @@ def same(a, b, tolerance=0) -> bool:
         return bool(((a == b) | ((a - b).abs() <= tolerance) if tolerance else (a == b)).all())
     if isinstance(b, (list, tuple)):
         return isinstance(a, (list, tuple)) and len(a) == len(b) and all(same(x, y, tolerance) for x, y in zip(a, b))
-    return a == b if not tolerance else isinstance(a, (int, float)) and abs(a - b) <= tolerance
+    return a == b if not tolerance else isinstance(a, numbers.Real) and abs(a - b) <= tolerance
 
 
 def call_text(function, args) -> str:
