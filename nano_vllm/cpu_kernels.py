@@ -140,7 +140,8 @@ def open_library(tools: Toolchain, source: str, **numbers: int) -> ctypes.CDLL:
 def is_whole(path: Path) -> bool:
     "Is there a library at `path`, and is it the one that was built?"
     noted = digest(path)
-    return path.exists() and noted.exists() and noted.read_bytes() == sha256(path).encode()
+    if not (path.exists() and noted.exists()): return False
+    return noted.read_bytes() == sha256(path).encode()
 
 # %% ../nbs/22_cpu_kernels.ipynb #e4b10c02
 PROBE = r"""
