@@ -50,7 +50,7 @@ def are_float32(*tensors: Tensor | None) -> bool:
 
 
 def packed_linear(weight: Tensor):
-    "The product with `weight` (outputs, inputs), packed if oneDNN can hold it."
+    "The product with `weight` (outputs, inputs), packed if it is float32 on a CPU."
     fits = are_float32(weight) and torch.backends.mkldnn.is_available()
     return PackedProduct(weight) if fits else PlainProduct(weight)
 
@@ -62,7 +62,7 @@ LANES = 4 if IS_ARM else 16 if CAPABILITY == "AVX512" else 8   # floats in a reg
 
 def find_compilers() -> list[str]:
     "What CXX names, if it is set; else those of g++ and clang++ that are here."
-    named = os.environ.get("CXX")
+    named = os.environ.get("CXX", "").strip()
     return [named] if named else [c for c in ("g++", "clang++") if shutil.which(c)]
 
 
@@ -140,7 +140,8 @@ def open_library(tools: Toolchain, source: str, **numbers: int) -> ctypes.CDLL:
 def is_whole(path: Path) -> bool:
     "Is there a library at `path`, and is it the one that was built?"
     noted = digest(path)
-    return path.exists() and noted.exists() and noted.read_text() == sha256(path)
+    if not (path.exists() and noted.exists()): return False
+    return noted.read_bytes() == sha256(path).encode()
 
 # %% ../nbs/22_cpu_kernels.ipynb #e4b10c02
 PROBE = r"""
@@ -165,7 +166,9 @@ def toolchain() -> Toolchain | None:
     reasons, packages = [], Path(torch.__file__).parents[1]
     for name in ("torch.libs/libgomp*", "torch/lib/libomp*"):   # what kernels look for
         for path in packages.glob(name): ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
-    for tools in toolchains() if CAN_BUILD else ():
+    try: choices = list(toolchains()) if CAN_BUILD else []
+    except ValueError as e: choices, reasons = [], [f"CXX is not a command: {e}"]
+    for tools in choices:
         try:
             if open_library(tools, PROBE).probe() == sum(range(5, 10)) - sum(range(5)):
                 return tools
@@ -576,13 +579,16 @@ def fits_kernels(*tensors: Tensor | None) -> bool:
 # %% ../nbs/22_cpu_kernels.ipynb #65998848
 def fused_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None):
     "What `rms_norm` gives, x and residual (..., dim); float32 by one kernel."
-    if not fits_kernels(x, weight, residual):
+    alike = weight.shape == x.shape[-1:] and (residual is None
+                                              or residual.shape == x.shape)
+    if not (alike and fits_kernels(x, weight, residual)):
         return PLAIN.norm(x, weight, eps, residual)
     x, dim = x.contiguous(), x.shape[-1]
     out = total = torch.empty_like(x)
     other = None
     if residual is not None: other, total = residual.contiguous(), torch.empty_like(x)
-    call(small_kernels().norm, x, other, weight, out, total, x.numel() // dim, dim, eps)
+    call(small_kernels().norm, x, other, weight.contiguous(), out, total,
+         x.numel() // dim, dim, eps)
     return out if residual is None else (out, total)
 
 

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from .attention import slots_of
 from .cpu_kernels import (CACHE, EXP, LANES, PLAIN, REDUCE, SIZES,
-                                   VECTOR_TYPES, InPlaceAttention, address, call,
-                                   cpu_kernels_ops, fits_kernels, load_library,
+                                   VECTOR_TYPES, InPlaceAttention, address, are_float32,
+                                   call, cpu_kernels_ops, fits_kernels, load_library,
                                    packed_linear, takes_float32)
 from .layers import OPS, Ops, Target
 from .sampler import (SAMPLING_STAGES, SamplingMetadata, make_keys,
@@ -164,6 +164,9 @@ class TiledProduct:
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         x, m = x.contiguous(), self.matrix
+        if x.shape[-1:] != (m.inputs,) or not are_float32(x):
+            raise ValueError(f"x must be float32 rows of {m.inputs} numbers on a CPU, "
+                             f"got {x.dtype} of shape {tuple(x.shape)}")
         y = x.new_empty(*x.shape[:-1], m.outputs)
         call(self.product, ctypes.byref(m), x, bias, y, x.numel() // m.inputs)
         return y

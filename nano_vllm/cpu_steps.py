@@ -212,7 +212,7 @@ def only_part(attention) -> InPlaceQueries | None:
 # %% ../nbs/27_cpu_steps.ipynb #984925a4
 def run_layers_at_once(layers, hidden_states: Tensor, residual: Tensor, cos: Tensor,
                        sin: Tensor, attention) -> tuple[Tensor, Tensor]:
-    "What `run_layers` gives: one call, if the layers and the batch allow it."
+    "What `run_layers` gives, in one call where that fits; may write to its inputs."
     decodes, table = only_part(attention), layer_table(layers)
     tensors = hidden_states, residual, cos, sin
     possible = decodes is not None and table is not None and fits_kernels(*tensors)

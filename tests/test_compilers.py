@@ -124,6 +124,14 @@ exec g++ "$@"
     assert said.count("no kernels for the CPU, PyTorch's path is taken") + builds == 1 and ("unsupported option" in said) != builds
 
 
+@needs_kernels
+def test_a_variable_that_is_no_command_costs_the_kernels_at_most(tmp_path):
+    out, said = run_python(ASK, CXX="g++ '-g", NANO_VLLM_CACHE=str(tmp_path))
+    assert out == "False" and said.count("no kernels for the CPU") == 1 and "CXX is not a command: No closing quotation" in said
+    out, said = run_python(ASK, CXX="  ", NANO_VLLM_CACHE=str(tmp_path))
+    assert out.startswith("True") and not said
+
+
 def test_without_a_compiler_the_log_says_so_once(tmp_path):
     code = "from nano_vllm.cpu_kernels import can_build; print(can_build(), can_build())"
     out, said = run_python(code, PATH=str(tmp_path), CXX="")

@@ -224,7 +224,8 @@ def test_a_library_stays_with_its_processor_and_compiler(tmp_path, monkeypatch):
 @compiled
 @pytest.mark.parametrize("harm", [lambda path: path.write_bytes(path.read_bytes()[:1000]), lambda path: path.write_bytes(b""),
                                   lambda path: path.write_bytes(path.read_bytes()[:-1] + b"x"), lambda path: path.with_suffix(".sha256").unlink(),
-                                  lambda path: path.unlink()], ids=["cut", "empty", "changed", "no digest", "gone"])
+                                  lambda path: path.with_suffix(".sha256").write_bytes(b"\xff\xfe"), lambda path: path.unlink()],
+                         ids=["cut", "empty", "changed", "no digest", "a digest that is no text", "gone"])
 def test_a_harmed_library_is_built_again(harm, tmp_path, monkeypatch):
     "In a process of its own: one that opened it would end."
     monkeypatch.setenv("NANO_VLLM_CACHE", str(tmp_path))
@@ -329,6 +330,18 @@ def test_the_fused_norm_takes_views_and_heads():
     x, weight = torch.randn(5, 3, 40)[..., 3:19], torch.full((16,), 2.0)   # as q_norm sees queries within q, k and v
     exact = rms_norm(x.double(), weight.double(), 1e-6)
     torch.testing.assert_close(fused_norm(x, weight, 1e-6).double(), exact, rtol=16 * ROUNDING, atol=0)
+
+
+@compiled
+def test_the_fused_norm_reads_nothing_behind_its_arguments():
+    "What does not agree in shape is the plain norm's: it broadcasts, or refuses."
+    x, weight = torch.randn(3, 64), torch.randn(64)
+    for shape in ((32,), (65,)):
+        with pytest.raises(RuntimeError, match="must match the size"): fused_norm(x, torch.randn(shape), 1e-6)
+    row = torch.randn(1, 64)
+    for ours, plain in zip(fused_norm(x, weight, 1e-6, row), rms_norm(x, weight, 1e-6, row)): torch.testing.assert_close(ours, plain)
+    every_other = torch.randn(128)[::2]
+    torch.testing.assert_close(fused_norm(x, every_other, 1e-6), rms_norm(x, every_other, 1e-6))
 
 
 @compiled

@@ -62,6 +62,13 @@ def test_shapes_and_views():
     check_product(TiledProduct(weight), random(2, 6, 5, 40)[..., ::2], weight)
 
 
+@compiled
+@pytest.mark.parametrize("x", [torch.ones(3, 19), torch.ones(3, 40), torch.ones(20, 1), torch.tensor(1.), torch.ones(3, 20).double(), torch.ones(3, 20).bfloat16()],
+                         ids=lambda x: f"{x.dtype}-{tuple(x.shape)}")
+def test_rows_that_do_not_fit_are_refused_and_not_read(x):
+    with pytest.raises(ValueError, match="x must be float32 rows of 20 numbers on a CPU, got torch"): TiledProduct(random(1, 32, 20))(x)
+
+
 def test_each_matrix_gets_the_best_product_that_fits():
     tiled = TiledProduct if CAN_BUILD else PackedProduct
     assert type(best_linear(random(1, 32, 20))) is tiled and type(best_linear(random(1, 40, 20))) is PackedProduct

@@ -29,6 +29,8 @@ wrong(cpu_kernels.check_packed_copy, "has 28,311,552 of 134,515,008 weights")(
 wrong(cpu_kernels.check_packed_copy, "gives (28311552,")(
     lambda vocab, hidden, others, size: (vocab * hidden, vocab * hidden / (vocab * hidden + others)))
 
+right(cpu_kernels.check_packed_copy)(lambda vocab, hidden, others, size: (np.int64(vocab * hidden * size), np.float64(vocab * hidden) / (vocab * hidden + others)))
+
 right(cpu_kernels.check_fewest_sequences)(lambda cores, pieces: math.ceil(cores / pieces))
 wrong(cpu_kernels.check_fewest_sequences, "(8, 3) gives 2, expected 3")(lambda cores, pieces: cores // pieces)
 wrong(cpu_kernels.check_fewest_sequences, "(9, 3) gives 4, expected 3")(lambda cores, pieces: cores // pieces + (pieces > 1))
@@ -52,7 +54,7 @@ def _(x):                        # with another first part, which has few bits, 
     return n.int(), x - n * first - n * (math.log(2) - first)
 
 
-right(cpu_kernels.check_split_exponent)(lambda x: ((x / math.log(2)).round(), x.double() - (x / math.log(2)).round().double() * math.log(2)))
+wrong(cpu_kernels.check_split_exponent, "gives float64")(lambda x: ((x / math.log(2)).round(), (x.double() - (x / math.log(2)).round() * math.log(2)).float()))
 wrong(cpu_kernels.check_split_exponent, "has been rounded before it was subtracted")(
     lambda x: ((x / math.log(2)).round(), x - (x / math.log(2)).round() * math.log(2)))
 wrong(cpu_kernels.check_split_exponent, "|f| is at most 0.3466")(
@@ -86,6 +88,8 @@ if CAN_BUILD:
     wrong(cpu_kernels.check_page_scores, "of 5 tokens in blocks of 4")(scoring("table[p / size] * size + p"))
     wrong(cpu_kernels.check_page_scores, "behind the last score")(scoring("table[p / size] * size + p % size", "(length + 15) / 16 * 16").replace(
         "table[p / size]", "(p < length ? table[p / size] : 0)"))
+    wrong(cpu_kernels.check_page_scores, "of 1 tokens in blocks of 4, table [1]: something is written behind")(
+        scoring("table[p / size] * size + p % size", "(length + size - 1) / size * size"))     # NaN, from slots without a token
     wrong(cpu_kernels.check_page_scores, "is `extern \"C\"` missing?")(scoring("p").replace('extern "C" ', ""))
 wrong(cpu_kernels.check_page_scores, "PAGE_SCORES is None")(None)
 wrong(cpu_kernels.check_page_scores, "not a string of C++")(7)
@@ -108,6 +112,7 @@ wrong(cpu_products.check_best_tile, "33 in all")(lambda registers: (7, 4))
 wrong(cpu_products.check_best_tile, "there is one with 2.50")(lambda registers: (8, 3))
 wrong(cpu_products.check_best_tile, "(5, 5), which needs 5 x 5 registers")(lambda registers: (5, 5))
 wrong(cpu_products.check_best_tile, "not (rows, vectors)")(lambda registers: 25)
+wrong(cpu_products.check_best_tile, "gives (None, None), not")(lambda registers: (None, None))
 
 
 @right(cpu_products.check_candidates)
@@ -500,6 +505,7 @@ wrong(cpu_steps.check_stale, "there is a bias now")(lambda records, layers: [
     i for i, (record, layer) in enumerate(zip(records, layers)) if any(record[name] not in (None, address(x)) for name, x in layer.items())])
 wrong(cpu_steps.check_stale, "the norm's weight has been replaced by a copy")(lambda records, layers: [
     i for i, (record, layer) in enumerate(zip(records, layers)) if any((record[name] is None) != (x is None) for name, x in layer.items())])
+wrong(cpu_steps.check_stale, "gives 0, not the numbers of layers")(lambda records, layers: 0)
 wrong(cpu_steps.check_stale, "nothing has changed")(lambda records, layers: list(range(len(layers))))
 
 
@@ -570,7 +576,7 @@ def _(hosts, devices, depth):    # the host never waits
     return end
 
 
-def ahead(scheduler, runner, seqs, depth, drain=True, drop=True, oldest=True, full=lambda n, depth: n >= depth):
+def ahead(scheduler, runner, seqs, depth, drain=True, drop=True, oldest=True, full=lambda n, depth: n >= depth, length_first=False):
     for seq in seqs: scheduler.add(seq)
     in_flight = deque()
     while scheduler.waiting or scheduler.running or drain and in_flight:
@@ -581,7 +587,8 @@ def ahead(scheduler, runner, seqs, depth, drain=True, drop=True, oldest=True, fu
         scheduler.update(output, handle.result().token_ids)
         for seq in [s.seq for s in output.sampled]:
             if drop and seq.finish_reason: continue
-            if seq.output_token_ids[-1] in seq.stop_token_ids: scheduler.finish(seq, "stop")
+            if length_first and seq.num_tokens == seq.max_len: scheduler.finish(seq, "length")
+            elif seq.output_token_ids[-1] in seq.stop_token_ids: scheduler.finish(seq, "stop")
             elif seq.num_tokens == seq.max_len: scheduler.finish(seq, "length")
 
 
@@ -602,10 +609,28 @@ def _(scheduler, runner, seqs, depth):       # launches as long as there is room
 
 right(overlapped_loop.check_run_ahead)(ahead)
 wrong(overlapped_loop.check_run_ahead, "were never received")(lambda *a: ahead(*a, drain=False))
-wrong(overlapped_loop.check_run_ahead, "raises KeyError")(lambda *a: ahead(*a, drop=False))
+wrong(overlapped_loop.check_run_ahead, "`finish` is called for sequence 0, which has ended")(lambda *a: ahead(*a, drop=False))
 wrong(overlapped_loop.check_run_ahead, "which was launched before it")(lambda *a: ahead(*a, oldest=False))
 wrong(overlapped_loop.check_run_ahead, "never more than 1 steps were in flight")(lambda *a: ahead(*a, full=lambda n, depth: True))
 wrong(overlapped_loop.check_run_ahead, "2 steps were in flight at a time")(lambda *a: ahead(*a, full=lambda n, depth: n > depth))
+
+
+wrong(overlapped_loop.check_run_ahead, "has finish_reason 'length', expected 'stop'")(lambda *a: ahead(*a, length_first=True))
+
+
+@wrong(overlapped_loop.check_run_ahead, "after 2,000 calls of `schedule`")
+def _(scheduler, runner, seqs, depth):       # waits for a second step that never comes
+    for seq in seqs: scheduler.add(seq)
+    in_flight = deque()
+    while scheduler.waiting or scheduler.running or in_flight:
+        if output := scheduler.schedule(): in_flight.append((output, runner.execute(output)))
+        if len(in_flight) < depth: continue
+        output, handle = in_flight.popleft()
+        scheduler.update(output, handle.result().token_ids)
+        for seq in [s.seq for s in output.sampled]:
+            if seq.finish_reason: continue
+            if seq.output_token_ids[-1] in seq.stop_token_ids: scheduler.finish(seq, "stop")
+            elif seq.num_tokens == seq.max_len: scheduler.finish(seq, "length")
 
 
 @wrong(overlapped_loop.check_run_ahead, "the runner was given an empty step")

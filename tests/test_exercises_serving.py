@@ -1010,6 +1010,15 @@ wrong(int4.check_product_with_minimum, "the largest sum of a group is")(lambda *
 wrong(int4.check_product_with_minimum, "Is a `return` missing?")(lambda *a: None)
 
 
+@wrong(int4.check_product_with_minimum, "floats of weights")
+def _(q, scale, minimum, x):     # weights in floats, and a product of floats
+    weight = (q.unflatten(1, (-1, 32)) * scale[..., None] + minimum[..., None]).flatten(1)
+    return x.float() @ weight.T
+
+
+wrong(int4.check_product_with_minimum, "`_to_copy` makes")(lambda *a: with_minimum(*a, kind=torch.float32))
+
+
 # ---- FP8
 
 def by_value(byte, bias=15, subnormal=True, specials=True):

@@ -1,5 +1,6 @@
 "Checks of the exercises of the chapter on products of our own."
 import ctypes
+import numbers
 import re
 
 import torch
@@ -29,7 +30,8 @@ def check_best_tile(best_tile):
         fits = [(r, v) for r in range(1, registers) for v in range(1, registers) if r * v + v + 1 <= registers]
         best = max(uses(*shape) for shape in fits)
         got = attempt(f"best_tile({registers})", best_tile, registers)
-        require(isinstance(got, (tuple, list)) and len(got) == 2, f"best_tile({registers}) gives {show(got)}, not (rows, vectors)",
+        whole = isinstance(got, (tuple, list)) and len(got) == 2 and all(isinstance(n, numbers.Real) for n in got)
+        require(whole, f"best_tile({registers}) gives {show(got)}, not (rows, vectors)",
                 "Is a `return` missing?" if got is None else "")
         rows, vectors = got
         needed = rows * vectors + vectors + 1

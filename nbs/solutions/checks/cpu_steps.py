@@ -66,7 +66,7 @@ def check_stale(stale):
         records = [{name: address(tensor) for name, tensor in layer.items()} for layer in layers]
         for i, change in changes.items(): change(layers[i])
         got = attempt(f"stale, where {why},", stale, records, layers)
-        require(got is not None, f"stale, where {why}, gives None. Is a `return` missing?")
+        require(hasattr(got, "__iter__"), f"stale, where {why}, gives {show(got)}, not the numbers of layers", "Is a `return` missing?" if got is None else "")
         require(list(got) == wanted, f"stale, where {why}, gives {show(got)}, expected {wanted}")
         del old
 

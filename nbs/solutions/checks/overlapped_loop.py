@@ -90,16 +90,32 @@ class LateRunner:
         return SimpleNamespace(result=receive)
 
 
+def watch(scheduler):
+    "Let a scheduler notice a loop that waits for nothing, and an end that comes twice."
+    schedule, finish, calls = scheduler.schedule, scheduler.finish, []
+
+    def counting():
+        calls.append(1)
+        if len(calls) > 2000: raise WrongAnswer("after 2,000 calls of `schedule` the loop has not ended: if nothing can be scheduled, the oldest step in flight has to be received")
+        return schedule()
+
+    def finish_once(seq, reason):
+        if seq.finish_reason: raise WrongAnswer(f"`finish` is called for sequence {seq.request_id}, which has ended: the token of a step that was in flight then is dropped")
+        finish(seq, reason)
+    scheduler.schedule, scheduler.finish = counting, finish_once
+
+
 @exercise
 def check_run_ahead(run_ahead):
     prompts = [[5, 3, 8], [9] * 30, [1, 2, 3, 4, 5, 6], [4], [2, 2, 7], [6, 1]]
     for (blocks, budget, max_tokens, kind), depth in product(
             ((40, 64, 12, "a step has room for all"), (40, 8, 12, "long prompts take several steps"),
-             (12, 16, 9, "memory runs out, and sequences start again"), (40, 64, 1, "one token each"), (200, 64, 60, "all answers end by a stop token")), (1, 2)):
+             (12, 16, 9, "memory runs out, and sequences start again"), (40, 64, 1, "one token each"), (40, 64, 2, "a stop token may be the last that is permitted"), (200, 64, 60, "all answers end by a stop token")), (1, 2)):
         scheduler, runner = toy_scheduler(blocks, budget), LateRunner()
         seqs = [Sequence(str(i), list(ids), SamplingParams(), stop_token_ids=frozenset({EOS}), max_len=len(ids) + max_tokens)
                 for i, ids in enumerate(prompts)]
         case = f"run_ahead at depth {depth}, where {kind}"
+        watch(scheduler)
         attempt(case, run_ahead, scheduler, runner, seqs, depth)
         for seq, ids in zip(seqs, prompts):
             wanted, prompt = answer_to(ids, max_tokens), ids if len(ids) < 9 else "9, 9, ..."
