@@ -61,7 +61,7 @@ class HeadMatrices(ColumnParallelLinear):
         return torch.einsum("nhr,hvr->nhv", latents, self.matrices()[1])
 
     def pack(self):
-        "It stays as it is: `ops.linear` multiplies by a whole matrix, and nobody does."
+        "It stays as it is, since nobody multiplies by the whole matrix."
         self.weight = fixed(self.ops.widen(self.weight))
 
 # %% ../nbs/43_latent_attention.ipynb #d1bb9b07

@@ -586,6 +586,17 @@ def _(router, hashes, tokens_per_request=100, block_size=16):
     return name
 
 
+@wrong(routing.check_weighted_rule, "the rule changes the router")       # only an order
+def _(router, hashes, tokens_per_request=100, block_size=16):
+    work = sums(router, hashes, tokens_per_request, block_size, leading)
+    name = min(router.load, key=work.get)
+    router.load.move_to_end(name)
+    return name
+
+
+wrong(routing.check_weighted_rule, "expected a name of `router.load`")(lambda router, hashes, *given: list(router.load)[:1])
+
+
 def first_tokens(requests, step, token, late=False, everyone=True):
     "Another way: who runs is looked up in each step."
     first, ends, begun, now = [None] * len(requests), [None] * len(requests), [0] * len(requests), 0
@@ -868,6 +879,8 @@ right(pipeline.check_crowd)(lambda memory, weights, kv, n: [n * (max(memory - we
 wrong(pipeline.check_crowd, "expected [256, 304]")(lambda memory, weights, kv, n: (n * int((memory - weights) / kv), n * int((memory - weights / 1) / kv)))
 wrong(pipeline.check_crowd, "a cache is not divided among replicas")(lambda memory, weights, kv, n: (max(0, int(n * (memory - weights) / kv)), max(0, int((n * memory - weights) / kv))))
 wrong(pipeline.check_crowd, "(24, 30, 1, 2) gives")(lambda memory, weights, kv, n: (n * int((memory - weights) // kv), int((n * memory - weights) // kv)))
+wrong(pipeline.check_crowd, "(80, 16.2, 1, 4) gives (256, 304)")(
+    lambda memory, weights, kv, n: (n * max(0, round((memory - weights) / kv)), max(0, round((n * memory - weights) / kv))))
 
 
 @right(pipeline.check_next_turn)
@@ -884,6 +897,8 @@ wrong(pipeline.check_next_turn, "one waits for its token")(lambda seqs, p: [name
 wrong(pipeline.check_next_turn, "those that wait included")(
     lambda seqs, p: [n for _, n in sorted((t, n) for n, t, w in seqs if not w)][:-(-sum(not w for *_, w in seqs) // p)])
 wrong(pipeline.check_next_turn, "all wait")(lambda seqs, p: [n for n, _, w in sorted(seqs, key=lambda s: (s[2], s[1]))][:-(-len(seqs) // p)])
+wrong(pipeline.check_next_turn, "expected a list of names")(lambda seqs, p: "".join(sorted(n for n, _, w in seqs if not w))[:-(-len(seqs) // p)])
+wrong(pipeline.check_next_turn, "gives 1, expected a list of names")(lambda seqs, p: 1)
 
 
 @right(pipeline.check_best_split)
@@ -905,6 +920,8 @@ def _(weights, num_stages):
 wrong(pipeline.check_best_split, "whose heaviest stage weighs")(
     lambda weights, p: [len(weights) * (i + 1) // p - len(weights) * i // p for i in range(p)])
 wrong(pipeline.check_best_split, "no cut of 4 layers into 2 stages")(lambda weights, p: [len(weights)] + [0] * (p - 1))
+wrong(pipeline.check_best_split, "expected a list of 2 whole numbers")(lambda weights, p: [len(weights) / p] * p)
+wrong(pipeline.check_best_split, "gives 3, expected a list of 2 whole numbers")(lambda weights, p: 3)
 # ---- batch invariance
 
 @right(batch_invariance.check_num_sums)
@@ -1114,6 +1131,8 @@ wrong(latent_attention.check_absorbed_scores, "lacks the rotated part")(
 wrong(latent_attention.check_absorbed_scores, "heads, queries, tokens")(
     lambda q_nope, q_rope, w_uk, latents, rope_keys: torch.einsum("qhd,hdr->qhr", q_nope, w_uk) @ latents.T + q_rope @ rope_keys.T)
 wrong(latent_attention.check_absorbed_scores, "Is a `return` missing?")(lambda q_nope, q_rope, w_uk, latents, rope_keys: None)
+wrong(latent_attention.check_absorbed_scores, "is a ndarray, expected a tensor")(
+    lambda q_nope, q_rope, w_uk, latents, rope_keys: (torch.einsum("qhd,hdr->hqr", q_nope, w_uk) @ latents.T + q_rope.transpose(0, 1) @ rope_keys.T).numpy())
 wrong(latent_attention.check_absorbed_scores, "differs from the scores of keys that are made first")(
     lambda q_nope, q_rope, w_uk, latents, rope_keys: torch.einsum("qhd,hdr->hqr", q_nope, w_uk.flip(0)) @ latents.T + q_rope.transpose(0, 1) @ rope_keys.T)
 
@@ -1130,6 +1149,19 @@ wrong(latent_attention.check_break_even, "the absorbed one multiplies each query
     lambda length, rank, nope, rope, value: rank * (nope + value) // max(1, 2*rank - nope - value) + 1)
 wrong(latent_attention.check_break_even, "up to so many queries absorbing is never more work")(
     lambda length, rank, nope, rope, value: math.floor(length * rank * (nope + value) / (rank * (nope + value) + length * (2*rank - nope - value))) + 1)
+
+
+def first_of(length, rank, nope, rope, value, last=None, equal=False):
+    "The least number of queries up to `last`; `equal`: as much work is enough."
+    made, slope = rank * (nope + value), rank * (nope + value) + length * (2*rank - nope - value)
+    if slope <= 0: return None
+    n = -(-length * made // slope) if equal else length * made // slope + 1
+    return n if n <= (last or length) else None
+
+
+right(latent_attention.check_break_even)(first_of)
+wrong(latent_attention.check_break_even, "gives 57, expected None")(lambda *sizes: first_of(*sizes, last=10**9))
+wrong(latent_attention.check_break_even, "gives 2, expected 3")(lambda *sizes: first_of(*sizes, equal=True))
 
 
 # ---- pooling

@@ -197,6 +197,9 @@ def test_other_number_types_stay_near(saved, options):
     (dict(routed_scaling_factor=0.0), "routed_scaling_factor must be"),
     (dict(num_key_value_heads=3), "num_key_value_heads is 3, supported: num_attention_heads, 6"),
     (dict(rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)), "rope_type is 'dynamic'"),
+    (dict(rope_parameters=YARN | dict(rope_theta=1e4, mscale_all_dim="1")), "mscale_all_dim must be a number from 0 to 1000.0, got '1'"),
+    (dict(rope_parameters=YARN | dict(rope_theta=1e4, mscale_all_dim=math.nan)), "mscale_all_dim must be a number"),
+    (dict(rope_parameters=YARN | dict(rope_theta=1e4, mscale=-1.0)), "mscale must be a number"),
 ])
 def test_configs_refused_by_name(saved, tmp_path, changes, words):
     with pytest.raises(ValueError, match=words): config_of(saved()[1], tmp_path, **changes)

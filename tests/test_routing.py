@@ -99,6 +99,39 @@ def test_bad_rules_and_no_replicas():
     with pytest.raises(RuntimeError, match="no replica"): router.route([])
 
 
+def test_a_router_refuses_what_it_cannot_keep():
+    with pytest.raises(ValueError, match="num_blocks must be an integer of at least 1, got -1"): Router("prefix", -1)
+    router = Router()
+    router.add("A")
+    router.route([1])
+    with pytest.raises(ValueError, match="there is a replica 'A' already"): router.add("A")
+    assert router.load == {"A": 1} and router.holders == {1: {"A": None}}      # its notes are still there
+
+
+@pytest.mark.parametrize("prompt_len, output_len, words", [
+    (60, 6, "60 prompt tokens and max_tokens=6 need 5 KV blocks, but num_kv_blocks is 4"), (65, 1, "need 5 KV blocks"),
+    (10, 0, "output_len must be an integer of at least 1, got 0")])
+def test_a_request_that_can_never_end_is_refused_and_disturbs_nobody(prompt_len, output_len, words):
+    simulation = Simulation(Machine(TOY.costs, num_blocks=4), 1)
+    with pytest.raises(ValueError, match=words): simulation.arrive(Arrival(0, [1] * prompt_len, output_len))
+    assert not simulation.router.num_unfinished and not simulation.router.holders
+    served, = simulation.run([Arrival(1, [1] * 60, 5)])       # all four blocks
+    assert served.num_output == 5
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda: Machine((1, 0)), "costs must be 5, got 2"), (lambda: Machine((1, 0, 0, 0, -1)), "costs must be a number of at least 0, got -1"),
+    (lambda: Machine((1, 0, 0, 0, math.nan)), "costs must be a number"), (lambda: Machine(TOY.costs, block_size=0), "block_size must be an integer"),
+    (lambda: Machine(TOY.costs, max_num_seqs=0), "max_num_seqs must be"), (lambda: Traffic(0), "request_rate must be a number from"),
+    (lambda: Traffic(-1), "request_rate must be"), (lambda: Traffic(1, num_requests=0), "num_requests must be"), (lambda: Traffic(1, num_prefixes=0), "num_prefixes"),
+    (lambda: Traffic(1, prefix_len=-1), "prefix_len must be"), (lambda: Traffic(1, swing=1.5), "swing must be a number from 0 to 1, got 1.5"),
+    (lambda: Traffic(1, period=0), "period must be"), (lambda: Traffic(1, question_len=(9, 3)), "question_len must be an integer from 1 to 3, got 9"),
+    (lambda: Traffic(1, output_len=(0, 3)), "output_len must be an integer from 1 to 3, got 0"), (lambda: simulate(TOY, 1, "prefix", []), "no request to describe"),
+    (lambda: fit_costs([]), "steps must be at least one"), (lambda: fit_costs([((1, 2, 3, 4, 5), 0.0)]), "each of more than 0 seconds")])
+def test_numbers_that_cannot_be_are_refused_by_name(make, words):
+    with pytest.raises(ValueError, match=words): make()
+
+
 def test_a_simulated_step_by_hand():
     a, b = Simulation(TOY, 1).run([Arrival(0, [1] * 10, 2), Arrival(1, [2] * 3, 1)])
     assert (a.first_token, a.end, b.first_token, b.end) == (15, 24, 24, 24)

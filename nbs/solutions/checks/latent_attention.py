@@ -39,7 +39,8 @@ def check_absorbed_scores(absorbed_scores):
         case = f"for {queries} queries, {heads} heads and {tokens} tokens your answer"
         with Sizes() as sizes: got = call(absorbed_scores, *given, case=case)
         require(got is not None, f"{case} gives None", "Is a `return` missing?")
-        shape = tuple(getattr(got, "shape", ()))
+        require(isinstance(got, torch.Tensor), f"{case} is a {type(got).__name__}, expected a tensor")
+        shape = tuple(got.shape)
         require(shape == tuple(wanted.shape), f"{case} has the shape {shape}, expected {tuple(wanted.shape)}", "heads, queries, tokens")
         require(not same(got, nope_scores), f"{case} lacks the rotated part of the scores")
         require(same(got, wanted), f"{case} differs from the scores of keys that are made first by up to {float((got - wanted).abs().max()):.0f}")
@@ -56,7 +57,8 @@ def turning(length, rank, nope, rope, value):
 
 @exercise
 def check_break_even(break_even):
-    for args in ((2048, 512, 128, 64, 128), (8192, 512, 128, 64, 128), (200, 512, 128, 64, 128), (64, 16, 8, 4, 8), (100, 4, 8, 4, 8), (1, 512, 128, 64, 128), (12, 10, 4, 2, 4)):
+    for args in ((2048, 512, 128, 64, 128), (8192, 512, 128, 64, 128), (200, 512, 128, 64, 128), (64, 16, 8, 4, 8), (100, 4, 8, 4, 8), (1, 512, 128, 64, 128), (12, 10, 4, 2, 4),
+                 (7, 4, 8, 4, 8), (3, 2, 2, 2, 1)):     # first beyond the text, and equal work just before
         length, wanted = args[0], turning(*args)
         why = ("up to so many queries absorbing is never more work" if wanted is None else
                f"with {wanted} queries it is more work for the first time; the expanded form makes keys and values of {length} tokens, the absorbed "

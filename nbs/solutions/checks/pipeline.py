@@ -1,5 +1,6 @@
 "Checks of the exercises of the chapter on pipeline parallelism."
 from itertools import combinations
+from numbers import Integral
 
 from . import attempt, exercise, expect, require, show
 
@@ -16,7 +17,7 @@ def check_pipeline_time(pipeline_time):
 
 @exercise
 def check_crowd(crowd):
-    for memory, weights, kv, machines in ((80, 16, 1, 4), (80, 60, 2, 2), (24, 30, 1, 2), (10, 9.5, 1, 4), (80, 16, 3, 1)):
+    for memory, weights, kv, machines in ((80, 16, 1, 4), (80, 60, 2, 2), (24, 30, 1, 2), (10, 9.5, 1, 4), (80, 16.2, 1, 4), (80, 16, 3, 1)):
         replicas = machines * max(0, int((memory - weights) // kv))
         pipeline = max(0, int((machines * memory - weights) // kv))
         expect(crowd, (memory, weights, kv, machines), [replicas, pipeline],
@@ -39,11 +40,12 @@ CASES = {
 @exercise
 def check_next_turn(next_turn):
     for why, (sequences, num_stages, wanted) in CASES.items():
-        got = attempt(f"next_turn({show(sequences)}, {num_stages})", next_turn, list(sequences), num_stages)
-        require(got is not None, f"next_turn({show(sequences)}, {num_stages}) gives None. Is a `return` missing?")
-        require(set(got) == set(wanted) and len(list(got)) == len(wanted),
-                f"next_turn({show(sequences)}, {num_stages}) gives {show(list(got))}, expected {show(wanted)}",
-                f"{why}; a share is a {num_stages}th of all sequences, those that wait included, rounded up")
+        case = f"next_turn({show(sequences)}, {num_stages})"
+        got = attempt(case, next_turn, list(sequences), num_stages)
+        require(got is not None, f"{case} gives None. Is a `return` missing?")
+        require(isinstance(got, (list, tuple, set)), f"{case} gives {show(got)}, expected a list of names, {show(wanted)}")
+        require(len(got) == len(wanted) and all(name in got for name in wanted), f"{case} gives {show(got)}, expected {show(wanted)}",
+                f"{why}; a share is 1/{num_stages} of all sequences, those that wait included, rounded up")
 
 
 def heaviest(weights, lengths):
@@ -61,6 +63,8 @@ def check_best_split(best_split):
         case = f"best_split({show(weights)}, {num_stages})"
         got = attempt(case, best_split, list(weights), num_stages)
         require(got is not None, f"{case} gives None. Is a `return` missing?")
+        numbers = hasattr(got, "__len__") and all(isinstance(n, Integral) for n in got)
+        require(numbers, f"{case} gives {show(got)}, expected a list of {num_stages} whole numbers")
         require(len(got) == num_stages and sum(got) == len(weights) and min(got) >= 1, f"{case} gives {show(list(got))}",
                 f"that is no cut of {len(weights)} layers into {num_stages} stages of at least one")
         require(heaviest(weights, got) == heaviest(weights, best), f"{case} gives {show(list(got))}, whose heaviest stage weighs "

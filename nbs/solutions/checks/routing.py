@@ -3,7 +3,7 @@ import random
 
 from nano_vllm.routing import Router
 
-from . import attempt, exercise, expect, require
+from . import attempt, exercise, expect, require, show
 
 
 @exercise
@@ -21,6 +21,12 @@ def work(router, name, hashes, tokens_per_request, block_size):
     return router.load[name] * tokens_per_request + (len(hashes) - known) * block_size
 
 
+def book(router):
+    "All that a router notes, orders included."
+    holders = {hash: list(names) for hash, names in router.holders.items()}
+    return list(router.load.items()), router.num_unfinished, {name: list(known) for name, known in router.known.items()}, holders
+
+
 @exercise
 def check_weighted_rule(least_work):
     rng = random.Random(0)
@@ -35,13 +41,13 @@ def check_weighted_rule(least_work):
         given = rng.choice([(100, 16), (20, 16), (0, 8)])
         sums = {name: work(router, name, hashes, *given) for name in router.load}
         wanted = min(router.load, key=sums.get)
-        before = dict(router.load), {name: list(known) for name, known in router.known.items()}
+        before = book(router)
         got = attempt(f"case {case}, a router with the loads {dict(router.load)}", least_work, router, list(hashes), *given)
+        require(isinstance(got, str), f"case {case}: you choose {show(got)}, expected a name of `router.load`, {wanted!r}")
         require(got == wanted, f"case {case}: the sums are {sums}, and you choose {got!r}, expected {wanted!r}",
                 "of equal sums the first in `router.load` is wanted" if got in sums and sums[got] == sums[wanted]
                 else f"load, times {given[0]}, and {given[1]} for each block up to the end that the replica has not from the beginning on")
-        require(before == (dict(router.load), {name: list(known) for name, known in router.known.items()}),
-                f"case {case}: the rule changes the router", "it is only to choose; `route` keeps the book")
+        require(before == book(router), f"case {case}: the rule changes the router", "it is only to choose; `route` keeps the book")
 
 
 def first_tokens(requests, step, token):
