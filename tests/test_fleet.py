@@ -166,7 +166,7 @@ class AtLine(Tracing):
     def __init__(self, at): self.at, self.count = at, 0
 
     def trace(self, frame, event, arg):
-        if frame.f_globals.get("__name__") not in WATCHED or Ray.is_elsewhere: return None
+        if frame.f_globals.get("__name__") not in WATCHED or Ray.is_elsewhere or frame.f_code.co_name == "end_actors": return None
         if event == "line":
             self.count += 1
             if self.count == self.at: raise Injected(f"line {frame.f_lineno} of {frame.f_code.co_name}")
