@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -76,7 +77,8 @@ class Popen:
         return self.returncode
 
     def send_signal(self, number):
-        if self.poll() is None: os.kill(self.pid, number)
+        if self.poll() is None:
+            with suppress(ProcessLookupError): os.kill(self.pid, number)     # it has just ended, and we hear of it in a moment
 
     def kill(self): self.send_signal(signal.SIGKILL)
 
