@@ -350,6 +350,11 @@ class Asserts(BlockPool):
         super().free(block, keep)
 
 
+@wrong(kv_blocks.check_strict_pool, "StrictPool(4, 2) raises TypeError")
+class NoPool:
+    def free(self, block, keep=False): raise ValueError(f"block {block} is free")
+
+
 @right(kv_blocks.check_make_writable)
 def _(pool, table):
     *others, last = table
@@ -357,6 +362,34 @@ def _(pool, table):
     table[:] = others + [pool.allocate()]
     pool.free(last, keep=True)
     return (last, table[-1])
+
+
+@right(kv_blocks.check_make_writable)
+def _(pool, table):              # a list is a pair, too
+    old = table[-1]
+    if pool.ref_counts[old] > 1:
+        table[-1] = pool.allocate()
+        pool.free(old)
+        return [old, table[-1]]
+
+
+@wrong(kv_blocks.check_make_writable, "two others still have block 1")
+def _(pool, table):              # thinks of one other text only
+    old = table[-1]
+    if pool.ref_counts[old] != 2: return None
+    table[-1] = pool.allocate()
+    pool.free(old)
+    return old, table[-1]
+
+
+@wrong(kv_blocks.check_make_writable, "a block is free when nobody holds it, and only then")
+def _(pool, table):              # takes a block and leaves it in the queue
+    old, new = table[-1], next(iter(pool.free_blocks))
+    if pool.ref_counts[old] == 1: return None
+    table[-1] = new
+    pool.ref_counts[new] = 1
+    pool.free(old)
+    return old, new
 
 
 @wrong(kv_blocks.check_make_writable, "block 1 has 2 references, and 1 tables name it")
@@ -413,6 +446,16 @@ def prefix_of(tokens, size, block_of, leave=1, stop=True, chained=True):
     return blocks
 
 
+@wrong(prefix_cache.check_find_prefix, "0 is the number of a block")
+def _(tokens, size, block_of):
+    found, parent = [], 0
+    for start in range(0, len(tokens) - size, size):
+        parent = hash_block(parent, tokens[start:start + size])
+        if not block_of.get(parent): break
+        found.append(block_of[parent])
+    return found
+
+
 wrong(prefix_cache.check_find_prefix, "a token must be left to compute")(lambda *args: prefix_of(*args, leave=0))
 wrong(prefix_cache.check_find_prefix, "its second block is missing")(lambda *args: prefix_of(*args, stop=False))
 wrong(prefix_cache.check_find_prefix, "expected [10, 11, 12, 13]")(lambda *args: prefix_of(*args, chained=False))
@@ -467,6 +510,18 @@ def _(found, size, vocab):       # takes the last guess if none was right
     return text
 
 
+@wrong(prefix_cache.check_steal, "of which nothing can be found: go block by block")
+def _(found, size, vocab):       # does not stop before it has the first block
+    text = []
+    while True:
+        right = (g for g in product(range(vocab), repeat=size) if found([*text, *g, 0]) > len(text))
+        if block := next(right, None): text += block
+        elif text: return text
+
+
+wrong(prefix_cache.check_steal, "reading it as a list raises TypeError")(lambda found, size, vocab: 0)
+
+
 @right(prefix_cache.check_tree_cache)
 class WholeTexts:
     def __init__(self, block_size): self.size, self.blocks = block_size, {}
@@ -504,6 +559,27 @@ class Tree:
 
 
 right(prefix_cache.check_tree_cache)(Tree)
+
+
+@right(prefix_cache.check_tree_cache)
+class OneMore(Tree):             # relies on what the text says of `blocks`
+    def insert(self, tokens, blocks):
+        if len(blocks) > len(tokens) // self.size + 1: raise ValueError("too many blocks")
+        super().insert(tokens, blocks)
+
+
+@wrong(prefix_cache.check_tree_cache, "raises IndexError")
+class NeedsOne(Tree):            # fails for a text that fills no block
+    def insert(self, tokens, blocks):
+        self.keys(tokens)[0]
+        super().insert(tokens, blocks)
+
+
+@wrong(prefix_cache.check_tree_cache, "reading it as a list raises TypeError")
+class Counts(Tree):
+    def find(self, tokens): return len(super().find(tokens))
+
+
 wrong(prefix_cache.check_tree_cache, "must not take the first one's place")(type("Replaces", (Tree,), dict(keeps=False)))
 
 
@@ -570,6 +646,7 @@ wrong(attention.check_two_groups, "gathers")(halves)
 wrong(attention.check_two_groups, "each index from 0 to 4 once")(lambda lens: (sorted(lens)[:2], sorted(lens)[2:]))
 wrong(attention.check_two_groups, "padded to the longest in it")(lambda lens: (list(range(len(lens))), []))
 wrong(attention.check_two_groups, "Is a `return` missing?")(lambda lens: lens.sort())
+wrong(attention.check_two_groups, "reading it as lists of indices raises TypeError")(lambda lens: list(range(len(lens))))
 
 
 @right(attention.check_attend_blocks)
@@ -595,21 +672,15 @@ def _(q, read, table, context):  # all at once: not a block at a time, but right
     return (keys @ q).softmax(0) @ values
 
 
-def read_first(attend):
-    "As `attend`, without the extra read for the block's size that `online` does."
-    def wrapped(q, read, table, context):
-        kept = {}
-        return attend(q, lambda block: kept[block] if block in kept else kept.setdefault(block, read(block)), table, context)
-    return wrapped
-
-
-right(attention.check_attend_blocks)(read_first(with_fault()))
-wrong(attention.check_attend_blocks, "needs to be read once")(with_fault())
+right(attention.check_attend_blocks)(with_fault())
+right(attention.check_attend_blocks)(lambda *args: with_fault()(*args).double())
+wrong(attention.check_attend_blocks, "needs to be read once")(
+    lambda q, read, table, context: (read(table[0]), with_fault()(q, read, table, context))[1])
 wrong(attention.check_attend_blocks, "a text of 9 tokens")(
-    read_first(with_fault(stop=lambda table, context, size: max(1, context // size))))
-wrong(attention.check_attend_blocks, "zero times NaN is NaN")(read_first(with_fault(cut=False)))
-wrong(attention.check_attend_blocks, "scores in the hundreds")(read_first(with_fault(stable=False)))
-wrong(attention.check_attend_blocks, "but its table is")(read_first(with_fault(start=lambda i, table: i)))
+    with_fault(stop=lambda table, context, size: max(1, context // size)))
+wrong(attention.check_attend_blocks, "zero times NaN is NaN")(with_fault(cut=False))
+wrong(attention.check_attend_blocks, "scores in the hundreds")(with_fault(stable=False))
+wrong(attention.check_attend_blocks, "but its table is")(with_fault(start=lambda i, table: i))
 
 
 @wrong(attention.check_attend_blocks, "together give the weights")
@@ -643,6 +714,18 @@ wrong(attention.check_is_right, "exponential of large scores")(comparing_with((5
 wrong(attention.check_is_right, "multiplies what lies there")(comparing_with((5, 2, 1), (9, 4, 40), poison=False))
 wrong(attention.check_is_right, "instead of those in the table")(comparing_with((5, 2, 1), (9, 4, 40), table=[0, 1, 2]))
 wrong(attention.check_is_right, "calls a right function wrong")(lambda attend: False)
+wrong(attention.check_is_right, "asking whether that is true raises RuntimeError")(
+    lambda attend: paged(5, 2, 1)[1] == attend(*paged(5, 2, 1)[0]))
+
+
+@right(attention.check_is_right)
+def _(attend):                   # looks at what is read, too
+    for case in (5, 2, 1), (6, 2, 1), (9, 4, 40):
+        (q, read, table, context), wanted = paged(*case)
+        reads = []
+        got = attend(q, lambda b: (reads.append(b), read(b))[1], table, context)
+        if reads != table or not torch.allclose(got, wanted, atol=1e-2): return False
+    return True
 
 
 # ---- the scheduler

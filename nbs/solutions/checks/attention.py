@@ -80,7 +80,7 @@ def check_attend_blocks(attend_blocks):
             if got.isnan().any():
                 why = ("a slot that holds no token was read, or e to the power of a large score is infinite" if scale > 1
                        else "slots past the text's end hold NaN, and zero times NaN is NaN")
-            require(torch.allclose(got, blocks.wanted, atol=1e-3 if scale > 1 else 1e-4),
+            require(torch.allclose(got.float(), blocks.wanted, atol=1e-3 if scale > 1 else 1e-4),
                     f"{name}, table {blocks.table}: gives {show(got[:3])} ..., expected {show(blocks.wanted[:3])} ...", why)
             require(sorted(blocks.reads) == sorted(blocks.table),
                     f"{name}: reads the blocks {blocks.reads}, though each of {blocks.table} needs to be read once")
@@ -105,7 +105,8 @@ def check_two_groups(two_groups):
         case = f"two_groups({show(lens)})"
         got = attempt(case, two_groups, list(lens))
         require(got is not None, f"{case} gives None. Is a `return` missing?")
-        groups = [[int(i) for i in group] for group in got]
+        groups = attempt(f"{case} gives {show(got)}; reading it as lists of indices",
+                         lambda: [[int(i) for i in group] for group in got])
         require(len(groups) == 2, f"{case} gives {len(groups)} groups, expected two (one of them may be empty)")
         require(sorted(groups[0] + groups[1]) == list(range(len(lens))),
                 f"{case} gives {groups}; together they must have each index from 0 to {len(lens) - 1} once")
@@ -117,10 +118,11 @@ def check_two_groups(two_groups):
 def online(q, read, table, context, stop=lambda table, context, size: len(table), cut=True, stable=True,
            start=lambda i, table: table[i], masked=False):
     "Attention block by block; the arguments after `context` break it."
-    size = read(table[0])[0].shape[0]
+    first = read(start(0, table))                # each block is read once, for the size as well
+    size = first[0].shape[0]
     best, total, sums = torch.tensor(-torch.inf), torch.tensor(0.), torch.zeros_like(q)
     for i in range(stop(table, context, size)):
-        keys, values = read(start(i, table))
+        keys, values = read(start(i, table)) if i else first
         left = min(size, context - i * size)
         if cut: keys, values = keys[:left], values[:left]
         scores = keys @ q
@@ -144,11 +146,11 @@ def check_is_right(is_right):
     def right(q, read, table, context): return online(q, read, table, context)
     got = attempt("is_right of a right function", is_right, right)
     require(got is not None, "is_right gives None. Is a `return` missing?")
-    require(got, "your test calls a right function wrong. Is its tolerance too small, or do its own keys hold NaN "
+    require(attempt(f"is_right gives {show(got)}; asking whether that is true", bool, got), "your test calls a right function wrong. Is its tolerance too small, or do its own keys hold NaN "
                  "where there is a token?")
     for fault, changes in FAULTS.items():
         def wrong(q, read, table, context): return online(q, read, table, context, **changes)
-        try: passed = is_right(wrong)
+        try: passed = bool(is_right(wrong))
         except Exception: passed = False             # a test that crashes has noticed, too
         require(not passed, f"your test passes a function that {fault}")
     return f"it notices all {len(FAULTS)} faults"

@@ -3,7 +3,7 @@ from collections import Counter
 
 from nano_vllm.kv_blocks import BlockPool, blocks_needed
 
-from . import WrongAnswer, attempt, exercise, expect, require
+from . import WrongAnswer, attempt, exercise, expect, require, same, show
 
 
 @exercise
@@ -42,8 +42,8 @@ def check_answers_that_fit(answers_that_fit):
 
 @exercise
 def check_strict_pool(StrictPool):
-    pool = StrictPool(4, 2)
-    first, second = pool.allocate(), pool.allocate()
+    pool = attempt("StrictPool(4, 2)", StrictPool, 4, 2)
+    first, second = (attempt("allocate() of a new pool", pool.allocate) for _ in range(2))
     pool.touch(first)
     attempt("free of a block with two references", pool.free, first)
     require(pool.ref_counts[first] == 1 and first not in pool.free_blocks,
@@ -89,6 +89,9 @@ def check_make_writable(make_writable):
             require(pool.ref_counts[block] == held[block],
                     f"{case}: afterwards block {block} has {pool.ref_counts[block]} references, and {held[block]} "
                     f"tables name it; the tables are {tables}")
+            require((block in pool.free_blocks) == (held[block] == 0),
+                    f"{case}: afterwards {held[block]} tables name block {block}, and the free blocks are "
+                    f"{list(pool.free_blocks)}", "a block is free when nobody holds it, and only then")
         return tables, got
 
     tables, got = run("a table [0, 1] that nobody shares", [0, 1])
@@ -99,8 +102,12 @@ def check_make_writable(make_writable):
     require(tables[1] == [0, 1], f"the other text's table [0, 1] has become {tables[1]}")
     require(tables[0] == [0, 2], f"the table [0, 1], shared with another text, becomes {tables[0]}, expected [0, 2]",
             "only the last block is going to be written; block 2 is the next free one")
-    require(got == (1, 2), f"for the table [0, 1] the copy to make is given as {got}, expected (1, 2)",
+    require(same(got, (1, 2)), f"for the table [0, 1] the copy to make is given as {show(got)}, expected (1, 2)",
             "from the old block to the new one")
+    tables, got = run("a table [0, 1] that two other texts have, too", [0, 1], [0, 1], [0, 1])
+    require(tables == [[0, 2], [0, 1], [0, 1]] and same(got, (1, 2)),
+            f"the tables [0, 1] of three texts become {tables} and the copy is given as {show(got)}, expected [0, 2] for "
+            "the first and (1, 2)", "two others still have block 1")
     tables, got = run("a table [0, 1], of which another text has block 0", [0, 1], [0, 2])
     require(got is None and tables[0] == [0, 1],
             f"a table [0, 1] of which only block 0 is shared becomes {tables[0]} and gives {got}, expected [0, 1] and None",

@@ -6,7 +6,7 @@ from nano_vllm.kv_blocks import Sequence
 from nano_vllm.prefix_cache import KVCacheManager, hash_block
 from nano_vllm.sampling_params import SamplingParams
 
-from . import WrongAnswer, attempt, exercise, expect, require
+from . import WrongAnswer, attempt, exercise, expect, require, show
 
 
 def new(tokens, salt=0):
@@ -53,6 +53,8 @@ def check_find_prefix(find_prefix):
              ("nothing is cached", text, {}, []), ("it has a single token", [1], block_of, [])]
     hole = dict(block_of)
     del hole[next(h for h, block in block_of.items() if block == 11)]
+    cases.append(("all of it is cached, and 0 is the number of a block", text + [9],
+                  {h: block - 10 for h, block in block_of.items()}, [0, 1, 2, 3]))
     cases.append(("its second block is missing, so its third is of no use", text, hole, [10]))
     for why, tokens, known, wanted in cases:
         expect(find_prefix, (list(tokens), 2, known), wanted, why,
@@ -80,26 +82,33 @@ def check_still_found(still_found):
 
 @exercise
 def check_steal(steal):
-    for secret, size, vocab in (([3, 1, 4, 1], 2, 5), ([0, 2, 2, 0, 1], 2, 3), ([7, 7, 7, 7, 5, 6], 2, 8), ([4, 0, 3], 1, 5)):
-        manager, asked = KVCacheManager(4096, size), 0
-        serve(manager, secret)
+    def spied(manager, secret, salt=0):
+        "How many tokens of a prompt are found; WrongAnswer for too many questions, or an empty one."
+        asked = 0
 
         def found(tokens):
             nonlocal asked
             asked += 1
             if asked > 20_000: raise WrongAnswer(f"more than 20,000 questions for the secret {secret}: go block by block")
             if not tokens: raise WrongAnswer("a prompt has at least one token")
-            return len(manager.get_computed_blocks(new(tokens))) * size
+            return len(manager.get_computed_blocks(new(tokens, salt))) * manager.block_size
 
+        return found
+
+    for secret, size, vocab in (([3, 1, 4, 1], 2, 5), ([0, 2, 2, 0, 1], 2, 3), ([7, 7, 7, 7, 5, 6], 2, 8), ([4, 0, 3], 1, 5)):
+        manager = KVCacheManager(4096, size)
+        serve(manager, secret)
         wanted = secret[:len(secret) // size * size]
         case = f"steal(found, {size}, {vocab}), while somebody's text {secret} is cached,"
-        got = attempt(case, steal, found, size, vocab)
+        got = attempt(case, steal, spied(manager, secret), size, vocab)
         require(got is not None, f"{case} gives None. Is a `return` missing?")
-        require(list(got) == wanted, f"{case} gives {got}, expected {wanted}",
+        got = attempt(f"{case} gives {show(got)}; reading it as a list", list, got)
+        require(got == wanted, f"{case} gives {got}, expected {wanted}",
                 "only full blocks are in the cache, and a block is found only if a token comes after it")
     manager = KVCacheManager(64, 2)
     serve(manager, [3, 1, 4, 1], salt=11)
-    got = attempt("steal from a cache with salts", steal, lambda tokens: 2 * len(manager.get_computed_blocks(new(tokens, 22))), 2, 5)
+    got = attempt("steal from a cache with salts", steal,
+                  spied(manager, "of a user with a salt, of which nothing can be found", salt=22), 2, 5)
     require(not got, f"from a user with a salt of its own you claim to have stolen {got}", "nothing can be found there")
     return "and a salt stops it"
 
@@ -117,7 +126,8 @@ def check_tree_cache(TreeCache):
         case = f"after {'; '.join(story[-3:])}: find({tokens})"
         got = attempt(case, cache.find, list(tokens))
         require(got is not None, f"{case} gives None. Is a `return` missing?")
-        require(list(got) == wanted, f"{case} gives {got}, expected {wanted}", why)
+        got = attempt(f"{case} gives {show(got)}; reading it as a list", list, got)
+        require(got == wanted, f"{case} gives {got}, expected {wanted}", why)
 
     find([1, 2], [], "nothing is cached")
     insert([1, 2, 3, 4, 5], [7, 3, 5])
@@ -133,12 +143,13 @@ def check_tree_cache(TreeCache):
     insert([3, 4, 1, 2], [0, 1])
     find([3, 4, 1, 2], [0, 1], "the same blocks in another order are another text")
     rng, first = random.Random(0), {}
-    cache = TreeCache(2)
+    cache = attempt("TreeCache(2)", TreeCache, 2)
     for number in range(200):
         text = [rng.randrange(2) for _ in range(rng.randint(1, 12))]
-        cache.insert(list(text), [100*number + i for i in range(len(text))])
+        blocks = [100*number + i for i in range(len(text) // 2 + 1)]
+        attempt(f"after {number} random texts: insert({text}, {blocks})", cache.insert, list(text), list(blocks))
         for i in range(len(text) // 2): first.setdefault(tuple(text[:2*i + 2]), 100*number + i)
-        got = list(cache.find(list(text)))
+        got = attempt(f"after {number + 1} random texts: find({text})", lambda: list(cache.find(list(text))))
         wanted = [first[tuple(text[:2*i + 2])] for i in range(len(text) // 2)]
         require(got == wanted, f"after {number + 1} random texts, find({text}) gives {got}, expected {wanted}")
 
