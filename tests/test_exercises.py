@@ -893,6 +893,16 @@ wrong(request.check_why_ended, "4 + 2 tokens are all")(lambda output, prompt_len
                                                      ended(output, 0, max_len, stops, eos))
 
 
+def raising_list(prompts, check):
+    "Joins exceptions, which are no strings."
+    results, refused = [], []
+    for prompt in prompts:
+        try: results.append(check(prompt))
+        except ValueError as e: refused.append(e)
+    if refused: raise ValueError("; ".join(refused))
+    return results
+
+
 @right(request.check_check_all)
 def _(prompts, check):
     results, errors = [], {}
@@ -915,6 +925,7 @@ def checking_all(prompts, check, caught=ValueError, name=lambda i: i, each=True)
 
 
 wrong(request.check_check_all, "also after one has been refused")(lambda *a: checking_all(*a, each=False))
+wrong(request.check_check_all, "raises TypeError")(lambda *a: raising_list(*a))
 wrong(request.check_check_all, "is nobody's bad input")(lambda *a: checking_all(*a, caught=Exception))
 wrong(request.check_check_all, "it does not say 'prompts[1]: empty'")(lambda *a: checking_all(*a, name=lambda i: i + 1))
 wrong(request.check_check_all, "so it must raise a ValueError")(
@@ -999,6 +1010,7 @@ wrong(engine.check_with_deadline, "2 steps were taken")(lambda *a: by_deadline(*
 wrong(engine.check_with_deadline, "expected 'abort'")(lambda *a: by_deadline(*a, abort=False))
 wrong(engine.check_with_deadline, "a fifth request, which was in the engine before, has been aborted")(
     lambda *a: by_deadline(*a, whom=lambda engine: list(engine.requests)))
+wrong(engine.check_with_deadline, "a list of `request.output()` is asked for")(lambda *a: [o.outputs[0] for o in by_deadline(*a)])
 wrong(engine.check_with_deadline, "Is a `return` missing?")(lambda *a: by_deadline(*a) and None)
 
 @contextlib.contextmanager
@@ -1040,6 +1052,7 @@ wrong(engine.check_timeline, "with a prompt that takes several steps gives")(
                      if len(output.sampled) < len(output.scheduled) else computed(output)))
 wrong(engine.check_timeline, "one request of three answers gives")(
     lambda *a: noted(*a, count=lambda output: {s.seq.request_id: s.num_tokens for s in output.scheduled}))
+wrong(engine.check_timeline, "a list with a dict for each step")(lambda *a: [sum(step.values()) for step in noted(*a)])
 wrong(engine.check_timeline, "is a `return` missing?")(lambda *a: noted(*a) and None)
 
 

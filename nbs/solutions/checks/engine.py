@@ -2,7 +2,7 @@
 from types import SimpleNamespace
 
 from nano_vllm.engine import Engine
-from nano_vllm.request import InputProcessor, OutputProcessor
+from nano_vllm.request import InputProcessor, OutputProcessor, RequestOutput
 from nano_vllm.kv_blocks import Sequence
 from nano_vllm.prefix_cache import KVCacheManager
 from nano_vllm.sampling_params import SamplingParams
@@ -103,6 +103,8 @@ def check_with_deadline(with_deadline):
         outputs = attempt(case, with_deadline, engine, requests, steps)
         require(engine.runner.steps <= steps, f"{case}: {engine.runner.steps} steps were taken")
         require(outputs is not None, f"{case} gives None. Is a `return` missing?")
+        require(isinstance(outputs, (list, tuple)) and all(isinstance(output, RequestOutput) for output in outputs),
+                f"{case} gives {outputs!r:.200}", "a list of `request.output()` is asked for")
         require(len(outputs) == 4, f"{case} gives {len(outputs)} outputs, expected one for each request")
         for ids, answer, output in zip(prompts, whole, outputs):
             got, reason = output["token_ids"], output["finish_reason"]
@@ -150,6 +152,8 @@ def check_timeline(timeline):
         engine = toy_engine()
         got = attempt(case, timeline, engine, engine.input_processor.make_requests(prompts, params))
         require(got is not None, f"{case} gives None", "is a `return` missing?")
+        require(isinstance(got, (list, tuple)) and all(isinstance(step, dict) for step in got), f"{case} gives {got!r}",
+                "a list with a dict for each step is asked for")
         require(list(map(dict, got)) == expected, f"{case} gives {list(got)}, expected {expected}")
         require("execute" not in vars(engine.runner) or engine.runner.execute == ToyRunner.execute.__get__(engine.runner),
                 f"{case}: engine.runner.execute is not what it was before")

@@ -54,6 +54,7 @@ def check_check_all(check_all):
         seen.clear()
         try: got = check_all(prompts, check)
         except ValueError as e: message = str(e)
+        except Exception as e: require(False, f"{case} raises {type(e).__name__}: {e}", "a ValueError is asked for")
         else: require(False, f"{case} gives {got!r}", f"{len(named)} of the prompts are refused, so it must raise a ValueError")
         require(seen == prompts, f"{case} checks {seen}", "each prompt is checked once, also after one has been refused")
         for part in named: require(part in message, f"{case} says {message!r}", f"it does not say {part!r}")
