@@ -46,7 +46,7 @@ def machine() -> dict:
 
 # %% ../nbs/00_workbench.ipynb #fe0e816b
 def record(name: str, data, folder: Path = RESULTS):
-    "Return `data`; with `NANO_VLLM_RECORD=1`, also write it into `RESULTS`."
+    "Return `data`; with `NANO_VLLM_RECORD=1`, also write it into `folder`."
     if os.environ.get("NANO_VLLM_RECORD") == "1":
         m = machine()
         slug = re.sub(r"[^a-z0-9]+", "-", m["name"].lower()).strip("-")

@@ -2030,6 +2030,8 @@ wrong(cli.check_number_of, "number_of('8K') raises ValueError")(lambda text: int
 wrong(cli.check_number_of, "'8kk' is taken for")(
     lambda text: int(text.lower().rstrip("km")) * dict(k=2**10, m=2**20).get(text[-1:].lower(), 1))
 wrong(cli.check_number_of, "number_of('100') gives 100.0")(float)
+wrong(cli.check_number_of, "'1.5k' is taken for 1536")(
+    lambda text: int(float(text[:-1]) * 2**(10 if text[-1].lower() == "k" else 20)) if text[-1:].lower() in ("k", "m") else int(text))
 wrong(cli.check_number_of, "bad text has to raise a ValueError")(
     lambda text: int(text[:-1]) * {"k": 2**10, "m": 2**20}[text[-1].lower()] if not text[-1].isdigit() else int(text))
 
