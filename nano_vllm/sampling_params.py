@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['MAX_N', 'MAX_BIAS', 'LIMITS', 'KINDS', 'OPTIONAL', 'FORMS', 'ACCEPTED', 'REFUSED', 'ALONE', 'LOWEST_TEMPERATURE',
            'GREEDY_BELOW', 'CLASSES', 'shorten', 'quote', 'check_number', 'is_unicode', 'is_token_id', 'is_stop_string',
-           'check_list', 'check_bias', 'RepetitionDetectionParams', 'repeats', 'check_form', 'StructuredOutputsParams',
-           'log_once', 'settle', 'check_together', 'read_aliases', 'count_logprobs', 'follow_trace', 'check_lists',
-           'read_class', 'check_params', 'RequestOutputKind', 'SamplingParams', 'BeamSearchParams', 'Logprob']
+           'is_word', 'check_list', 'check_bias', 'RepetitionDetectionParams', 'repeats', 'check_form',
+           'StructuredOutputsParams', 'log_once', 'settle', 'check_together', 'read_aliases', 'count_logprobs',
+           'follow_trace', 'check_lists', 'read_class', 'check_params', 'RequestOutputKind', 'SamplingParams',
+           'BeamSearchParams', 'Logprob']
 
 # %% ../nbs/00_sampling_params.ipynb #be71af18
 import logging, math
@@ -65,6 +66,11 @@ def is_token_id(t):
 def is_stop_string(s):
     "Is `s` text that can occur in an output? Lone surrogates never do."
     return is_unicode(s) and s != ""
+
+
+def is_word(s):
+    "Is `s` text that is not all white space?"
+    return is_stop_string(s) and not s.isspace()
 
 
 def check_list(name, value, good, limit):
@@ -226,8 +232,8 @@ def check_lists(p):
     "Check the fields of the SamplingParams `p` that hold several things."
     p.stop = check_list("stop", p.stop, is_stop_string,
                         "a non-empty string or a list of them")
-    p.bad_words = check_list("bad_words", p.bad_words, is_stop_string,
-                             "a non-empty string or a list of them")
+    p.bad_words = check_list("bad_words", p.bad_words, is_word,
+                             "text that is not all white space or a list of such")
     ids = "a list of integers of at least 0"
     p.stop_token_ids = check_list("stop_token_ids", p.stop_token_ids, is_token_id, ids)
     for name in ("allowed_token_ids", "trace_decode_token_ids", "logprob_token_ids"):

@@ -118,6 +118,7 @@ def test_the_limits_themselves_are_fine(llm):
     (dict(stop=""), "stop", "''"), (dict(stop=["ok", ""]), "stop", "'ok', ''"), (dict(stop=3), "stop", "3"), (dict(stop=[3]), "stop", r"\[3\]"),
     (dict(stop=b"x"), "stop", "b'x'"), (dict(stop=[None]), "stop", "None"), (dict(stop={"a": 1}), "stop", "'a': 1"), (dict(stop=[["a"]]), "stop", "'a'"),
     (dict(stop="\ud800"), "stop", r"\\ud800"), (dict(stop=["ok", "\udc00"]), "stop", r"\\udc00"),
+    (dict(bad_words="\u3000"), "bad_words", "3000"), (dict(bad_words=["ok", " \n"]), "bad_words", "ok"),
     (dict(stop_token_ids=5), "stop_token_ids", "5"), (dict(stop_token_ids=[-1]), "stop_token_ids", "-1", "0"), (dict(stop_token_ids="12"), "stop_token_ids", "'12'"),
     (dict(stop_token_ids=["1"]), "stop_token_ids", "'1'"), (dict(stop_token_ids=[1.0]), "stop_token_ids", "1.0"), (dict(stop_token_ids=[True]), "stop_token_ids", "True"),
     (dict(stop_token_ids=[None]), "stop_token_ids", "None"), (dict(stop_token_ids=[[1]]), "stop_token_ids", r"\[\[1\]\]"),
