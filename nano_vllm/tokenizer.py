@@ -67,8 +67,8 @@ def read_messages(messages) -> list[dict]:
     for i, message in enumerate(read):
         for key in ("role", "content"):
             value = message.get(key)
-            if value is None and message.get("tool_calls"): value = ""
-            if is_unicode(value): continue
+            silent = key == "content" and value is None and message.get("tool_calls")
+            if silent or is_unicode(value): continue
             raise ValueError(f"messages[{i}].{key}: {quote(value)} is not Unicode text")
     return read
 

@@ -117,6 +117,11 @@ class OneForAllLayers(CacheWith):
     def join(self, old_k, old_v, k, v): return torch.cat([old_k, k], 2), torch.cat([old_v, v], 2)
 
 
+@wrong(tiny.check_growing_cache, "the keys are a list, not a tensor")
+class OfLists:
+    def __call__(self, k, v, layer): return k.tolist(), v.tolist()
+
+
 @wrong(tiny.check_growing_cache, "Is a `return` missing?")
 class Silent(CacheWith):
     def __call__(self, k, v, layer): self.stored[layer] = k, v
@@ -204,6 +209,23 @@ class ShowsAll(StopFilter):
         return text
 
 
+@wrong(tokenizer.check_inclusive, "`found` is None, expected '</b>'")
+class OfItsOwn:
+    def __init__(self, stops): self.stops, self.text = stops, ""
+
+    def add(self, text):
+        before, self.text = len(self.text), self.text + text
+        ends = [self.text.find(s) + len(s) for s in self.stops if s in self.text]
+        return self.text[before:min(ends, default=None)]
+
+
+@wrong(tokenizer.check_inclusive, "has no attribute 'add'")
+class Misnamed:
+    def __init__(self, stops): pass
+
+    def push(self, text): return text
+
+
 # ---- sampling
 
 right(sampler.check_rank)(lambda logits, token: sorted(logits, reverse=True).index(logits[token]) + 1)
@@ -231,6 +253,10 @@ def kept_by(probs, top_p, crossing=True, enough=lambda mass, top_p: mass >= top_
 wrong(sampler.check_nucleus, "so the token that crosses the border stays")(lambda *a: kept_by(*a, crossing=False))
 wrong(sampler.check_nucleus, "0.5 + 0.3 is just enough")(lambda *a: kept_by(*a, enough=lambda mass, top_p: mass > top_p))
 wrong(sampler.check_nucleus, "the best are the last here")(lambda *a: kept_by(*a, ordered=False))
+wrong(sampler.check_nucleus, "gives 2, which is no list of ids")(lambda *a: len(kept_by(*a)))
+wrong(sampler.check_nucleus, "gives [[0], [1]], expected [0, 1]")(lambda *a: [[token] for token in kept_by(*a)])
+wrong(sampler.check_nucleus, "gives [True, True, False, False]")(lambda probs, top_p: [token in kept_by(probs, top_p) for token in range(len(probs))])
+right(sampler.check_nucleus)(lambda *a: torch.tensor(kept_by(*a)))
 
 
 @right(sampler.check_two_tokens)
@@ -268,6 +294,7 @@ def probabilities(x, m, logit_stages=LOGIT_STAGES, stages=SAMPLING_STAGES, greed
 
 right(sampler.check_sampling_probabilities)(probabilities)
 wrong(sampler.check_sampling_probabilities, "for penalties and logits")(lambda *a: probabilities(*a, logit_stages=[]))
+wrong(sampler.check_sampling_probabilities, "for logit_bias={4: 6} and logits")(lambda *a: probabilities(*a, logit_stages=LOGIT_STAGES[1:]))
 wrong(sampler.check_sampling_probabilities, "for temperature=2 and logits")(lambda *a: probabilities(*a, stages=SAMPLING_STAGES[1:]))
 wrong(sampler.check_sampling_probabilities, "for top_k=3 and logits")(lambda *a: probabilities(*a, stages=SAMPLING_STAGES[:1]))
 wrong(sampler.check_sampling_probabilities, "for temperature=0 and logits")(

@@ -369,7 +369,7 @@ def test_chat_template_adds_no_second_bos(tmp_path):
 @pytest.mark.parametrize("messages,field", [
     ([], "messages"), (None, "messages"), ("Hi", "messages"), ({"role": "user", "content": "x"}, "messages"),
     (["Hi"], r"messages\[0\].role"), ([{"content": "x"}], r"messages\[0\].role"),
-    ([{"role": "user"}], r"messages\[0\].content"), ([{"role": "user", "content": None}], r"messages\[0\].content"),
+    ([{"content": "x", "tool_calls": [{}]}], r"messages\[0\].role"), ([{"role": "user"}], r"messages\[0\].content"), ([{"role": "user", "content": None}], r"messages\[0\].content"),
     ([{"role": "user", "content": "x"}, {"role": 3, "content": "x"}], r"messages\[1\].role")])
 def test_bad_messages(demo, messages, field):
     with pytest.raises(ValueError, match=field): demo.apply_chat_template(messages)

@@ -1,4 +1,5 @@
 "Checks of the exercises of the chapter on sampling."
+from collections.abc import Iterable
 from types import SimpleNamespace
 
 import torch
@@ -13,7 +14,7 @@ TOY = torch.tensor([2.0, 1.0, 0.5, -1.0, -3.0])
 
 def sequence(prompt=(), output=(), stop=(), seed=0, **params):
     return SimpleNamespace(params=SamplingParams(**params), seed=seed, prompt_token_ids=list(prompt),
-                           output_token_ids=list(output), stop_token_ids=set(stop))
+                           output_token_ids=list(output), stop_token_ids=set(stop), bad_words_token_ids=[], token_mask=None)
 
 
 @exercise
@@ -40,9 +41,11 @@ def check_nucleus(nucleus):
         case = f"nucleus({probs}, {top_p})"
         got = attempt(case, nucleus, list(probs), top_p)
         require(got is not None, f"{case} gives None. Is a `return` missing?")
-        tokens = set(got)
-        size_only = len(set(probs)) == 1                 # of equally likely ones any will do
-        require(len(tokens) == len(wanted) if size_only else tokens == wanted, f"{case} gives {got}, expected {sorted(wanted)}", why)
+        require(isinstance(got, Iterable), f"{case} gives {show(got)}, which is no list of ids")
+        tokens = list(got)
+        allowed = range(len(probs)) if len(set(probs)) == 1 else sorted(wanted)      # of equally likely ones any will do
+        require(len(tokens) == len(wanted) and all(tokens.count(t) == 1 and t in allowed for t in tokens),
+                f"{case} gives {show(got)}, expected {sorted(wanted)}", why)
 
 
 @exercise
@@ -63,7 +66,8 @@ def check_sampling_probabilities(sampling_probabilities):
             "top_p=0.8": sequence(top_p=.8), "min_p=0.3, temperature=0.5": sequence(min_p=.3, temperature=.5),
             "penalties": sequence([3], [1, 1], repetition_penalty=2, frequency_penalty=.5, presence_penalty=.25),
             "temperature=0, penalties": sequence([0], [0, 0], temperature=0, repetition_penalty=2, frequency_penalty=1.5),
-            "min_tokens=4 and stop token 0": sequence(output=[1], stop=[0], min_tokens=4)}
+            "min_tokens=4 and stop token 0": sequence(output=[1], stop=[0], min_tokens=4),
+            "logit_bias={4: 6}": sequence(logit_bias={4: 6})}
     m = SamplingMetadata.of(asks.values())
     x = TOY.expand(len(asks), -1)
     logits = run_stages(LOGIT_STAGES, x, m)

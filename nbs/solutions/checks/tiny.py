@@ -60,6 +60,7 @@ def check_growing_cache(GrowingCache):
                 require(isinstance(got, (tuple, list, torch.Tensor)) and len(got) == 2,
                         f"{case}: gives {type(got).__name__}, expected keys and values. Is a `return` missing?")
                 for name, ours, wanted in zip(("keys", "values"), got, theirs(k, v, layer)):
+                    require(torch.is_tensor(ours), f"{case}: the {name} are a {type(ours).__name__}, not a tensor")
                     require(ours.shape == wanted.shape,
                             f"{case}: the {name} have shape {tuple(ours.shape)}, expected {tuple(wanted.shape)}",
                             f"(batch, KV heads, tokens, head_dim), with {sum(steps[:step + 1])} tokens of this layer so far")
