@@ -870,6 +870,11 @@ class LongestFirst(Scheduler):
     def add(self, seq): self.waiting = OrderedDict.fromkeys(sorted([*self.waiting, seq], key=lambda s: -s.num_tokens))
 
 
+@wrong(scheduler.check_shortest_first, "add raises AttributeError")
+class AppendsToAList(Scheduler):
+    def add(self, seq): self.waiting.append(seq)
+
+
 @wrong(scheduler.check_shortest_first, "the first to come is the first to go")
 class LastOfEqual(Scheduler):
     def add(self, seq): self.waiting = OrderedDict.fromkeys(sorted([seq, *self.waiting], key=lambda s: s.num_tokens))
@@ -1607,6 +1612,16 @@ class WithGaps(ByDictionary):
     def remove(self, name): del self.rows[name]
 
 
+@wrong(model_runner.check_rows, "row_of('B') raises KeyError")
+class KnowsOne(ByDictionary):
+    def add(self, name): self.rows = {name: len(self.rows)} if name != "B" else self.rows
+
+
+@wrong(model_runner.check_rows, "the rows are {'A': 0, 'B': None}; sorting them raises TypeError")
+class FindsOne(ByDictionary):
+    def row_of(self, name): return self.rows[name] if name == "A" else None
+
+
 @wrong(model_runner.check_rows, "1 are enough")
 class WritesAll(ByDictionary):
     def update(self, name, blocks): self.table[self.rows[name], :len(blocks)] = blocks
@@ -1666,6 +1681,7 @@ def through(replay, static_in, static_out, inputs, pad=True, keep=torch.clone, c
 wrong(cuda_graphs.check_through_graph, "copy what is to stay")(lambda *a: through(*a, keep=lambda y: y))
 wrong(cuda_graphs.check_through_graph, "the rows of the padding must be 0")(lambda *a: through(*a, pad=False))
 wrong(cuda_graphs.check_through_graph, "has shape (4, 2), expected (3, 2)")(lambda *a: through(*a, cut=False))
+wrong(cuda_graphs.check_through_graph, "gives 4, not a list of outputs")(lambda *a: len(through(*a)))
 
 
 @wrong(cuda_graphs.check_through_graph, "the graph knows memory, not names")
@@ -1688,6 +1704,7 @@ wrong(cuda_graphs.check_best_buckets, "are enough, for example with")(lambda cou
 wrong(cuda_graphs.check_best_buckets, "are enough, for example with")(               # the largest and the most frequent
     lambda counts, k: [max(counts), *sorted(set(counts) - {max(counts)}, key=lambda n: -counts[n])[:k-1]])
 wrong(cuda_graphs.check_best_buckets, "gives 4 buckets")(lambda counts, k: sorted(counts))
+wrong(cuda_graphs.check_best_buckets, "gives 8; reading it as numbers raises TypeError")(lambda counts, k: max(counts))
 
 
 class Recording(cuda_graphs.Tape):

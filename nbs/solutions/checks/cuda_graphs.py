@@ -54,6 +54,7 @@ def check_through_graph(through_graph):
                 "the graph knows memory, not names: copy into it")
         require(not seen[len(x):].any(), f"at replay {i}, of {len(x)} rows, static_in ends with {show(seen[len(x):])}",
                 "the rows of the padding must be 0, or they write what the last step's rows wrote")
+    require(isinstance(got, (list, tuple)), f"{case} gives {show(got)}, not a list of outputs")
     require(len(got) == len(inputs), f"{case} gives {len(got)} outputs for {len(inputs)} inputs")
     for i, (x, y) in enumerate(zip(inputs, got)):
         near(f"output {i}", y, 2*x + 1, 0, "each replay writes to the same memory: copy what is to stay")
@@ -99,7 +100,7 @@ def check_best_buckets(best_buckets):
                       ({n: 33 - n for n in range(1, 11)}, 4), ({n: n for n in range(1, 11)}, 3)):
         got, case = call(best_buckets, dict(counts), k), f"best_buckets({counts}, {k})"
         require(got is not None, f"{case} gives None. Is a `return` missing?")
-        got, largest = list(got), max(counts)
+        got, largest = attempt(f"{case} gives {show(got)}; reading it as numbers", lambda: [int(b) for b in got]), max(counts)
         require(len(got) <= k, f"{case} gives {len(got)} buckets, {got}")
         require(bool(got) and max(got) >= largest, f"{case} gives {got}", f"there is no room for a batch of {largest}")
         least, best = min((padding(counts, [*some, largest]), [*some, largest]) for some in combinations(sorted(counts)[:-1], min(k, len(counts)) - 1))

@@ -61,8 +61,8 @@ def check_rows(Rows):
         table.written.clear()
         attempt(f"after {'; '.join(story[-4:-1]) or 'nothing'}: {text}", getattr(rows, method), *args)
         case, written = f"after {'; '.join(story[-4:])}", sum(table.written)
-        row_of = {name: rows.row_of(name) for name in wanted}
-        require(sorted(row_of.values()) == list(range(len(wanted))),
+        row_of = {name: attempt(f"{case}: row_of({name!r})", rows.row_of, name) for name in wanted}
+        require(attempt(f"{case} the rows are {row_of}; sorting them", sorted, row_of.values()) == list(range(len(wanted))),
                 f"{case} the rows are {row_of}", f"the {len(wanted)} texts have the rows 0 to {len(wanted) - 1}, without a gap")
         for name, blocks in wanted.items():
             got = np.asarray(table)[row_of[name], :len(blocks)].tolist()

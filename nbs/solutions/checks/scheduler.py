@@ -17,7 +17,7 @@ def new(name, prompt_len, max_tokens=3, first=0):
 
 def play(scheduler, seqs, case):
     "The steps of `scheduler` for `seqs`, which all arrive at once: [(name, number of tokens), ...] each."
-    for seq in seqs: scheduler.add(seq)
+    for seq in seqs: attempt(f"{case}: add", scheduler.add, seq)
     steps = []
     while scheduler.waiting or scheduler.running:
         output = attempt(f"{case}, step {len(steps)}: schedule", scheduler.schedule)
