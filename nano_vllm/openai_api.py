@@ -565,7 +565,7 @@ async def post_lines(base_url: str, path: str, body: dict, api_key: str | None =
                     session.post(base_url.rstrip("/") + path, json=body) as response):
             if response.status != 200:
                 raise RuntimeError(f"{path}: status {response.status}, "
-                                   f"{await response.content.read(1000)!r}")
+                                   f"{(await response.read())[:1000]!r}")
             async for line in response.content: yield line.rstrip(b"\n")
     except ClientError as e: raise RuntimeError(f"{path}: {e}") from None
 
