@@ -419,7 +419,7 @@ BACKENDS["triton"] = TritonAttention
 
 # %% ../nbs/08_triton_attention.ipynb #07b1226b
 class FlashAttention(AttentionBackend):
-    """Paged attention by the package flash-attn, from version 2.5 on, for GPUs.
+    """Paged attention by the package flash-attn, from version 2.5.7 on, for GPUs.
 
     Raises ValueError for block sizes, number types and head sizes it cannot take."""
     @classmethod

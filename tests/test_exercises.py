@@ -1420,6 +1420,8 @@ wrong(model.check_switches, "says num_layers=10, expected 12")(
 wrong(model.check_switches, "says num_layers=1, expected 2")(
     lambda names: found_switches(names, lambda names: max(int(n.split(".")[2]) for n in names if ".layers." in n)))
 wrong(model.check_switches, "has the keys")(lambda names: found_switches(names, sliding_window=None))
+wrong(model.check_switches, "has the keys ['1', 'tied']")(lambda names: {1: 2, "tied": True})
+wrong(model.check_switches, "says num_layers=[2, 2], expected 2")(lambda names: found_switches(names) | dict(num_layers=torch.tensor([2, 2])))
 wrong(model.check_switches, "says tied=False")(lambda names: found_switches(names) | dict(tied=False))
 
 
@@ -1472,6 +1474,7 @@ def folded(model, m, scale=lambda c: c.head_dim**.5, tied=True, biases=True, bot
 
 
 wrong(model.check_fold, "is untied, with embedding_multiplier=12.0")(lambda *a: folded(*a, scale=lambda c: 1))
+wrong(model.check_fold, "the decoder after fold")(lambda model, m: setattr(model.model.norm, "weight", None))
 wrong(model.check_fold, "is untied, with attention_multiplier=0.3")(lambda *a: folded(*a, both=True))
 wrong(model.check_fold, "is tied, with embedding_multiplier=12.0")(lambda *a: folded(*a, tied=False))
 wrong(model.check_fold, "is tied, with logits_scaling=8.0")(lambda *a: folded(*a, norm=False))
@@ -2140,6 +2143,8 @@ wrong(triton_kernels.check_address, "in slot 5 of block 9")(lambda position, tab
 wrong(triton_kernels.check_address, "each slot holds 3 heads of 64")(lambda position, table, size, head, heads, dim: (
     (table[position // size] * heads + head) * size + position % size) * dim)
 
+wrong(triton_kernels.check_address, "gives [28672, 28673], expected 28672")(lambda position, *a: torch.tensor([28672, 28673]))
+
 
 @right(triton_kernels.check_join)
 def _(states):                           # one after the other
@@ -2158,6 +2163,8 @@ def joined(states, shrink=lambda x, best: np.exp(x - best), top=max, keep_mass=F
 
 
 wrong(triton_kernels.check_join, "relative to its own best score")(lambda states: joined(states, keep_mass=True))
+wrong(triton_kernels.check_join, "gives None for mass, not a number")(lambda states: (joined(states)[0], None, joined(states)[2]))
+wrong(triton_kernels.check_join, "for mass, not a number")(lambda states: (joined(states)[0], joined(states)[2], joined(states)[2]))
 wrong(triton_kernels.check_join, "has the best score")(lambda states: joined(states, top=lambda bests: list(bests)[0]))
 
 
@@ -2220,6 +2227,7 @@ wrong(triton_attention.check_side_traffic, "256 keys and values")(lambda split, 
 
 right(triton_attention.check_unnoticed)((7., 0., 1., 2., 7., 7., -3., 0., 7.))
 wrong(triton_attention.check_unnoticed, "there is one split only")([1, 2, 3, 4])
+wrong(triton_attention.check_unnoticed, "it is to be a list of more than four numbers")([10**400] * 8)
 wrong(triton_attention.check_unnoticed, "all of your scores are equal")([2.] * 8)
 wrong(triton_attention.check_unnoticed, "the best scores of the splits are [5.0, 4.0]")([1, 5, 2, 3, 4, 0, 0, 1])
 

@@ -61,6 +61,7 @@ def same(a, b, tolerance=0) -> bool:
         return bool(((a == b) | ((a - b).abs() <= tolerance) if tolerance else (a == b)).all())
     if isinstance(b, (list, tuple)):
         return isinstance(a, (list, tuple)) and len(a) == len(b) and all(same(x, y, tolerance) for x, y in zip(a, b))
+    if getattr(a, "shape", ()) != (): return False       # many numbers in the place of one
     return a == b if not tolerance else isinstance(a, numbers.Real) and abs(a - b) <= tolerance
 
 

@@ -7,7 +7,7 @@ import torch
 
 from nano_vllm.model import Decoder, ModelConfig, PlainAttention, weight_shards
 
-from . import attempt, exercise, expect, require
+from . import attempt, exercise, expect, require, same, show
 from .layers import near
 
 TOY = ModelConfig(vocab_size=11, hidden_size=6, intermediate_size=5, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=2,
@@ -55,10 +55,10 @@ def check_switches(switches):
         wanted = {name: getattr(c, name) for name in ("num_layers", "tied", "qkv_bias", "o_bias", "mlp_bias", "qk_norm")}
         case = f"switches(names) for a {family} of {c.num_layers} layers"
         got = attempt(case, switches, list(names))
-        require(isinstance(got, dict), f"{case} gives {got!r}, not a dictionary")
-        require(set(got) == set(wanted), f"{case} has the keys {sorted(got)}, expected {sorted(wanted)}")
+        require(isinstance(got, dict), f"{case} gives {show(got)}, not a dictionary")
+        require(set(got) == set(wanted), f"{case} has the keys {sorted(map(str, got))}, expected {sorted(wanted)}")
         for name, value in wanted.items():
-            require(got[name] == value, f"{case} says {name}={got[name]!r}, expected {value!r}")
+            require(same(got[name], value), f"{case} says {name}={show(got[name])}, expected {value!r}")
 
 
 @exercise
@@ -100,5 +100,5 @@ def compare(fold, model, ids, m, case):
     "Folded, the plain decoder must give Granite's logits."
     wanted, folded = granite(model, ids, m), deepcopy(model)
     attempt(case, fold, folded, m)
-    got = folded.compute_logits(folded(ids, torch.arange(len(ids)), PlainAttention(model.config.head_dim**-.5)))
+    got = attempt(f"the decoder after {case}", lambda: folded.compute_logits(folded(ids, torch.arange(len(ids)), PlainAttention(model.config.head_dim**-.5))))
     near(f"the logits after {case}", got, wanted, roundings(wanted))

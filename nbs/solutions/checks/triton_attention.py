@@ -60,7 +60,7 @@ def check_list_work(list_work):
 @exercise
 def check_unnoticed(scores):
     try: x = torch.as_tensor(scores, dtype=torch.float32)
-    except (TypeError, ValueError): x = torch.zeros(0, 0)
+    except (TypeError, ValueError, OverflowError): x = torch.zeros(0, 0)
     require(x.dim() == 1 and len(x) > 4, f"you give {show(scores)}", "it is to be a list of more than four numbers, or there is one split only")
     require(bool((x != x[0]).any()), "all of your scores are equal", "then everything is simple; take different ones")
     values = torch.randn(len(x), generator=torch.Generator().manual_seed(0))

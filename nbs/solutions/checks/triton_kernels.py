@@ -1,5 +1,6 @@
 "Checks of the exercises of the chapter on Triton kernels. Kernels run in the interpreter, so none of them needs a GPU."
 import math
+import numbers
 
 import torch
 
@@ -29,6 +30,8 @@ def check_join(join):
         got = call(join, states, case=case)
         require(isinstance(got, (tuple, list)) and len(got) == 3, f"{case} gives {show(got)}, not (best, mass, acc)")
         best, mass, acc = got
+        for name, value in dict(best=best, mass=mass).items():
+            require(isinstance(value, numbers.Real) or getattr(value, "shape", None) == (), f"{case} gives {show(value)} for {name}, not a number")
         require(float(best) == scores.max().item(), f"{case} has the best score {float(best)}, expected {scores.max().item()}")
         wanted = (scores - scores.max()).exp()
         require(abs(float(mass) - wanted.sum().item()) < 1e-4 * 9, f"{case} has the mass {float(mass)}, expected {wanted.sum().item()}",
