@@ -576,6 +576,16 @@ def _(hosts, devices, depth):    # the host never waits
     return end
 
 
+def receive(scheduler, output, handle, drop=True, length_first=False):
+    "The end of a step: its tokens, and who has ended with them."
+    scheduler.update(output, handle.result().token_ids)
+    for seq in [s.seq for s in output.sampled]:
+        if drop and seq.finish_reason: continue
+        if length_first and seq.num_tokens == seq.max_len: scheduler.finish(seq, "length")
+        elif seq.output_token_ids[-1] in seq.stop_token_ids: scheduler.finish(seq, "stop")
+        elif seq.num_tokens == seq.max_len: scheduler.finish(seq, "length")
+
+
 def ahead(scheduler, runner, seqs, depth, drain=True, drop=True, oldest=True, full=lambda n, depth: n >= depth, length_first=False):
     for seq in seqs: scheduler.add(seq)
     in_flight = deque()
@@ -583,13 +593,7 @@ def ahead(scheduler, runner, seqs, depth, drain=True, drop=True, oldest=True, fu
         output = scheduler.schedule()
         if output: in_flight.append((output, runner.execute(output)))
         if output and not full(len(in_flight), depth): continue
-        output, handle = in_flight.popleft() if oldest else in_flight.pop()
-        scheduler.update(output, handle.result().token_ids)
-        for seq in [s.seq for s in output.sampled]:
-            if drop and seq.finish_reason: continue
-            if length_first and seq.num_tokens == seq.max_len: scheduler.finish(seq, "length")
-            elif seq.output_token_ids[-1] in seq.stop_token_ids: scheduler.finish(seq, "stop")
-            elif seq.num_tokens == seq.max_len: scheduler.finish(seq, "length")
+        receive(scheduler, *(in_flight.popleft() if oldest else in_flight.pop()), drop, length_first)
 
 
 @right(overlapped_loop.check_run_ahead)
@@ -625,12 +629,7 @@ def _(scheduler, runner, seqs, depth):       # waits for a second step that neve
     while scheduler.waiting or scheduler.running or in_flight:
         if output := scheduler.schedule(): in_flight.append((output, runner.execute(output)))
         if len(in_flight) < depth: continue
-        output, handle = in_flight.popleft()
-        scheduler.update(output, handle.result().token_ids)
-        for seq in [s.seq for s in output.sampled]:
-            if seq.finish_reason: continue
-            if seq.output_token_ids[-1] in seq.stop_token_ids: scheduler.finish(seq, "stop")
-            elif seq.num_tokens == seq.max_len: scheduler.finish(seq, "length")
+        receive(scheduler, *in_flight.popleft())
 
 
 @wrong(overlapped_loop.check_run_ahead, "the runner was given an empty step")
@@ -641,12 +640,7 @@ def _(scheduler, runner, seqs, depth):
         output = scheduler.schedule()
         in_flight.append((output, runner.execute(output)))
         if len(in_flight) < depth: continue
-        output, handle = in_flight.popleft()
-        scheduler.update(output, handle.result().token_ids)
-        for seq in [s.seq for s in output.sampled]:
-            if seq.finish_reason: continue
-            if seq.output_token_ids[-1] in seq.stop_token_ids: scheduler.finish(seq, "stop")
-            elif seq.num_tokens == seq.max_len: scheduler.finish(seq, "length")
+        receive(scheduler, *in_flight.popleft())
 
 
 # ---- fusions
