@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['IN_PAIRS', 'IN_FLOATS', 'WORDS', 'QUERY_TILE', 'TAKE_QUERIES', 'TAKE_KEYS', 'HIDE', 'WEIGH', 'ADD_VALUES',
-           'ATTEND_TILE', 'PIECES', 'ATTEND_ALL', 'ALL_SOURCE', 'attention_kernel', 'TiledQueries', 'TiledAttention',
-           'tiled_attention_ops']
+           'ADD_VALUES_REGISTERS', 'ATTEND_TILE', 'PIECES', 'ATTEND_ALL', 'ALL_SOURCE', 'attention_source',
+           'in_registers', 'attention_kernel', 'TiledQueries', 'TiledAttention', 'tiled_attention_ops']
 
 # %% ../nbs/26_cpu_attention.ipynb #8b5fa531
 import ctypes, functools
 from dataclasses import replace
 import numpy as np
 from .attention import BACKENDS
-from .bfloat16 import ADD_PAIRS, bfloat16_ops
+from .bfloat16 import (ADD_PAIRS, TILE_REGISTERS, bfloat16_ops,
+                                fits_tile_registers)
 from .cpu_kernels import (SOURCE, InPlaceAttention, InPlaceQueries,
                                    fits_kernels, load_library)
 from .cpu_products import ADD_FLOATS, MULTIPLY, TILE, cpu_products_ops
@@ -57,10 +58,11 @@ WORDS = ("#include <cstring>\n#if CACHE_BITS == 16 && defined(__AVX512BF16__)"
 QUERY_TILE = r"""
 constexpr int KEYS = LANES * WIDE;            // positions that are looked at together
 constexpr int MOST = (255 + GROUP) / GROUP;   // tokens of a tile, with GROUP rows each
+constexpr int LINES = (KEYS / PER + 15) / 16 * 16;   // words of the positions, and room
 struct Tile {
   alignas(64) Word q[MOST * GROUP][HEAD_DIM / PER], k[HEAD_DIM / PER][KEYS];
-  alignas(64) Word v[KEYS / PER][HEAD_DIM], weights[ROWS][KEYS / PER];
-  float sum[MOST * GROUP][HEAD_DIM], best[MOST * GROUP];
+  alignas(64) Word v[LINES][HEAD_DIM], weights[ROWS][LINES];
+  float sum[MOST * GROUP + ROWS][HEAD_DIM], best[MOST * GROUP];
   floats mass[MOST * GROUP];                  // lane by lane
   int64_t start[MOST * GROUP], end[MOST * GROUP];   // of what a row sees
 };
@@ -80,6 +82,7 @@ static void take_queries(Tile& t, const Queries* s, int64_t begin, int64_t end,
     t.best[r] = -INFINITY, t.mass[r] = floats{};
     t.start[r] = s->starts[i], t.end[r] = s->ends[i];
   }
+  for (auto& line : t.weights) std::fill_n(line, LINES, Word());
 }
 """
 
@@ -97,6 +100,8 @@ static void take_keys(Tile& t, const T* keys, const T* values, const int64_t* ta
     take_value(values + at[j], j, t.v);
   }
   for (auto& k : t.k) std::fill(k + n, k + KEYS, Word());
+  for (int j = (n + PER - 1) / PER; j < LINES; j++)
+    std::fill_n(t.v[j], HEAD_DIM, Word());
 }
 """
 
@@ -159,6 +164,31 @@ static void add_values(int rows, const Tile& t, int n, float* sum) {
     for (int r = 0; r < R; r++)
       for (int i = 0; i < C; i++) *place(r, i) = s[r][i];
   }
+}
+"""
+
+# %% ../nbs/26_cpu_attention.ipynb #fe6f8974
+ADD_VALUES_REGISTERS = r"""
+// sum (ROWS, HEAD_DIM) += weights (ROWS, LINES) times v (LINES, HEAD_DIM)
+template <int R>
+static void add_values(int, const Tile& t, int, float* sum) {
+  static_assert(R == 32 && LINES == 32);
+  static constexpr Shape shape(16);
+  settle();
+  _tile_loadconfig(&shape);
+  _tile_loadd(2, t.weights[0], 4 * LINES);     // of 16 rows, for 16 lines of values
+  _tile_loadd(3, t.weights[0] + 16, 4 * LINES);           // for the other lines
+  _tile_loadd(4, t.weights[16], 4 * LINES);
+  _tile_loadd(5, t.weights[16] + 16, 4 * LINES);
+  for (int c = 0; c < HEAD_DIM; c += 16) {
+    _tile_loadd(0, sum + c, 4 * HEAD_DIM);
+    _tile_loadd(1, sum + 16 * HEAD_DIM + c, 4 * HEAD_DIM);
+    _tile_loadd(6, t.v[0] + c, 4 * HEAD_DIM); DOT(0, 2, 6); DOT(1, 4, 6);
+    _tile_loadd(6, t.v[16] + c, 4 * HEAD_DIM); DOT(0, 3, 6); DOT(1, 5, 6);
+    _tile_stored(0, sum + c, 4 * HEAD_DIM);
+    _tile_stored(1, sum + 16 * HEAD_DIM + c, 4 * HEAD_DIM);
+  }
+  _tile_release();
 }
 """
 
@@ -240,16 +270,29 @@ extern "C" void attend_all(const Queries* s, const float* q, const T* keys,
 """
 
 
-ALL_SOURCE = (SOURCE + ADD_FLOATS + ADD_PAIRS + TILE + MULTIPLY + WORDS + QUERY_TILE
-              + TAKE_QUERIES + TAKE_KEYS + HIDE + WEIGH + ADD_VALUES + ATTEND_TILE
-              + PIECES + ATTEND_ALL)
+def attention_source(registers: bool = False) -> str:
+    "C++ of `attend_all`: its products in tile registers, or in vectors."
+    tile = "#define DOT _tile_dpbf16ps" + TILE_REGISTERS if registers else TILE
+    add_values = ADD_VALUES_REGISTERS if registers else ADD_VALUES
+    return (SOURCE + ADD_FLOATS + ADD_PAIRS + tile + MULTIPLY + WORDS + QUERY_TILE
+            + TAKE_QUERIES + TAKE_KEYS + HIDE + WEIGH + add_values + ATTEND_TILE
+            + PIECES + ATTEND_ALL)
+
+
+ALL_SOURCE = attention_source()
+
+
+def in_registers(head_dim: int, cache_bits: int) -> bool:
+    "Can heads of `head_dim` numbers be multiplied in tile registers?"
+    return cache_bits == 16 and fits_tile_registers(head_dim // 2)
 
 # %% ../nbs/26_cpu_attention.ipynb #ec9a904b
 @functools.cache
 def attention_kernel(head_dim: int, kv_heads: int, group: int, cache_bits: int):
     "The compiled `attend_all` for a model's heads and the width of its cache."
-    library = load_library(ALL_SOURCE, HEAD_DIM=head_dim, KV_HEADS=kv_heads,
-                           GROUP=group, CACHE_BITS=cache_bits)
+    source = attention_source(in_registers(head_dim, cache_bits))
+    library = load_library(source, HEAD_DIM=head_dim, KV_HEADS=kv_heads, GROUP=group,
+                           CACHE_BITS=cache_bits)
     library.attend_all.argtypes = [ctypes.c_void_p]*5 + [ctypes.c_float]
     return library.attend_all
 

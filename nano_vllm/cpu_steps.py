@@ -14,7 +14,8 @@ from dataclasses import replace
 from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
-from .cpu_attention import ALL_SOURCE, TiledAttention, TiledQueries
+from .cpu_attention import (TiledAttention, TiledQueries, attention_source,
+                                     in_registers)
 from .cpu_kernels import (NORM, PLAIN, SWIGLU, InPlaceAttention,
                                    InPlaceQueries, address, fits_kernels, load_library)
 from .bfloat16 import EitherProduct, bfloat16_ops, in_float32
@@ -139,7 +140,8 @@ extern "C" void run_layers(const Step* s) {
 def run_layers_kernel(head_dim: int, kv_heads: int, group: int, cache_bits: int,
                       **numbers: int):
     "The compiled `run_layers` for a model's heads and the width of its cache."
-    source = (ALL_SOURCE + NORM + SWIGLU + ROPE_AND_CACHE + PRODUCT + LAYER + STEP
+    attention = attention_source(in_registers(head_dim, cache_bits))
+    source = (attention + NORM + SWIGLU + ROPE_AND_CACHE + PRODUCT + LAYER + STEP
               + MLP_IN_PIECES + RUN_LAYERS)
     library = load_library(source, HEAD_DIM=head_dim, KV_HEADS=kv_heads, GROUP=group,
                            CACHE_BITS=cache_bits, MAX_MLP_TOKENS=MAX_MLP_TOKENS,

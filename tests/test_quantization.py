@@ -16,8 +16,8 @@ from nano_vllm.cpu_products import load_product, tiled
 from nano_vllm.engine_args import EngineArgs, resolve_args
 from nano_vllm.layers import OPS, Ops, TensorParallelGroup, choose_ops
 from nano_vllm.model import ModelConfig, weight_shards
-from nano_vllm.quantization import (INT8_SOURCE, W8A8_CONFIG, Int8Product, TiledInt8Product, check_int_mm, group_size, hadamard, hadamard_int8, int8_linear,
-                                    int8_linear_widened, int_mm_is_exact, quantize, read_w8a8, write_w8a8)
+from nano_vllm.quantization import (W8A8_CONFIG, Int8Product, TiledInt8Product, check_int_mm, group_size, hadamard, hadamard_int8, int8_linear,
+                                    int8_linear_widened, int8_source, int_mm_is_exact, quantize, read_w8a8, write_w8a8)
 from nano_vllm.weights import empty_model, load_model, load_weights
 from test_cpu_kernels import ROUNDING, target
 from test_model import make, our_logits
@@ -153,8 +153,8 @@ def test_the_kernel_is_exact_without_instructions_for_it(n):
     class Plain(TiledInt8Product):
         def __init__(self, weight):
             q, scale = hadamard_int8(weight)
-            source = INT8_SOURCE.replace("__AVX512VNNI__", "NOWHERE")
-            assert source.count("NOWHERE") == INT8_SOURCE.count("__AVX512VNNI__") > 0
+            source = int8_source(registers=False).replace("__AVX512VNNI__", "NOWHERE")
+            assert source.count("NOWHERE") == int8_source(registers=False).count("__AVX512VNNI__") > 0
             self.hold(load_product(source, N=n, SIZE=group_size(n)), weight.shape, tiled(q.view(torch.int32)), scale[:, 0].contiguous(),
                       128 * q.sum(1, dtype=torch.int32))
     weight, x = random(1, 64, n), random(2, 13, n)
