@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from nano_vllm import SamplingParams, cpu_attention, cpu_kernels, cpu_products, cpu_steps, int4, lora, quantization
+from nano_vllm import SamplingParams, bfloat16, cpu_attention, cpu_kernels, cpu_products, cpu_steps, int4, lora, quantization
 from nano_vllm.attention import make_batch
 from nano_vllm.bfloat16 import bfloat16_product
 from nano_vllm.cpu_kernels import COMMON, InPlaceQueries, Queries, Toolchain, build, can_build, run_compiler, toolchain
@@ -34,19 +34,20 @@ WARNINGS = "-Wall -Wextra -Werror -Wno-unused-function -Wno-unused-const-variabl
 HEAD_DIM, KV_HEADS, GROUP, INPUTS = 32, 2, 3, 64
 
 
-def sources(bits):
-    "All libraries of the project, by name: (C++, constants), for a cache of numbers with `bits` bits."
+def sources(bits, registers=False):
+    "All libraries of the project, by name: (C++, constants), for a cache of numbers with `bits` bits; `registers`: with AMX."
     found, heads = {}, (HEAD_DIM, KV_HEADS, GROUP, bits)
     def keep(source, **numbers):
         found[name] = source, numbers
         return MagicMock()
     with pytest.MonkeyPatch.context() as patch:
         for module in (cpu_kernels, cpu_products, quantization, cpu_attention, cpu_steps): patch.setattr(module, "load_library", keep)
+        patch.setattr(bfloat16, "has_tile_registers", lambda: registers)
         for name, make in {"decode": lambda: cpu_kernels.kernels.__wrapped__(*heads), "small": cpu_kernels.small_kernels.__wrapped__,
                            "product": cpu_products.float_product.__wrapped__, "rope": lambda: cpu_products.rope_kernel.__wrapped__(*heads),
-                           "draw": cpu_products.draw_kernel.__wrapped__, "bfloat16": bfloat16_product.__wrapped__,
+                           "draw": cpu_products.draw_kernel.__wrapped__, "bfloat16": lambda: bfloat16_product.__wrapped__(registers=registers),
                            "widened": lambda: bfloat16_product.__wrapped__(True), "quantize": lambda: quantization.quantize_kernel.__wrapped__(INPUTS),
-                           "int8": lambda: quantization.int8_product.__wrapped__(INPUTS), "int4": lambda: int4.int4_product.__wrapped__(INPUTS),
+                           "int8": lambda: quantization.int8_product.__wrapped__(INPUTS, registers=registers), "int4": lambda: int4.int4_product.__wrapped__(INPUTS),
                            "attend_all": lambda: cpu_attention.attention_kernel.__wrapped__(*heads),
                            "run_layers": lambda: cpu_steps.run_layers_kernel.__wrapped__(*heads), "lora": lora.lora_product_kernel.__wrapped__}.items(): make()
     return found

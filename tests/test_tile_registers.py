@@ -10,10 +10,11 @@ import torch
 from hypothesis import given, settings, strategies as st
 from nano_vllm import bfloat16, cpu_kernels, quantization
 from nano_vllm.bfloat16 import TILE_REGISTERS, Bfloat16Product, bfloat16_product, fits_tile_registers, has_tile_registers
-from nano_vllm.cpu_kernels import COMMON, LANES, can_build, predefined_macros, run_compiler, toolchain
+from nano_vllm.cpu_attention import attention_source, in_registers
+from nano_vllm.cpu_kernels import COMMON, LANES, Queries, address, can_build, load_library, predefined_macros, run_compiler, toolchain
 from nano_vllm.cpu_products import TILE, load_product
 from nano_vllm.quantization import TiledInt8Product, int8_product
-from test_compilers import WARNINGS
+from test_compilers import WARNINGS, sources
 from test_cpu_products import check_product, random
 
 # the model: registers by number, whose sizes come from the same 64 bytes; whatever a processor would refuse ends the process
@@ -139,6 +140,38 @@ def test_all_numbers_at_the_end_of_their_range():
     assert torch.allclose(expected[0, :2], torch.tensor([-128., 127.]) * 16384)
 
 
+def attends(source: str, q, kv, lens, starts) -> torch.Tensor:
+    "Outputs of the last tokens of texts, by a compiled `attend_all`: q (tokens, heads, 32), kv (2, blocks, 16, 2, 32), one block table a text."
+    library = load_library(source, HEAD_DIM=32, KV_HEADS=2, GROUP=3, CACHE_BITS=16)
+    library.attend_all.argtypes = [ctypes.c_void_p]*5 + [ctypes.c_float]
+    num_blocks = kv.shape[1] // len(lens)
+    tables = torch.arange(kv.shape[1]).view(len(lens), num_blocks)
+    rows = torch.cat([torch.full((new,), i) for i, (new, _) in enumerate(lens)])
+    ends = torch.cat([torch.arange(length - new, length) + 1 for new, length in lens])
+    starts, tokens, out = (ends - starts).clamp(min=0), torch.arange(len(rows)), torch.full_like(q, 7.0)
+    record = Queries(*map(address, (tables, rows, tokens, starts, ends)), len(rows), num_blocks, 16)
+    library.attend_all(ctypes.addressof(record), address(q), address(kv[0]), address(kv[1]), address(out), 32**-0.5)
+    return out
+
+
+@on_x86
+@rounds_rows
+@settings(max_examples=30, deadline=None)
+@given(seeds, st.lists(st.tuples(st.integers(1, 120), st.integers(0, 100)), min_size=1, max_size=3), st.sampled_from([5, 60, 10**6]))
+def test_attention(seed, texts, window):
+    """The model, and the processor where it can, against vectors, for prompts and chunks with and without a window.
+
+    Both round weights to bfloat16: a score that differs in its last bit may move one by 2**-8 of itself. What nobody may see is not a number."""
+    lens = [(new, new + before) for new, before in texts]
+    tokens = sum(new for new, _ in lens)
+    q, kv = random(seed, tokens, 6, 32), random(seed + 1, 2, 14 * len(lens), 16, 2, 32).bfloat16()
+    for i, (_, length) in enumerate(lens): kv[:, 14*i : 14*(i + 1)].flatten(1, 2)[:, length:] = torch.nan
+    expected = attends(attention_source(), q, kv, lens, window)
+    assert expected.isfinite().all()
+    kinds = [modelled(attention_source(True))] + [attention_source(True)] * in_registers(32, 16)
+    for source in kinds: assert (attends(source, q, kv, lens, window) - expected).abs().max() <= 2**-7 * kv.nan_to_num().abs().max()
+
+
 BROKEN = {"both halves are the first": ("x + SECOND * inputs + i", "x + i"),
           "the second half is stored over the first": ("sum[SECOND]", "sum[0]"),
           "a line too far": ("w + 1, 64 * WIDE", "w + 4, 64 * WIDE"),
@@ -225,12 +258,8 @@ def test_what_is_missing_is_not_asked_for(missing, monkeypatch):
 def test_it_is_read_without_a_warning(compiler):
     "For a processor that need not be this one."
     amx = "-march=sapphirerapids -mprefer-vector-width=512".split()
-    found = []
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (bfloat16, quantization): patch.setattr(module, "load_product", lambda source, **numbers: found.append((source, numbers)))
-        bfloat16_product.__wrapped__(registers=True)
-        int8_product.__wrapped__(64, registers=True)
-    for source, numbers in found:
-        assert TILE_REGISTERS in source and TILE not in source
+    found = {name: of for name, of in sources(16, registers=True).items() if TILE_REGISTERS in of[0]}
+    assert set(found) == {"bfloat16", "int8", "attend_all", "run_layers"} and not any(TILE in source for source, _ in found.values())
+    for source, numbers in found.values():
         run_compiler(compiler, *COMMON, *amx, "-fopenmp", *WARNINGS, "-fsyntax-only", "-xc++", "-", "-DLANES=16", *(f"-D{k}={n}" for k, n in numbers.items()),
                      source=source)

@@ -140,7 +140,8 @@ def start_engines(folder: Path, kind: str, *options: str) -> list[Engine]:
     engines = [Engine(f"vllm{name}", make_vllm(), "vllm", w8a8_copy(folder) if rounds else folder, f"dtype={dtype}", *options, **alone, **threads),
                Engine(f"nano_vllm{name}", sys.executable, "nano_vllm", folder, f"dtype={dtype}", *rounds, *options, **threads)]
     if kind in GGUF and make_llama():
-        engines.append(Engine(f"llama.cpp {GGUF[kind].lower()}", make_llama(), "llama_cpp", gguf_copy(folder, GGUF[kind]), **threads))
+        try: engines.append(Engine(f"llama.cpp {GGUF[kind].lower()}", make_llama(), "llama_cpp", gguf_copy(folder, GGUF[kind]), **threads))
+        except RuntimeError as e: print(f"without llama.cpp in {GGUF[kind]}, which does not start here: {e}", flush=True)
     return engines
 
 
@@ -156,12 +157,14 @@ def take_turns(engines: list[Engine], works: dict[str, dict]) -> list[Engine]:
 def compare(folder: Path, types: list[str], kinds: dict[str, dict], *options: str):
     "Run the engines in each number type; store the runs by the name of the kind of work, and print them beside vLLM's best."
     works = {work: sizes for works in kinds.values() for work, sizes in works.items()}
-    engines = [engine for kind in types for engine in take_turns(start_engines(folder, kind, *options), works)]
-    engines.sort(key=lambda engine: list(draw_throughput.NAMES).index(engine.name))
     os.environ["NANO_VLLM_RECORD"] = "1"
-    for kind, works in kinds.items():
-        data = {e.name: e.results | dict(runs={work: e.results["runs"][work] for work in works}) for e in engines}
-        record(kind, data)
+    engines = []
+    for some in types:
+        engines += take_turns(start_engines(folder, some, *options), works)
+        engines.sort(key=lambda engine: list(draw_throughput.NAMES).index(engine.name))
+        found = {kind: {e.name: e.results | dict(runs={work: e.results["runs"][work] for work in works}) for e in engines} for kind, works in kinds.items()}
+        for kind, data in found.items(): record(kind, data)      # what is measured stays, whatever becomes of the next type
+    for kind, data in found.items():
         seconds = draw_throughput.medians(data, "seconds")
         for work, rates in draw_throughput.medians(data).items():
             best = max(rate for name, rate in rates.items() if name.startswith("vllm"))
