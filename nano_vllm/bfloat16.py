@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ADD_PAIRS', 'BFLOAT16_PRODUCT', 'TILE_REGISTERS', 'ARCH_PRCTL', 'REQUEST', 'TILE_DATA', 'NEEDED', 'TIMED_ROWS',
-           'has_tile_registers', 'fits_tile_registers', 'bfloat16_source', 'bfloat16_product', 'fits_bfloat16',
-           'Bfloat16Product', 'LibraryProduct', 'time_both', 'times_key', 'kept_times', 'keep_times', 'product_times',
-           'library_border', 'EitherProduct', 'bfloat16_linear', 'bfloat16_ops', 'in_float32']
+           'has_tile_registers', 'fits_tile_registers', 'pair_tile', 'bfloat16_source', 'bfloat16_product',
+           'fits_bfloat16', 'Bfloat16Product', 'LibraryProduct', 'time_both', 'times_key', 'kept_times', 'keep_times',
+           'product_times', 'library_border', 'EitherProduct', 'bfloat16_linear', 'bfloat16_ops', 'in_float32']
 
 # %% ../nbs/24_bfloat16.ipynb #c3f99fef
 import ctypes, functools, hashlib, json, math, os, tempfile
@@ -139,11 +139,15 @@ def fits_tile_registers(words: int) -> bool:
     return words % 16 == 0 and has_tile_registers()
 
 # %% ../nbs/24_bfloat16.ipynb #f59d7b9f
+def pair_tile(registers: bool) -> str:
+    "C++ of the tile that multiplies pairs: in tile registers, or in vectors."
+    return "#define DOT _tile_dpbf16ps" + TILE_REGISTERS if registers else TILE
+
+
 def bfloat16_source(registers: bool = False) -> str:
-    "C++ of the product: in tile registers, or in vectors."
-    tile = "#define DOT _tile_dpbf16ps" + TILE_REGISTERS if registers else TILE
-    return (VECTOR_TYPES + CACHE + ADD_PAIRS + tile + MULTIPLY + PRODUCT + WRITE
-            + BFLOAT16_PRODUCT)
+    "C++ of the product, by one tile or the other."
+    return (VECTOR_TYPES + CACHE + ADD_PAIRS + pair_tile(registers) + MULTIPLY + PRODUCT
+            + WRITE + BFLOAT16_PRODUCT)
 
 
 @functools.cache

@@ -12,8 +12,8 @@ import ctypes, functools
 from dataclasses import replace
 import numpy as np
 from .attention import BACKENDS
-from .bfloat16 import (ADD_PAIRS, TILE_REGISTERS, bfloat16_ops,
-                                fits_tile_registers)
+from .bfloat16 import (ADD_PAIRS, bfloat16_ops, fits_tile_registers,
+                                pair_tile)
 from .cpu_kernels import (SOURCE, InPlaceAttention, InPlaceQueries,
                                    fits_kernels, load_library)
 from .cpu_products import ADD_FLOATS, MULTIPLY, TILE, cpu_products_ops
@@ -272,7 +272,7 @@ extern "C" void attend_all(const Queries* s, const float* q, const T* keys,
 
 def attention_source(registers: bool = False) -> str:
     "C++ of `attend_all`: its products in tile registers, or in vectors."
-    tile = "#define DOT _tile_dpbf16ps" + TILE_REGISTERS if registers else TILE
+    tile = pair_tile(registers)
     add_values = ADD_VALUES_REGISTERS if registers else ADD_VALUES
     return (SOURCE + ADD_FLOATS + ADD_PAIRS + tile + MULTIPLY + WORDS + QUERY_TILE
             + TAKE_QUERIES + TAKE_KEYS + HIDE + WEIGH + add_values + ATTEND_TILE

@@ -81,9 +81,9 @@ def modelled(source: str) -> str:
     return source.replace(TILE_REGISTERS, TILE_REGISTERS.replace("#include <immintrin.h>", MODEL))
 
 
-def model_of_bfloat16(weight: torch.Tensor, change=lambda source: source) -> Bfloat16Product:
+def model_of_bfloat16(weight: torch.Tensor) -> Bfloat16Product:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bfloat16, "load_product", lambda source, **numbers: load_product(change(modelled(source)), **numbers))
+        patch.setattr(bfloat16, "load_product", lambda source, **numbers: load_product(modelled(source), **numbers))
         product = Bfloat16Product(weight)
         product.hold(bfloat16_product.__wrapped__(registers=True), weight.shape, product.tensors[0])
     return product
@@ -98,10 +98,10 @@ def model_of_int8(weight: torch.Tensor, change=lambda source: source) -> TiledIn
     return product
 
 
-def vectors_of_int8(weight: torch.Tensor) -> TiledInt8Product:
+def vectors_of_int8(*weight: torch.Tensor) -> TiledInt8Product:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quantization, "fits_tile_registers", lambda _: False)
-        return TiledInt8Product(weight)
+        return TiledInt8Product(*weight)
 
 
 @on_x86
@@ -133,14 +133,12 @@ def test_all_numbers_at_the_end_of_their_range():
     weight = torch.full((16, 16384), -128, dtype=torch.int8)
     weight[1::2] = 127
     x, scale = torch.ones(33, 16384), torch.ones(16, 1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantization, "fits_tile_registers", lambda _: False)
-        expected = TiledInt8Product(weight, scale)(x)
+    expected = vectors_of_int8(weight, scale)(x)
     assert torch.equal(TiledInt8Product(weight, scale)(x), expected)
     assert torch.allclose(expected[0, :2], torch.tensor([-128., 127.]) * 16384)
 
 
-def attends(source: str, q, kv, lens, starts) -> torch.Tensor:
+def attends(source: str, q, kv, lens, window) -> torch.Tensor:
     "Outputs of the last tokens of texts, by a compiled `attend_all`: q (tokens, heads, 32), kv (2, blocks, 16, 2, 32), one block table a text."
     library = load_library(source, HEAD_DIM=32, KV_HEADS=2, GROUP=3, CACHE_BITS=16)
     library.attend_all.argtypes = [ctypes.c_void_p]*5 + [ctypes.c_float]
@@ -148,7 +146,7 @@ def attends(source: str, q, kv, lens, starts) -> torch.Tensor:
     tables = torch.arange(kv.shape[1]).view(len(lens), num_blocks)
     rows = torch.cat([torch.full((new,), i) for i, (new, _) in enumerate(lens)])
     ends = torch.cat([torch.arange(length - new, length) + 1 for new, length in lens])
-    starts, tokens, out = (ends - starts).clamp(min=0), torch.arange(len(rows)), torch.full_like(q, 7.0)
+    starts, tokens, out = (ends - window).clamp(min=0), torch.arange(len(rows)), torch.full_like(q, 7.0)
     record = Queries(*map(address, (tables, rows, tokens, starts, ends)), len(rows), num_blocks, 16)
     library.attend_all(ctypes.addressof(record), address(q), address(kv[0]), address(kv[1]), address(out), 32**-0.5)
     return out
