@@ -15,9 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from .cpu_kernels import (CACHE, LANES, VECTOR_TYPES, PackedProduct,
-                                   fits_kernels, predefined_macros,
-                                   takes_float32, toolchain)
+from .cpu_kernels import (LANES, VECTOR_TYPES, PackedProduct, fits_kernels,
+                                   predefined_macros, takes_float32, toolchain)
 from .cpu_products import (MULTIPLY, PRODUCT, TILE, WRITE, TiledProduct,
                                     best_linear, cpu_products_ops, load_product, tiled)
 from .layers import OPS, Ops, Target
@@ -32,6 +31,9 @@ typedef int32_t Pair;                 // of inputs in bfloat16
 static inline floats add(floats sum, Pair x, ints w) {
   return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(x),
                                (__m512bh)w);
+}
+static inline void store(floats x, Pair* y) {   // rounded
+  _mm256_storeu_si256((__m256i*)y, (__m256i)_mm512_cvtneps_pbh((__m512)x));
 }
 #else
 struct Pair { float low, high; };     // of inputs in float32
@@ -48,14 +50,15 @@ BFLOAT16_PRODUCT = r"""
 constexpr int64_t PIECE = 512;   // rows at a time, which stay in a core's cache
 #if defined(__AVX512BF16__) && !WIDEN
 struct Rows {
-  std::unique_ptr<T[]> narrowed;
-  Rows(const float* x, int64_t rows, int64_t inputs) : narrowed(new T[rows * inputs]) {
-    T* y = narrowed.get();
+  std::unique_ptr<Pair[]> rounded;
+  Rows(const float* x, int64_t rows, int64_t inputs)
+      : rounded(new Pair[rows * inputs / 2]) {
     #pragma omp parallel for if (rows > 3)
     for (int64_t row = 0; row < rows; row++)
-      for (int64_t i = row * inputs; i < (row + 1) * inputs; i++) y[i] = narrow(x[i]);
+      for (int64_t i = row * inputs; i < (row + 1) * inputs; i += LANES)
+        store(*(const floats*)(x + i), rounded.get() + i / 2);
   }
-  const Pair* pairs() const { return (const Pair*)narrowed.get(); }
+  const Pair* pairs() const { return rounded.get(); }
 };
 #else
 struct Rows {
@@ -146,8 +149,8 @@ def pair_tile(registers: bool) -> str:
 
 def bfloat16_source(registers: bool = False) -> str:
     "C++ of the product, by one tile or the other."
-    return (VECTOR_TYPES + CACHE + ADD_PAIRS + pair_tile(registers) + MULTIPLY + PRODUCT
-            + WRITE + BFLOAT16_PRODUCT)
+    return (VECTOR_TYPES + ADD_PAIRS + pair_tile(registers) + MULTIPLY + PRODUCT + WRITE
+            + BFLOAT16_PRODUCT)
 
 
 @functools.cache
@@ -155,7 +158,7 @@ def bfloat16_product(widen: bool = False, registers: bool = False):
     """The compiled product with bfloat16 weights.
 
     `widen`: never round rows to bfloat16; `registers`: in tile registers."""
-    return load_product(bfloat16_source(registers), CACHE_BITS=16, WIDEN=int(widen))
+    return load_product(bfloat16_source(registers), WIDEN=int(widen))
 
 # %% ../nbs/24_bfloat16.ipynb #9ae441d5
 def fits_bfloat16(weight: Tensor) -> bool:

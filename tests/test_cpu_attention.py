@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from helpers import assert_idle, tiny_folder
 from nano_vllm import LLM, SamplingParams, cpu_kernels
 from nano_vllm.attention import BACKENDS, ReferenceAttention, TorchAttention, attention_backend, make_batch
-from nano_vllm.cpu_attention import TiledAttention, TiledQueries
+from nano_vllm.cpu_attention import TiledAttention, TiledQueries, in_registers
 from nano_vllm.cpu_kernels import CAN_BUILD, InPlaceAttention, predefined_macros, toolchain
 from nano_vllm.kv_blocks import ScheduledSequence
 from nano_vllm.layers import OPS, choose_ops
@@ -35,9 +35,9 @@ def has_pairs() -> bool:
     return "__AVX512BF16__" in predefined_macros(toolchain().compile)
 
 
-def in_tiles(new_tokens, group) -> list[bool]:
-    "Of each token: is its piece of a text a tile, or so short that its tokens go one by one?"
-    most = (255 + group) // group
+def in_tiles(new_tokens, group, rows) -> list[bool]:
+    "Of each token: is its piece of a text a tile (of `rows` rows), or so short that its tokens go one by one?"
+    most = -(-rows // group)
     return [min(most, m - i // most * most) >= 4 for m in new_tokens for i in range(m)]
 
 
@@ -66,7 +66,8 @@ def test_long_pieces_in_a_poisoned_cache(seed, sizes, size, window, dtype, data)
     cache.flatten(2, 3)[0, :, used] = torch.from_numpy(rng.standard_normal((2, len(used), kv_heads, dim), dtype=np.float32))
     cache, q = cache.to(dtype), torch.from_numpy(rng.standard_normal((sum(new_tokens), heads, dim), dtype=np.float32))
     q, scale, pairs = q * dim**-0.5, 0.5, dtype == torch.bfloat16 and has_pairs()
-    rounded = torch.tensor(in_tiles(new_tokens, heads // kv_heads))[:, None, None] & pairs
+    rows = 512 if in_registers(dim, 8 * dtype.itemsize) else 256
+    rounded = torch.tensor(in_tiles(new_tokens, heads // kv_heads, rows))[:, None, None] & pairs
     expected = TorchAttention(batch, cache, scale, window)(torch.where(rounded, q.bfloat16().float(), q), 0)
     out = TiledAttention(batch, cache, scale, window)(q, 0)
     largest = float(cache.nan_to_num().abs().max())

@@ -11,8 +11,8 @@ from nano_vllm import LLM, SamplingParams, cpu_kernels, cpu_steps
 from nano_vllm.attention import TorchAttention, make_batch
 from nano_vllm.cpu_attention import TiledAttention
 from nano_vllm.cpu_kernels import CAN_BUILD, InPlaceAttention, can_build, packed_linear
-from nano_vllm.cpu_products import MAX_MLP_TOKENS, best_linear
-from nano_vllm.cpu_steps import only_part, layer_table, run_layers_at_once
+from nano_vllm.cpu_products import best_linear
+from nano_vllm.cpu_steps import PIECE_TOKENS, only_part, layer_table, run_layers_at_once
 from nano_vllm.kv_blocks import ScheduledSequence, Sequence
 from nano_vllm.layers import OPS, Ops, choose_ops
 from nano_vllm.model import ModelConfig
@@ -86,7 +86,7 @@ def test_the_engine_gives_the_same_tokens_call_by_call(quantization, tmp_path, m
 
 @compiled
 def test_a_long_prompt_in_pieces(tmp_path, monkeypatch):
-    "Many short prompts are more tokens than the MLP takes at a time."
+    "Many short prompts are several pieces, and the last one is not full."
     make("Llama", tmp_path, **FITTING)
     config = ModelConfig.from_folder(tmp_path)
     plain, ours = (load_model(tmp_path, config, torch.float32, "cpu", ops=OPS[name](target(config))) for name in ("torch", "cpu_steps"))
@@ -96,7 +96,7 @@ def test_a_long_prompt_in_pieces(tmp_path, monkeypatch):
         seq.block_table = list(range(4*i, 4*i + 4))
         chunks.append(ScheduledSequence(seq, 0, 60, True))
     batch, c = make_batch(chunks, 16), plain.config
-    assert len(batch.token_ids) > MAX_MLP_TOKENS
+    assert len(batch.token_ids) > 4 * PIECE_TOKENS
     cache = torch.zeros(c.num_layers, 2, 80, 16, c.num_kv_heads, c.head_dim)
     with torch.inference_mode():
         a, b = (m(batch.token_ids, batch.positions, kind(batch, cache.clone(), 0.25, None))

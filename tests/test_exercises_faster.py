@@ -466,11 +466,12 @@ right(cpu_steps.check_share_of_asking)(lambda calls, layers, us, ms: calls * us 
 wrong(cpu_steps.check_share_of_asking, "9 x 30 calls of 5.0 microseconds")(lambda calls, layers, us, ms: calls * us / 1000 / ms)
 wrong(cpu_steps.check_share_of_asking, "gives 67.5, expected 0.0675")(lambda calls, layers, us, ms: calls * layers * us / ms)
 
-right(cpu_steps.check_wide_numbers)(lambda n, q, kv, inner, most: sorted([n * (q + kv + kv), 2 * inner * (n if n < most else most)])[1])
-wrong(cpu_steps.check_wide_numbers, "the QKV product of all tokens is larger")(lambda n, q, kv, inner, most: max(n * (q + 2*kv), n * 2 * inner))
-wrong(cpu_steps.check_wide_numbers, "(1, 576, 192, 1536, 1024) gives 4032, expected 3072")(
-    lambda n, q, kv, inner, most: n * (q + 2*kv) + min(n, most) * 2 * inner)
-wrong(cpu_steps.check_wide_numbers, "gate and up are wider")(lambda n, q, kv, inner, most: max(n * (q + 2*kv), min(n, most) * inner))
+right(cpu_steps.check_wide_numbers)(lambda n, q, kv, inner, most: sorted([q + kv + kv, 2 * inner])[1] * (n if n < most else most))
+wrong(cpu_steps.check_wide_numbers, "no piece has more than 256 tokens")(lambda n, q, kv, inner, most: n * max(q + 2*kv, 2 * inner))
+wrong(cpu_steps.check_wide_numbers, "(1, 576, 192, 1536, 256) gives 4032, expected 3072")(
+    lambda n, q, kv, inner, most: min(n, most) * (q + 2*kv + 2 * inner))
+wrong(cpu_steps.check_wide_numbers, "gate and up are wider")(lambda n, q, kv, inner, most: min(n, most) * max(q + 2*kv, inner))
+wrong(cpu_steps.check_wide_numbers, "the QKV product is the wider one")(lambda n, q, kv, inner, most: min(n, most) * 2 * inner)
 
 
 @right(cpu_steps.check_mlp_in_pieces)

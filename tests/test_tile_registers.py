@@ -139,8 +139,9 @@ def test_all_numbers_at_the_end_of_their_range():
 
 
 def attends(source: str, q, kv, lens, window) -> torch.Tensor:
-    "Outputs of the last tokens of texts, by a compiled `attend_all`: q (tokens, heads, 32), kv (2, blocks, 16, 2, 32), one block table a text."
-    library = load_library(source, HEAD_DIM=32, KV_HEADS=2, GROUP=3, CACHE_BITS=16)
+    "Outputs of the last tokens of texts, by a compiled `attend_all`: q (tokens, heads, dim), kv (2, blocks, 16, 2, dim), one block table a text."
+    dim = q.shape[2]
+    library = load_library(source, HEAD_DIM=dim, KV_HEADS=2, GROUP=3, CACHE_BITS=16)
     library.attend_all.argtypes = [ctypes.c_void_p]*5 + [ctypes.c_float]
     num_blocks = kv.shape[1] // len(lens)
     tables = torch.arange(kv.shape[1]).view(len(lens), num_blocks)
@@ -148,25 +149,26 @@ def attends(source: str, q, kv, lens, window) -> torch.Tensor:
     ends = torch.cat([torch.arange(length - new, length) + 1 for new, length in lens])
     starts, tokens, out = (ends - window).clamp(min=0), torch.arange(len(rows)), torch.full_like(q, 7.0)
     record = Queries(*map(address, (tables, rows, tokens, starts, ends)), len(rows), num_blocks, 16)
-    library.attend_all(ctypes.addressof(record), address(q), address(kv[0]), address(kv[1]), address(out), 32**-0.5)
+    library.attend_all(ctypes.addressof(record), address(q), address(kv[0]), address(kv[1]), address(out), dim**-0.5)
     return out
 
 
 @on_x86
 @rounds_rows
 @settings(max_examples=30, deadline=None)
-@given(seeds, st.lists(st.tuples(st.integers(1, 120), st.integers(0, 100)), min_size=1, max_size=3), st.sampled_from([5, 60, 10**6]))
-def test_attention(seed, texts, window):
+@given(seeds, st.lists(st.tuples(st.integers(1, 120), st.integers(0, 100)), min_size=1, max_size=3), st.sampled_from([5, 60, 10**6]),
+       st.sampled_from([32, 96]))
+def test_attention(seed, texts, window, dim):
     """The model, and the processor where it can, against vectors, for prompts and chunks with and without a window.
 
     Both round weights to bfloat16: a score that differs in its last bit may move one by 2**-8 of itself. What nobody may see is not a number."""
     lens = [(new, new + before) for new, before in texts]
     tokens = sum(new for new, _ in lens)
-    q, kv = random(seed, tokens, 6, 32), random(seed + 1, 2, 14 * len(lens), 16, 2, 32).bfloat16()
+    q, kv = random(seed, tokens, 6, dim), random(seed + 1, 2, 14 * len(lens), 16, 2, dim).bfloat16()
     for i, (_, length) in enumerate(lens): kv[:, 14*i : 14*(i + 1)].flatten(1, 2)[:, length:] = torch.nan
     expected = attends(attention_source(), q, kv, lens, window)
     assert expected.isfinite().all()
-    kinds = [modelled(attention_source(True))] + [attention_source(True)] * in_registers(32, 16)
+    kinds = [modelled(attention_source(True))] + [attention_source(True)] * in_registers(dim, 16)
     for source in kinds: assert (attends(source, q, kv, lens, window) - expected).abs().max() <= 2**-7 * kv.nan_to_num().abs().max()
 
 

@@ -19,11 +19,10 @@ def check_share_of_asking(share_of_asking):
 @exercise
 def check_wide_numbers(wide_numbers):
     for tokens, q, kv, inner, most, why in (
-            (1, 576, 192, 1536, 1024, "gate and up are wider than the QKV product"), (8, 576, 192, 1536, 1024, "gate and up are wider than the QKV product"),
-            (4000, 576, 192, 1536, 1024, "the QKV product of all tokens is larger than gate and up of 1,024"),
-            (2000, 576, 192, 1536, 1024, "gate and up of 1,024 tokens are larger than the QKV product of 2,000"),
-            (100, 2048, 512, 1000, 1024, "the QKV product is the wider one")):
-        expect(wide_numbers, (tokens, q, kv, inner, most), max(tokens * (q + 2 * kv), min(tokens, most) * 2 * inner), why)
+            (1, 576, 192, 1536, 256, "gate and up are wider than the QKV product"), (8, 576, 192, 1536, 256, "gate and up are wider than the QKV product"),
+            (4000, 576, 192, 1536, 256, "no piece has more than 256 tokens"),
+            (100, 2048, 512, 1000, 256, "the QKV product is the wider one"), (1000, 2048, 512, 1000, 256, "the QKV product is the wider one")):
+        expect(wide_numbers, (tokens, q, kv, inner, most), min(tokens, most) * max(q + 2 * kv, 2 * inner), why)
 
 
 @exercise
