@@ -1490,6 +1490,8 @@ def bytes_as_is(header, merged=("q_proj", "k_proj", "v_proj", "gate_proj", "up_p
 
 right(weights.check_share_as_is)(bytes_as_is)
 wrong(weights.check_share_as_is, "q, k and v are merged, and gate and up")(lambda header: bytes_as_is(header, ("q_proj", "k_proj", "v_proj")))
+wrong(weights.check_share_as_is, "numbers in bfloat16")(lambda header: bytes_as_is(
+    {name: t if name == "__metadata__" else t | dict(data_offsets=[0, 4 * math.prod(t["shape"])]) for name, t in header.items()}))
 wrong(weights.check_share_as_is, "8 bytes of 40")(lambda header: bytes_as_is(header, size=lambda begin, end: 1))
 wrong(weights.check_share_as_is, "raises KeyError: 'data_offsets'")(
     lambda header: sum(t["data_offsets"][1] - t["data_offsets"][0] for n, t in header.items() if not re.search("[qkv]_proj|gate|up", n))

@@ -1,6 +1,7 @@
 """Registers with rows (AMX), by the processor where it has them, and everywhere by a model of them in C++ that is strict: a register is
 never read or multiplied in a shape that it does not have. Few machines have AMX, and the tile must be right on those, too."""
 import ctypes
+import os
 import shutil
 import subprocess
 import sys
@@ -153,16 +154,10 @@ def attends(source: str, q, kv, lens, window) -> torch.Tensor:
     return out
 
 
-@on_x86
-@rounds_rows
-@settings(max_examples=30, deadline=None)
-@given(seeds, st.lists(st.tuples(st.integers(1, 120), st.integers(0, 100)), min_size=1, max_size=3), st.sampled_from([5, 60, 10**6]),
-       st.sampled_from([32, 96]))
-def test_attention(seed, texts, window, dim):
-    """The model, and the processor where it can, against vectors, for prompts and chunks with and without a window.
+def check_attention(seed, lens, window, dim):
+    """The model, and the processor where it can, against vectors: texts of (new, all) tokens.
 
     Both round weights to bfloat16: a score that differs in its last bit may move one by 2**-8 of itself. What nobody may see is not a number."""
-    lens = [(new, new + before) for new, before in texts]
     tokens = sum(new for new, _ in lens)
     q, kv = random(seed, tokens, 6, dim), random(seed + 1, 2, 14 * len(lens), 16, 2, dim).bfloat16()
     for i, (_, length) in enumerate(lens): kv[:, 14*i : 14*(i + 1)].flatten(1, 2)[:, length:] = torch.nan
@@ -170,6 +165,24 @@ def test_attention(seed, texts, window, dim):
     assert expected.isfinite().all()
     kinds = [modelled(attention_source(True))] + [attention_source(True)] * in_registers(dim, 16)
     for source in kinds: assert (attends(source, q, kv, lens, window) - expected).abs().max() <= 2**-7 * kv.nan_to_num().abs().max()
+
+
+@on_x86
+@rounds_rows
+@settings(max_examples=30, deadline=None)
+@given(seeds, st.lists(st.tuples(st.integers(1, 120), st.integers(0, 100)), min_size=1, max_size=3), st.sampled_from([5, 60, 10**6]),
+       st.sampled_from([32, 96]))
+def test_attention(seed, texts, window, dim):
+    "Prompts and chunks, with and without a window."
+    check_attention(seed, [(new, new + before) for new, before in texts], window, dim)
+
+
+@on_x86
+@rounds_rows
+def test_memory_that_holds_anything():
+    "What malloc gives is full of large numbers (glibc's MALLOC_PERTURB_), and nothing of it gets into a sum."
+    script = "import sys; sys.path.insert(0, 'tests'); from test_tile_registers import *; check_attention(0, [(20, 20), (9, 9)], 10**6, 32)"
+    subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | dict(MALLOC_PERTURB_="1"))
 
 
 BROKEN = {"both halves are the first": ("x + SECOND * inputs + i", "x + i"),

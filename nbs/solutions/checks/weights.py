@@ -22,9 +22,11 @@ def check_share_as_is(share_as_is):
              **{f"{layer}mlp.{x}_proj.weight": entry(a, b) for x, a, b in (("gate", 560, 660), ("up", 660, 760), ("down", 760, 860))}}
     biased = {layer + "self_attn.v_proj.bias": entry(0, 12), layer + "self_attn.q_norm.weight": entry(12, 16)}
     noted = {"__metadata__": {"format": "pt"}, **small}
+    mixed = {"model.norm.weight": entry(0, 8), layer + "self_attn.q_proj.weight": {"dtype": "BF16", "shape": [16], "data_offsets": [8, 40]}}
     for header, wanted, why in ((small, 8/40, "8 bytes of 40 are not q_proj's"), (whole, 564/860, "q, k and v are merged, and gate and up"),
                                 (biased, 4/16, "v_proj's bias is merged, q_norm is not a projection"),
-                                (noted, 8/40, "__metadata__ is no tensor"), (dict(reversed(whole.items())), 564/860, "order does not matter")):
+                                (noted, 8/40, "__metadata__ is no tensor"), (mixed, 8/40, "q_proj's 16 numbers in bfloat16 are 32 bytes"),
+                                (dict(reversed(whole.items())), 564/860, "order does not matter")):
         expect(share_as_is, (header,), wanted, why, tolerance=1e-9)
 
 
