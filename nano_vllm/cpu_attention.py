@@ -17,7 +17,7 @@ from .bfloat16 import (ADD_PAIRS, bfloat16_ops, fits_tile_registers,
                                 pair_tile)
 from .cpu_kernels import (SOURCE, InPlaceAttention, InPlaceQueries,
                                    fits_kernels, load_library)
-from .cpu_products import ADD_FLOATS, MULTIPLY, TILE, cpu_products_ops
+from .cpu_products import ADD_FLOATS, MULTIPLY, cpu_products_ops
 from .layers import OPS, Ops, Target
 from .quantization import int8_ops
 
@@ -197,15 +197,19 @@ static void add_product(const Word* a, const Word* b, float* sum) {
     bool more = i + 16 < DEPTH;                    // 16 words, and 16 more
     _tile_loadd(2, a, 4 * DEPTH);
     _tile_loadd(3, below, 4 * DEPTH);
-    if (more) { _tile_loadd(4, a + 16, 4 * DEPTH); }
-    if (more) { _tile_loadd(5, below + 16, 4 * DEPTH); }
+    if (more) {
+      _tile_loadd(4, a + 16, 4 * DEPTH);
+      _tile_loadd(5, below + 16, 4 * DEPTH);
+    }
     for (int c = 0; c < COLUMNS; c += 16) {
       _tile_loadd(0, sum + c, 4 * COLUMNS);
       _tile_loadd(1, sum_below + c, 4 * COLUMNS);
       _tile_loadd(6, b + c, 4 * COLUMNS);
       DOT(0, 2, 6); DOT(1, 3, 6);
-      if (more) { _tile_loadd(7, b + 16 * COLUMNS + c, 4 * COLUMNS); }
-      if (more) { DOT(0, 4, 7); DOT(1, 5, 7); }
+      if (more) {
+        _tile_loadd(7, b + 16 * COLUMNS + c, 4 * COLUMNS);
+        DOT(0, 4, 7); DOT(1, 5, 7);
+      }
       _tile_stored(0, sum + c, 4 * COLUMNS);
       _tile_stored(1, sum_below + c, 4 * COLUMNS);
     }
