@@ -5,7 +5,7 @@ BIN := .venv/bin
 NB ?= nbs/*.ipynb nbs/solutions/*.ipynb
 FUZZ ?= 50000
 
-.PHONY: help venv demo test test-all test-avx2 bench gpu peers fuzz lab notebooks lines book course edition
+.PHONY: help venv demo test test-ci test-all test-avx2 bench gpu peers fuzz lab notebooks lines book course edition
 
 help:            ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -33,14 +33,17 @@ test: venv       ## the export is in sync, every notebook runs, pytest passes
 	$(call run_notebooks,$(wildcard nbs/*.ipynb))
 	$(call run_tests)
 
-test-all: venv   ## the same with the tests that are marked slow
+test-ci: venv    ## what CI runs besides: the tests that take seconds, and are seldom the only ones to fail (ten minutes)
+	$(call run_tests) -m "ci and not slow"
+
+test-all: venv   ## the same with all tests, those that take minutes as well
 	$(BIN)/python tools/check_export.py
 	$(call run_notebooks,$(wildcard nbs/*.ipynb))
 	$(call run_tests) -m ""
 
 test-avx2: venv  ## what touches kernels, as on a processor that has AVX2 and no more
 	$(call run_notebooks,$(KERNEL_NOTEBOOKS),$(AVX2))
-	$(call run_tests,$(AVX2)) $(KERNEL_TESTS)
+	$(call run_tests,$(AVX2)) -m "not slow" $(KERNEL_TESTS)
 
 bench: venv      ## this engine on this machine: throughput, waits, memory, into results/ (five minutes)
 	$(BIN)/python tools/bench.py

@@ -392,6 +392,7 @@ def run_python(code):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.ci
 def test_import_is_fast_and_light():
     code = """if True:
         import json, sys, time, torch
@@ -595,6 +596,7 @@ def test_what_is_shortened_in_tests_of_notebooks_is_there():
          if old not in sources.get((name, cell), ""))
 
 
+@pytest.mark.ci
 def test_all_notebooks_run_and_those_that_fail_are_named(tmp_path):
     cells = dict(good=["x = 1", "assert x == 1"], bad=["x = 1", "assert x == 2"], killed=["import os; os.kill(os.getpid(), 9)"],
                  skipped=["#| notest\n1/0"])

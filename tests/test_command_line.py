@@ -18,6 +18,7 @@ def run(*words, **options):
     return subprocess.run([*PROGRAM, *words], stdout=options.pop("stdout", subprocess.PIPE), stderr=subprocess.PIPE, timeout=120, **options)
 
 
+@pytest.mark.ci
 def test_a_reader_that_goes(folder):
     "`| head -c 1`: the program ends without a word, as one that SIGPIPE ends."
     command = [*PROGRAM, "generate", "Hello", "--model", folder, "--max-tokens", "400"]
@@ -29,6 +30,7 @@ def test_a_reader_that_goes(folder):
     assert "Traceback" not in errors and "Broken" not in errors and "Exception ignored" not in errors
 
 
+@pytest.mark.ci
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
 @pytest.mark.parametrize("words", [["fetch"], ["generate", "Hello", "--max-tokens", "3"]])
 def test_a_full_disk(folder, words):
@@ -39,6 +41,7 @@ def test_a_full_disk(folder, words):
     assert "Traceback" not in errors and "Exception ignored" not in errors
 
 
+@pytest.mark.ci
 def test_a_terminal_without_most_characters(folder):
     "A tiny random model writes every script there is; a Latin-1 terminal shows what it can."
     done = run("generate", "Hello", "--model", folder, "--max-tokens", "60", "--seed", "1", env=os.environ | {"PYTHONIOENCODING": "latin-1:strict"})
@@ -46,11 +49,13 @@ def test_a_terminal_without_most_characters(folder):
     assert b"?" in done.stdout
 
 
+@pytest.mark.ci
 def test_an_argument_that_is_no_text(folder):
     done = run("generate", b"caf\xe9", "--model", folder)
     assert done.returncode == 2 and b"not Unicode" in done.stderr and b"Traceback" not in done.stderr
 
 
+@pytest.mark.ci
 def test_input_that_is_no_text(folder):
     done = run("chat", "--model", folder, "--max-tokens", "2", input=b"\xff\xfe\n")
     assert done.returncode in (0, 2) and b"error:" in done.stderr and b"Traceback" not in done.stderr   # 0: the next line may be better

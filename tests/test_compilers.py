@@ -66,6 +66,7 @@ def run_python(code, **environment):
     return done.stdout.strip(), done.stderr
 
 
+@pytest.mark.ci
 @needs_kernels
 @pytest.mark.parametrize("compiler", NAMES)
 def test_every_library_is_read_without_a_warning(compiler):
@@ -101,6 +102,7 @@ REFUSES = {"OpenMP as Apple's compiler does": ("-fopenmp", True), "OpenMP altoge
            "this processor": ("-march=native", False), "C++17": ("-std=gnu++17", False)}
 
 
+@pytest.mark.ci
 @needs_kernels
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="another compiler is made of g++ on Linux")
 @pytest.mark.parametrize("refused", REFUSES)
@@ -125,6 +127,7 @@ exec g++ "$@"
     assert said.count("no kernels for the CPU, PyTorch's path is taken") + builds == 1 and ("unsupported option" in said) != builds
 
 
+@pytest.mark.ci
 @needs_kernels
 def test_a_variable_that_is_no_command_costs_the_kernels_at_most(tmp_path):
     out, said = run_python(ASK, CXX="g++ '-g", NANO_VLLM_CACHE=str(tmp_path))
@@ -133,6 +136,7 @@ def test_a_variable_that_is_no_command_costs_the_kernels_at_most(tmp_path):
     assert out.startswith("True") and not said
 
 
+@pytest.mark.ci
 def test_without_a_compiler_the_log_says_so_once(tmp_path):
     code = "from nano_vllm.cpu_kernels import can_build; print(can_build(), can_build())"
     out, said = run_python(code, PATH=str(tmp_path), CXX="")

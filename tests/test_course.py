@@ -86,6 +86,7 @@ def executed(nb: dict, folder: Path):
     return nb
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[] if i == 0 else pytest.mark.slow) for i, name in enumerate(ASSIGNMENTS)])
 def test_a_blank_copy_gets_nothing_and_a_solved_one_all(name, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -94,6 +95,7 @@ def test_a_blank_copy_gets_nothing_and_a_solved_one_all(name, tmp_path, monkeypa
     assert score(executed(released(made(name)), tmp_path)) == (0, points)
 
 
+@pytest.mark.ci
 def test_a_mistake_costs_the_points_of_its_task_and_says_which_test_fails(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     nb = made("04_kv_blocks")

@@ -221,6 +221,7 @@ def test_a_library_stays_with_its_processor_and_compiler(tmp_path, monkeypatch):
     assert load_library(source).one() == 1 and len(list((tmp_path/"kernels").glob("*.so"))) == 3
 
 
+@pytest.mark.ci
 @compiled
 @pytest.mark.parametrize("harm", [lambda path: path.write_bytes(path.read_bytes()[:1000]), lambda path: path.write_bytes(b""),
                                   lambda path: path.write_bytes(path.read_bytes()[:-1] + b"x"), lambda path: path.with_suffix(".sha256").unlink(),
@@ -258,6 +259,7 @@ def no_folder(tmp_path, monkeypatch):
     (tmp_path/"cache/kernels").write_text("not a folder")
 
 
+@pytest.mark.ci
 @compiled
 @pytest.mark.parametrize("fails", [broken_compiler, no_folder])
 @pytest.mark.parametrize("options", [{}, dict(dtype="bfloat16"), dict(attention_backend="torch")], ids=["default", "bfloat16", "torch"])

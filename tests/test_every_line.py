@@ -201,6 +201,7 @@ def try_second_errors(world, number, most):
     return tried
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("world", ["two steps in flight", "guesses"])
 def test_an_error_while_the_engine_begins_anew(world): assert try_second_errors(world, 4, 20) > 60
 

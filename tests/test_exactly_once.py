@@ -150,6 +150,7 @@ def many(run, seeds, num_in_flight):
     return thrown
 
 
+@pytest.mark.ci
 @swallowed
 @both_loops
 def test_fuzz_an_exception_at_any_line_loses_repeats_or_moves_no_token_of_others(num_in_flight):
@@ -234,6 +235,7 @@ def test_an_exception_at_calls_of_a_scenario(num_in_flight):
     assert every(num_in_flight, 1 if FUZZ else 3, ["call"], first=1 if FUZZ else num_in_flight) > 400
 
 
+@pytest.mark.ci
 @swallowed
 @both_loops
 def test_fuzz_an_exception_at_calls_and_returns_of_a_scenario(num_in_flight):
@@ -241,6 +243,7 @@ def test_fuzz_an_exception_at_calls_and_returns_of_a_scenario(num_in_flight):
     assert every(num_in_flight, 1 if FUZZ else 17) > 2000
 
 
+@pytest.mark.ci
 @swallowed
 @both_loops
 def test_an_exception_where_tokens_become_text(num_in_flight):
@@ -325,6 +328,7 @@ def signals(num_in_flight, seconds, runs=10**6):
     return 10 * (seed + 1), thrown
 
 
+@pytest.mark.ci
 @swallowed
 @pytest.mark.timeout(0 if FUZZ else 900, method="thread")     # not by the signal that this test sends
 @both_loops
@@ -421,6 +425,7 @@ def test_an_abort_of_a_request_that_has_ended_or_never_was_does_nothing(num_in_f
 
 # ---- log-probabilities
 
+@pytest.mark.ci
 @swallowed
 @both_loops
 def test_each_token_has_its_entry_after_an_interrupt(num_in_flight):
@@ -484,6 +489,7 @@ PLANTED = {
 }
 
 
+@pytest.mark.ci
 @swallowed
 @pytest.mark.parametrize("owner, name, old, new", PLANTED.values(), ids=PLANTED)
 def test_catches(monkeypatch, owner, name, old, new):

@@ -1175,6 +1175,7 @@ def own_backends():
     for name in BACKENDS.keys() - before.keys(): del BACKENDS[name]
 
 
+@pytest.mark.ci
 @pytest.mark.usefixtures("own_backends")
 @pytest.mark.parametrize("chapter", EXERCISED, ids=lambda c: c.name)
 def test_solutions_run_and_print_what_is_stored(chapter, monkeypatch):

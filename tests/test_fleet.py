@@ -194,6 +194,7 @@ def lines_of_a_day(engine, at):
     return lines.count
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("kind", [Fleet, LocalDisaggregatedFleet])
 def test_whatever_line_is_interrupted_no_token_is_lost_and_no_replica(make_engine, kind):
     "In steps: what a caller of `resize` interrupts is his own."

@@ -206,6 +206,7 @@ def tokens(folder, prompts, params, **wanted):
     return [o["token_ids"] for o in llm.generate(prompts, params, use_tqdm=False)]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("graphs", [False, True])
 def test_the_engine_gives_the_same_tokens(tmp_path, by_hand, monkeypatch, qk_norm, graphs):

@@ -117,6 +117,7 @@ def test_what_cannot_be_had_is_refused_with_compile_as_without():
     with pytest.raises(ValueError, match="ops is 'fusions'.*compile"): choose_ops(target(), "fusions")
 
 
+@pytest.mark.ci
 @inductor
 @pytest.mark.parametrize("dtype, allowed", [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
 def test_same_numbers_from_the_real_compiler(dtype, allowed):

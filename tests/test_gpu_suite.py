@@ -38,6 +38,7 @@ def toy(tmp_path_factory):
     return suite("--toy", "--out", folder/"out", **env), folder/"out", env
 
 
+@pytest.mark.ci
 def test_every_job_runs(toy):
     done, out, _ = toy
     assert done.returncode == 0, done.stdout + done.stderr

@@ -136,6 +136,7 @@ def test_every_batch_size_has_a_bucket(largest):
     for n in range(1, largest + 1): assert min(s for s in sizes if s >= n) - n < 8
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("in_flight", [1, 2])
 @pytest.mark.parametrize("changes", [{}, dict(sliding_window=6), dict(num_heads=3, num_kv_heads=3, tied=True)], ids=str)
 def test_graph_equals_eager_at_every_batch_size(changes, in_flight):

@@ -26,6 +26,7 @@ def some_sequences(n, seed=0, **more):
     return sequences(n, rng, lambda i: rng.choice(PLAIN) | more)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_replay_what_one_rank_computes(folder, size):
     "Rows come and go; tokens known to the host or only to the devices; more is asked than is recorded; for four ranks, KV heads in copies."

@@ -113,6 +113,7 @@ def test_answers_that_end_by_themselves(smol, hf):
     assert_idle(smol)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("options", [
     dict(max_num_batched_tokens=16), dict(max_num_batched_tokens=64), dict(block_size=1), dict(block_size=8),
     dict(block_size=64), dict(enable_prefix_caching=False), dict(async_scheduling=True), dict(ops="torch")],
@@ -126,6 +127,7 @@ def test_the_same_with(options, hf):
     assert_idle(llm)
 
 
+@pytest.mark.ci
 def test_the_same_after_preemptions(hf):
     llm = make_llm(num_tokens=448)  # the longest needs 422 of them
     check(llm.generate([PROMPTS[i] for i in FEW], GREEDY, use_tqdm=False), hf, FEW)
@@ -144,6 +146,7 @@ def test_the_same_with_everything_scarce(hf):
     assert_idle(llm)
 
 
+@pytest.mark.ci
 def test_each_prompt_alone(hf):
     llm = make_llm(num_tokens=1600, enable_prefix_caching=False)
     lengths = [len(r["prompt_token_ids"]) for r in REFERENCE]

@@ -427,6 +427,7 @@ def assert_nothing_is_left(llm):
         assert attempt < 299
 
 
+@pytest.mark.ci
 def test_the_fleet_says_what_one_engine_says(apart, alone):  # noqa: F811
     fleet, sent = apart.engine.scheduler, []
     read_report = fleet.read_report
@@ -445,6 +446,7 @@ def test_the_fleet_says_what_one_engine_says(apart, alone):  # noqa: F811
 def test_streamed_pieces_join(apart, alone): assert streamed(apart) == alone  # noqa: F811
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("role, at", [(0, 0), (0, 60), (1, 3), (1, 60), (None, 30)])
 def test_whoever_is_killed_the_texts_are_the_same(apart, alone, role, at):  # noqa: F811
     def strike(i):
@@ -492,6 +494,7 @@ def test_an_interrupt_between_the_roles_loses_no_token(apart, alone):  # noqa: F
     assert interrupts == 4 and answers_of([r.output() for r in requests]) == alone
 
 
+@pytest.mark.ci
 def test_resizing_to_one_role_and_back(apart, alone):  # noqa: F811
     fleet = apart.engine.scheduler
     def resize(i):

@@ -291,6 +291,7 @@ print("compiled")
 """
 
 
+@pytest.mark.ci
 def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path):
     "From sm_80 to sm_100; they hardly use shared memory."
     assert run_compiler(COMPILE, tmp_path) == "compiled\n"

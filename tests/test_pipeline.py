@@ -138,6 +138,7 @@ def run_pipeline(seed, num_stages):
     finally: prefix_cache.hash_block = strong
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("num_stages", [2, 3, 5])
 def test_fuzz_of_random_workloads(num_stages):
     total = Counter()
@@ -164,6 +165,7 @@ def caught(error=AssertionError):
         for num_seqs in (3, 8): check_steps(4, num_seqs)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("old, new", PLANTED.values(), ids=PLANTED)
 def test_catches(monkeypatch, old, new):
     plant(monkeypatch, TakesTurns, "whose_turn", old, new)
@@ -301,6 +303,7 @@ print("ready", flush=True)
 '''
 
 
+@pytest.mark.ci
 def test_ctrl_c_at_any_moment(folder, tmp_path):
     (tmp_path/"script.py").write_text(SCRIPT)
     out = subprocess.run([sys.executable, tmp_path/"script.py", folder], cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -347,6 +350,7 @@ with open(f"{sys.argv[1]}/{os.environ['RANK']}", "w") as f: print([list(o["token
 '''
 
 
+@pytest.mark.ci
 def test_torchrun_starts_the_stages(folder, tmp_path):
     (tmp_path/"script.py").write_text(UNDER_TORCHRUN)
     agent = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3", "--master-addr", "127.0.0.1",

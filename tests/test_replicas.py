@@ -205,6 +205,7 @@ def test_replicas_killed_at_random(both, alone, seed):
     assert streamed(both, strike) == alone
 
 
+@pytest.mark.ci
 def test_all_replicas_killed_at_once_come_back(both, alone):
     def strike(i):
         if i == 30:
@@ -238,6 +239,7 @@ def test_a_reader_who_leaves_and_an_exception_leave_nothing(both, alone):
     assert interrupts == 4 and answers_of([r.output() for r in requests]) == alone
 
 
+@pytest.mark.ci
 def test_resizing_while_requests_run(both, alone):
     fleet = both.engine.scheduler
     def resize(i):
@@ -249,6 +251,7 @@ def test_resizing_while_requests_run(both, alone):
     assert len(fleet.actors) == 2 and not any(a.draining for a in fleet.actors.values())
 
 
+@pytest.mark.ci
 def test_a_server_answers_from_both_and_shows_them_as_one(both, alone):
     "Over HTTP, while one is killed; the figures are sums, and nothing is in them at the end."
     httpx = pytest.importorskip("httpx")
@@ -335,6 +338,7 @@ def test_no_process_outlives_a_killed_script(tmp_path):
     assert set(os.listdir("/dev/shm")) <= shared
 
 
+@pytest.mark.ci
 def test_no_replica_left_is_said_within_ten_seconds(ray, both):
     "The last test of this file: Ray is told not to start them again."
     fleet, start = both.engine.scheduler, 0

@@ -116,6 +116,7 @@ ASKED = [dict(top_k=1), dict(top_k=VOCAB), dict(top_k=VOCAB - 1), dict(top_k=TIL
          dict(top_p=.5), dict(top_p=.999, temperature=2), dict(top_p=1 - 2**-24), dict(min_p=1), dict(min_p=.5, temperature=.01), dict(top_k=99, top_p=.5, min_p=1e-3), dict(), dict(temperature=0)]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", ADVERSARIAL)
 def test_adversarial_logits(name):
     x = ADVERSARIAL[name].expand(len(ASKED), -1)
@@ -130,6 +131,7 @@ def test_rows_far_apart_and_a_slice_of_wider_ones():
     agree(wide[::2, :4000], [row(seed=i, **p) for i, p in enumerate([dict(), dict(top_k=9), dict(temperature=0), dict(top_p=.7)])])
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_vocabulary_of_qwen3(dtype):
     x = rand(5, 151_936, seed=1, scale=3).to(dtype)
@@ -332,6 +334,7 @@ PLANTED = [("order_key", bits_as_they_are), ("order_key", two_zeros), ("noise", 
            ("scale", nan_stays), ("limit_k", one_fewer), ("weight", all_weigh_one), ("bound_p", no_bound), ("mass_of", forgets_the_rest), ("gather", overwrites), ("score", ignores_thresholds)]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name, broken", PLANTED, ids=[b.fn.__name__ for _, b in PLANTED])
 def test_a_planted_bug_is_found(monkeypatch, name, broken):
     monkeypatch.setattr(kernels, name, broken)
@@ -356,6 +359,7 @@ def test_who_gets_it():
     with pytest.raises(ValueError, match="ops is 'sampling_kernels'.*device 'cuda'"): choose_ops(target(device=torch.device("cpu")), "sampling_kernels")
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("graphs", [False, True])
 def test_the_engine_gives_the_same_tokens(tmp_path, monkeypatch, graphs):
     "Greedy, drawn and filtered requests, one step under way while the next is prepared; in graphs what only has a temperature."
@@ -423,6 +427,7 @@ print("compiled")
 """
 
 
+@pytest.mark.ci
 def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path):
     "And fit into their shared memory, in KiB a block."
     assert run_compiler(COMPILE, tmp_path) == "compiled\n"

@@ -157,6 +157,7 @@ print(len(samples), samples[0].prompt_len, samples[0].expected_output_len, sampl
     assert out == "2 9 128 True\n"
 
 
+@pytest.mark.ci
 def test_weights_read_anew_on_all_ranks(tmp_path, tiny):
     "rl/skip_loading_weights_in_engine_init: collective_rpc on two ranks, and an error on them."
     (tmp_path/"mine.py").write_text("def rank_of(runner, more): return runner.group.rank + more\n"
@@ -290,6 +291,7 @@ for call in (llm.stop_profile, lambda: ProfilerConfig(), lambda: ProfilerConfig(
     assert [line.split()[0] for line in out.splitlines()] == ["stop_profile:", "profiler_config", "profiler_config:", "start_profile"]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("size", [2, 4])
 def test_replicas_under_torchrun(tmp_path, tiny, size):
     "features/torchrun: two engines, of one rank each or of two, which share the prompts by their numbers."
@@ -311,6 +313,7 @@ with open(os.environ["RANK"], "w") as f: json.dump([[parallel.data_parallel_rank
     assert [ids for _, _, ids in found[::size // 2]] == [o["token_ids"] for o in alone]
 
 
+@pytest.mark.ci
 def test_processes_that_share_prompts(tmp_path, tiny):
     "features/data_parallel: a parser's options, a free port, the platform, and an engine in each of two processes."
     run(tmp_path, HELLO + '''

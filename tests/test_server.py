@@ -795,6 +795,7 @@ def adding(*names):
     return [dict(type="function", function=dict(name=name, parameters=schema)) for name in names]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("choice, called", [("required", {"add", "sub"}), (dict(type="function", function=dict(name="sub")), {"sub"})])
 def test_a_call_that_is_asked_for_is_made(tiny, tmp_path, choice, called):
     folder = shutil.copytree(tiny, tmp_path/"tools")

@@ -268,6 +268,7 @@ llm.generate("Hello", SamplingParams(max_tokens=50), use_tqdm=False)
 '''
 
 
+@pytest.mark.ci
 def test_the_second_interrupt_gets_through_a_stopped_rank(tmp_path):
     "The first is put off to the end of the step, which never comes."
     (tmp_path/"script.py").write_text(STOPPED)
@@ -301,6 +302,7 @@ with open(f"{sys.argv[1]}/{os.environ['RANK']}", "w") as f: print([list(o["token
 '''
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("num_hosts", [1, 2])
 def test_torchrun_on_one_host_and_on_two(num_hosts, alone, tmp_path):
     "Two agents on the loopback stand for two hosts; every rank runs the same script and gets TP=1's tokens."
@@ -333,6 +335,7 @@ time.sleep(0 if rank else 2)
 """
 
 
+@pytest.mark.ci
 def test_a_rank_may_end_right_after_a_message():
     "The group's thread lets go of its last tensor before Python ends, or the process would abort."
     ports = [get_open_port() for _ in range(2)]

@@ -72,6 +72,7 @@ def their_logits():
     return [hf_logits(reference(), prompt + ours) for prompt, ours in zip(prompts(), answers())]
 
 
+@pytest.mark.ci
 def test_greedy_equals_hugging_face():
     "Each token is the best after all that stand before it, as transformers sees them; for two prompts its `generate` says so itself."
     for prompt, ours, logits in zip(prompts(), answers(), their_logits()):

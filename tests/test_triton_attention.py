@@ -179,6 +179,7 @@ def test_agrees_in_half_precision(case):
     assert float((out.float() - expected).abs().max()) <= 2.1 * DTYPES[q.dtype] * largest
 
 
+@pytest.mark.ci
 @few(20)
 @given(cases())
 def test_nothing_before_the_window_is_read(case):
@@ -189,6 +190,7 @@ def test_nothing_before_the_window_is_read(case):
     assert not attend(batch, cache, q, k, v, tiles, window)[0].isnan().any()
 
 
+@pytest.mark.ci
 @few(10)
 @given(cases(dtypes=list(DTYPES)))
 def test_the_layout_makes_no_difference(case):
@@ -208,6 +210,7 @@ def test_split_and_transposed_inputs():
     assert torch.equal(attend(batch, cache, *views)[0], attend(batch, cache, q, k, v)[0])
 
 
+@pytest.mark.ci
 @few(12)
 @given(cases(dtypes=list(DTYPES)), st.randoms(use_true_random=False))
 def test_a_sequence_gets_the_same_bits_whoever_shares_its_batch(case, rng):
@@ -221,6 +224,7 @@ def test_a_sequence_gets_the_same_bits_whoever_shares_its_batch(case, rng):
     assert torch.equal(attend(alone, cache, q[span], k[span], v[span], tiles, window)[0], both[span])
 
 
+@pytest.mark.ci
 @few(15)
 @given(cases(dtypes=list(DTYPES)), st.randoms(use_true_random=False))
 def test_block_tables_may_be_a_view_of_wider_ones(case, rng):
@@ -265,6 +269,7 @@ def fill(metadata, batch):
     metadata.list_work()
 
 
+@pytest.mark.ci
 @few(8)
 @given(st.lists(st.lists(st.integers(1, 400), min_size=1, max_size=6), min_size=2, max_size=3), st.none() | st.integers(1, 400),
        st.integers(0, 99))
@@ -397,6 +402,7 @@ print("compiled")
 """
 
 
+@pytest.mark.ci
 def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path): assert run_compiler(COMPILE, tmp_path) == "compiled\n"
 
 
@@ -414,6 +420,7 @@ def check(capability, dtype, dim, chunks, group=4):
 """
 
 
+@pytest.mark.ci
 def test_the_largest_tiles_fit_the_smallest_shared_memory(tmp_path):
     "Keys of float32 and 256 numbers, the most that a model has here, on sm_86, for prompts."
     assert run_compiler(SHARED + 'check(86, "fp32", 256, 1)\nprint("fits")', tmp_path) == "fits\n"

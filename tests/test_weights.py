@@ -318,6 +318,7 @@ def write_gguf(file, model, architecture="llama"):
     return file
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_gguf_file_goes_through_the_demo_models_door(tied, tmp_path, monkeypatch):
     monkeypatch.setenv("NANO_VLLM_CACHE", str(tmp_path/"cache"))

@@ -11,10 +11,13 @@ SHORT = {
         "c873c072": [("97", "25")],
         "d93a0e47": [("story, 16", "story, 6")],
         "ad4b5485": [("batch, 32", "batch, 12")],
-        "5457fbcb": [("ids, 32", "ids, 12")],
-        "f13a5e08": [("[ids], 32", "[ids], 12")],
+        "5457fbcb": [("ids, 32", "ids, 12"), ("zip(batch, answers)", "list(zip(batch, answers))[:2]")],
+        "f13a5e08": [("[ids], 32", "[ids], 12"), ("zip(batch, answers)", "list(zip(batch, answers))[:2]"), ("zip(batch, sampled)", "list(zip(batch, sampled))[:2]")],
         "b915c815": [("max_tokens=64", "max_tokens=12")],
     },
+    "triton_kernels": {"d23f0824": [("range(20)", "range(4)")]},
+    "model": {"0f0a4ed5": [("(1, 2, 4, 8, 16, 32, 64)", "(1, 2, 4, 64)")]},
+    "cuda_graphs": {"13ed3ae3": [("range(1, 6)", "range(1, 5)")]},
     "engine": {
         "2de79f20": [("max_tokens=24", "max_tokens=12")],
         "5d9e87c8": [("max_tokens=24", "max_tokens=12")],
@@ -34,16 +37,39 @@ SHORT = {
         "6a8f25cc": [("if recording else 3", "if recording else 2")],
         "d1c04d69": [("(256, 0)", "(64, 0)")],
     },
+    "cpu_kernels": {"309ce4f6": [("((8,), range(1))", "((1,), range(1))")]},
+    "cpu_products": {
+        "75101231": [("(1, 2, 4, 8, 16, 32, 128, 512)", "(1, 8, 128)")],
+        "28e7bd5c": [("((8,), range(1))", "((1,), range(1))")],
+    },
+    "bfloat16": {"5bb76319": [("((8,), range(1))", "((1,), range(1))")]},
+    "quantization": {
+        "f94bdf59": [("ids[:1024]", "ids[:256]")],
+        "f91e7c47": [("ids[:2048]", "ids[:512]")],
+    },
     "four_bits": {
         "2b6199fc": [("ids[:1024]", "ids[:256]")],
         "be330730": [("ids[:1024]", "ids[:256]")],
         "0dae760b": [("else 12", "else 3")],
         "f4d618b7": [("num_turns=15", "num_turns=3")],
         "69c88866": [("else 10", "else 3")],
+        "83c9860b": [("ids[:2048]", "ids[:512]")],
     },
-    "ranks": {"92ffc7be": [("rounds=101", "rounds=11")]},
+    "fp8": {
+        "20016267": [("ids[:1024]", "ids[:256]")],
+        "a478e89c": [("ids[:1024]", "ids[:256]")],
+    },
+    "fusions": {
+        "d6ff12bb": [("(rotate_by_roll, rotate)", "(rotate,)")],
+        "5e19c415": [("(1, 2, 9, 64)", "(1, 9)")],
+    },
+    "ranks": {
+        "92ffc7be": [("rounds=101", "rounds=11")],
+        "12ece768": [("max_tokens=16", "max_tokens=6")],
+    },
     "mixture_of_experts": {"4acb84b9": [("runs=7", "runs=1")]},
     "async_llm": {"6cc84fd0": [("for way in ways}", "for way in ways[::2]}")]},
+    "structured_output": {"c1f6a466": [("answers(20)", "answers(4)")]},
     "lora": {
         "2c19d3ef": [("range(10)", "range(1)")],
         "e4831a7d": [("max_tokens=16", "max_tokens=6")],
@@ -57,7 +83,9 @@ SHORT = {
         "483ad739": [("in CASES.items()", "in list(CASES.items())[:1]")],
         "a412b7c8": [("num_tokens=48", "num_tokens=4")],
         "31afd8a3": [("(1, 16, 32)", "(1, 2, 4)")],
+        "771d7f5f": [("in WAYS.items()", "in list(WAYS.items())[1:2]")],
     },
+    "replicas": {"e34387e2": [("else 2)", "else 1)")]},
     "disaggregated_prefill": {
         "d1a00021": [("num_cpus=10", "num_cpus=4")],
         "d1a00049": [("in WAYS.items()}", "in list(WAYS.items())[2:3]}")],
@@ -69,6 +97,7 @@ SHORT = {
         "230ebe63": [("rounds=2", "rounds=1")],
         "d4eaacce": [("rounds=41", "rounds=5")],
         "e8142a50": [("(2, 3, 4)", "(2, 3)")],
+        "64006827": [("twelve, seeded", "twelve[:4], seeded[:4]")],
     },
 }
 
