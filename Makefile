@@ -79,3 +79,4 @@ book:            ## render the book into _docs (needs Quarto)
 	@quarto render 2> build/quarto.log; status=$$?; cat build/quarto.log >&2; exit $$status
 	@! grep -nE 'WARN|ERROR' build/quarto.log || { echo "make book: each of the lines above has to go" >&2; exit 1; }
 	@! grep -rnoE --include='*.html' '\?@?(sec|fig|tbl|eq)-[a-z0-9-]+' _docs || { echo "make book: the references above lead nowhere" >&2; exit 1; }
+	@! grep -rlE --include='*.html' 'quarto-uncaptioned' _docs || { echo "make book: the pages above have a figure of several pictures without fig-subcap" >&2; exit 1; }

@@ -47,7 +47,7 @@ static inline floats add(floats sum, Pair x, ints w) {
 # %% ../nbs/24_bfloat16.ipynb #7e69c064
 BFLOAT16_PRODUCT = r"""
 #include <memory>
-constexpr int64_t PIECE = 512;   // rows at a time, which stay in a core's cache
+constexpr int64_t PIECE = 512;   // rows at a time: no more are held rounded
 #if defined(__AVX512BF16__) && !WIDEN
 struct Rows {
   std::unique_ptr<Pair[]> rounded;
@@ -112,8 +112,8 @@ static void tile(const X* x, const W* w, const W* ahead, int64_t inputs,
   _tile_loadconfig(&shape);           // all sums are 0 now
   bool asked = ahead != w;
   for (int64_t i = 0; i < inputs; i += 16, w += 16 * WIDE) {
-    for (int k = 0; k < (asked ? 16 : 16 * WIDE); k++)
-      __builtin_prefetch(asked ? ahead + i + k : w + 64 * WIDE + k, 0, 2);
+    if (asked)
+      for (int k = 0; k < 16; k++) __builtin_prefetch(ahead + i + k, 0, 2);
     ADD_ROWS(0, 1, 2, x + i)
     if (R > 16) { ADD_ROWS(3, 4, 5, x + SECOND * inputs + i) }
   }
@@ -125,6 +125,7 @@ static void tile(const X* x, const W* w, const W* ahead, int64_t inputs,
 
 # %% ../nbs/24_bfloat16.ipynb #16a02548
 ARCH_PRCTL, REQUEST, TILE_DATA = 158, 0x1023, 18   # of Linux on x86-64
+# AMX_INT8 is for the next chapter, AVX512BF16 rounds rows
 NEEDED = "linux", "AMX_TILE", "AMX_BF16", "AMX_INT8", "AVX512BF16"
 
 

@@ -191,7 +191,7 @@ class LayerTable:
                     q=new(N, self.q_size), attended=new(N, self.q_size))
 
     def run(self, hidden_states: Tensor, residual: Tensor, cos: Tensor, sin: Tensor,
-            attention: InPlaceAttention, decodes: InPlaceQueries):
+            attention: InPlaceAttention, queries: InPlaceQueries):
         "All layers: hidden_states and residual (N, hidden) are read and written."
         tensors = dict(hidden_states=hidden_states, residual=residual, cos=cos, sin=sin,
                        slot_mapping=attention.slot_mapping, kv_cache=attention.kv_cache)
@@ -201,11 +201,11 @@ class LayerTable:
         step = Step(layers=ctypes.addressof(self.records), num_layers=len(self.records),
                     num_tokens=num_tokens, hidden_size=hidden_size, eps=self.eps,
                     intermediate_size=self.intermediate_size, scale=attention.scale,
-                    cache_size=keys.numel(), queries=ctypes.addressof(decodes.queries),
+                    cache_size=keys.numel(), queries=ctypes.addressof(queries.queries),
                     **{name: address(tensor) for name, tensor in tensors.items()})
         kv_heads, group = self.kv_size // self.head_dim, self.q_size // self.kv_size
         # in a backend without tiles each token attends by itself, however many
-        few = {} if isinstance(decodes, TiledQueries) else dict(FEW=ONE_BY_ONE)
+        few = {} if isinstance(queries, TiledQueries) else dict(FEW=ONE_BY_ONE)
         kernel = run_layers_kernel(self.head_dim, kv_heads, group, 8 * keys.itemsize,
                                    **few)
         kernel(ctypes.byref(step))
@@ -232,13 +232,13 @@ def only_part(attention) -> InPlaceQueries | None:
 def run_layers_at_once(layers, hidden_states: Tensor, residual: Tensor, cos: Tensor,
                        sin: Tensor, attention) -> tuple[Tensor, Tensor]:
     "What `run_layers` gives, in one call where that fits; may write to its inputs."
-    decodes, table = only_part(attention), layer_table(layers)
+    queries, table = only_part(attention), layer_table(layers)
     tensors = hidden_states, residual, cos, sin
-    possible = decodes is not None and table is not None and fits_kernels(*tensors)
+    possible = queries is not None and table is not None and fits_kernels(*tensors)
     if not possible or len(residual) >= table.border:
         return PLAIN.run_layers(layers, *tensors, attention)
     tensors = [tensor.contiguous() for tensor in tensors]
-    table.run(*tensors, attention, decodes)
+    table.run(*tensors, attention, queries)
     return tensors[0], tensors[1]
 
 # %% ../nbs/27_cpu_steps.ipynb #13442027

@@ -12,10 +12,11 @@ from functools import partial
 import torch
 from torch import Tensor
 from .bfloat16 import bfloat16_ops
+from .cpu_kernels import PlainProduct
 from .cpu_products import cpu_products_ops
 from .engine_args import has_fp8
 from .layers import OPS, Ops, Target, last_that_suits, torch_ops
-from .quantization import QUANTIZED, float_linear
+from .quantization import QUANTIZED
 from .sampling_params import log_once
 
 # %% ../nbs/29_fp8.ipynb #04a89e6c
@@ -110,7 +111,7 @@ def fp8_ops(target: Target) -> Ops | None:
         log_once(f"quantization 'fp8' is emulated on this {target.device.type}: it "
                  "answers as a GPU with FP8 does, and is slower than no quantization")
         product = EmulatedFp8Product
-    plain = ops.head_linear or ops.linear or float_linear
+    plain = ops.head_linear or ops.linear or PlainProduct
     linear = partial(fp8_linear, product=product, plain=plain)
     return replace(ops, linear=linear, head_linear=plain, batch_invariant=False)
 OPS["fp8"] = fp8_ops

@@ -6,8 +6,8 @@
 __all__ = ['HADAMARD', 'QUANTIZE', 'ADD_INT8', 'INT8_PRODUCT', 'W8A8', 'W8A8_CONFIG', 'LEFT_OUT', 'DENSE', 'QUANTIZED',
            'quantize', 'int_mm_is_exact', 'check_int_mm', 'group_size', 'hadamard', 'quantize_kernel',
            'fits_int8_kernels', 'hadamard_int8', 'int8_source', 'int8_product', 'Int8Product', 'TiledInt8Product',
-           'int8_linear', 'int8_linear_widened', 'require', 'read_w8a8', 'write_w8a8', 'int8_as_it_is', 'float_linear',
-           'w8a8_ops', 'int8_ops']
+           'int8_linear', 'int8_linear_widened', 'require', 'read_w8a8', 'write_w8a8', 'int8_as_it_is', 'w8a8_ops',
+           'int8_ops']
 
 # %% ../nbs/25_quantization.ipynb #28d51d2a
 import ctypes, functools, json, shutil
@@ -18,9 +18,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn import functional as F
-from .cpu_kernels import (REDUCE, VECTOR_TYPES, call, fits_kernels,
-                                   load_library)
+from .cpu_kernels import (REDUCE, VECTOR_TYPES, PlainProduct, call,
+                                   fits_kernels, load_library)
 from .bfloat16 import (TILE_REGISTERS, bfloat16_ops, fits_tile_registers,
                                 in_float32)
 from .cpu_products import (MULTIPLY, PRODUCT, TILE, TiledProduct,
@@ -32,7 +31,7 @@ from .weights import read_tensors, weight_files
 
 # %% ../nbs/25_quantization.ipynb #f80270c4
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    "(int8 numbers, float32 scales (..., 1)) of rows `x`, whose largest becomes 127."
+    "(int8 numbers, float32 scales (..., 1)) of rows `x`; the largest size becomes 127."
     x = x.float()
     scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
     return (x / scale).round().to(torch.int8), scale
@@ -111,14 +110,16 @@ typedef int8_t bytes __attribute__((vector_size(LANES), aligned(1)));
 extern "C" void quantize(const float* x, int8_t* q, float* scale, int64_t rows) {
   #pragma omp parallel for if (rows > 3)
   for (int64_t row = 0; row < rows; row++) {
-    floats y[N / LANES], most = {};
+    floats y[N / LANES], most = {}, odd = {};
     std::copy(x + row * N, x + row * N + N, (float*)y);
     for (int i = 0; i < N / LANES; i += VECTORS) hadamard(y + i);
     for (int i = 0; i < N / LANES; i++) {
       floats size = y[i] < 0.f ? -y[i] : y[i];
       most = size > most ? size : most;
+      odd = y[i] == y[i] ? odd : y[i];   // NaN, which is never the largest
     }
-    float largest = std::max(127e-30f, max_lane(most)), factor = 127 / largest;
+    float largest = std::max(127e-30f, max_lane(most)) + sum_lanes(odd);
+    float factor = 127 / largest;
     for (int i = 0; i < N / LANES; i++) {
       ints bits = (ints)(y[i] * factor + 0x1.8p23f);
       ((bytes*)(q + row * N))[i] = __builtin_convertvector(bits, bytes);
@@ -234,7 +235,7 @@ class Int8Product:
         self.weight, self.scale = weight, scale[:, 0].contiguous()
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        q, scale = self.round(x.flatten(0, -2))
+        q, scale = self.round(x.reshape(-1, x.shape[-1]))
         y = torch._int_mm(q, self.weight.T) * scale * self.scale
         y = (y if bias is None else y + bias).to(x.dtype)
         return y.view(*x.shape[:-1], len(self.scale))
@@ -249,7 +250,7 @@ class TiledInt8Product(TiledProduct):
         if scale is None: weight, scale = hadamard_int8(weight)
         # what `add` counts too much
         excess = None if registers else 128 * weight.sum(1, dtype=torch.int32)
-        self.hold(product, weight.shape, tiled(weight.view(torch.int32)),
+        self.hold(product, weight.shape, tiled(weight.contiguous().view(torch.int32)),
                   scale[:, 0].contiguous(), excess)
 
 
@@ -323,9 +324,9 @@ def write_w8a8(folder: Path, made: Path):
             shutil.copy(file, made)
     tensors = {}
     for name, tensor in chain.from_iterable(map(read_tensors, weight_files(folder))):
-        tensors[name] = tensor[:]
+        tensors[name] = weight = tensor[:]
         if not name.endswith("_proj.weight"): continue
-        tensors[name], tensors[f"{name}_scale"] = quantize(tensor[:])
+        tensors[name], tensors[f"{name}_scale"] = quantize(weight)
     save_file(tensors, made/"model.safetensors", metadata={"format": "pt"})
     config = read_json(folder/"config.json") | {"quantization_config": W8A8_CONFIG}
     (made/"config.json").write_text(json.dumps(config, indent=1))
@@ -337,18 +338,13 @@ def int8_as_it_is(weight: Tensor, scale: Tensor):
     return (TiledInt8Product if fits else Int8Product)(weight, scale)
 
 
-def float_linear(weight: Tensor):
-    "PyTorch's product with `weight` as it is, for Ops that have no `linear`."
-    return lambda x, bias=None: F.linear(x, weight, bias)
-
-
 def w8a8_ops(target: Target, ops: Ops, own_kernels: bool) -> Ops:
     "`ops` for a checkpoint in W8A8; ValueError for a mixture of experts."
     if target.config.mlp is not None:
         raise ValueError("quantization_config must be left out for a mixture of "
                          "experts, whose weights are read as floats only")
     return replace(ops, linear=int8_as_it_is if own_kernels else Int8Product,
-                   head_linear=ops.linear or float_linear, int8_weights=True)
+                   head_linear=ops.linear or PlainProduct, int8_weights=True)
 
 # %% ../nbs/25_quantization.ipynb #fd8650a9
 def int8_ops(target: Target) -> Ops | None:

@@ -40,7 +40,7 @@ crossref: {chapters}
 format: {html: {ipynb-filters, theme: {light, dark}, respect-user-color-scheme, toc, toc-depth, number-depth, code-copy,
          code-overflow, code-annotations, lightbox, citations-hover, crossrefs-hover, footnotes-hover, mermaid: {theme}, html-math-method}}
 """
-OPTIONS = {"label", "fig-cap", "fig-alt", "tbl-cap", "code-fold", "code-summary", "echo", "output", "warning", "eval"}
+OPTIONS = {"label", "fig-cap", "fig-subcap", "fig-alt", "tbl-cap", "code-fold", "code-summary", "echo", "output", "warning", "eval"}
 REQUIRED = {"torch", "triton", "transformers", "safetensors", "xxhash", "numpy", "tqdm", "gguf", "fastcore",
             "tokenizers", "huggingface_hub"}                 # the last two come with transformers
 OPTIONAL = {"llguidance", "flash_attn", "starlette", "uvicorn", "aiohttp", "prometheus_client", "ray"}   # behind extras of their own, imported when they are needed

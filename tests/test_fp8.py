@@ -18,7 +18,7 @@ from nano_vllm.fp8 import (
 from nano_vllm.fusions import FusedFp8Product, compiled_norm, fused_or_compiled_rope_and_cache, fused_rope_and_cache
 from nano_vllm.layers import OPS, Ops, choose_ops
 from nano_vllm.model import ModelConfig
-from nano_vllm.quantization import float_linear
+from nano_vllm.cpu_kernels import PlainProduct
 from nano_vllm.triton_attention import TritonAttention
 from nano_vllm.weights import load_model
 from test_cpu_kernels import target
@@ -173,7 +173,7 @@ def test_a_model_in_fp8(family, changes, tmp_path):
     make(family, tmp_path, **changes, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96, head_dim=16)
     config, ids = ModelConfig.from_folder(tmp_path), [(7*i + i*i) % 90 for i in range(40)]
     small = load_model(tmp_path, config, torch.float32, "cpu", ops=choose_ops(target(config, quantization="fp8"), "fp8"))
-    rounded = Ops(linear=by_hand, head_linear=float_linear)
+    rounded = Ops(linear=by_hand, head_linear=PlainProduct)
     plain, hand = (load_model(tmp_path, config, torch.float32, "cpu", ops=ops) for ops in (Ops(), rounded))
     expected, logits, by_hand_logits = (our_logits(m, ids) for m in (plain, small, hand))
     assert 0.005 < (logits - expected).norm() / expected.norm() < WORST
@@ -209,7 +209,7 @@ def test_what_is_chosen_without_the_hardware():
         plain = next(filter(None, (OPS[name](replace(asked, quantization=None)) for name in ("bfloat16", "cpu_products", "torch"))))
         ops = choose_ops(asked)
         assert ops.linear.keywords["product"] is EmulatedFp8Product
-        assert ops.head_linear is ops.linear.keywords["plain"] is (plain.linear or float_linear)
+        assert ops.head_linear is ops.linear.keywords["plain"] is (plain.linear or PlainProduct)
         assert replace(ops, linear=None, head_linear=None) == replace(plain, linear=None, head_linear=None)
         assert choose_ops(replace(asked, quantization="fp8_per_channel")).linear.keywords == ops.linear.keywords
     assert fp8_ops(target()) is None and fp8_ops(target(quantization="int8")) is None
@@ -224,7 +224,7 @@ def test_what_is_chosen_on_a_gpu(capability, product, monkeypatch):
     asked = target(DENSE, torch.bfloat16, "cuda", quantization="fp8")
     for compile in (False, True):
         ops = choose_ops(replace(asked, compile=compile))
-        assert ops.linear.keywords["product"] is product and ops.attention is TritonAttention and ops.head_linear is float_linear
+        assert ops.linear.keywords["product"] is product and ops.attention is TritonAttention and ops.head_linear is PlainProduct
         assert ops.rope_and_cache is (fused_or_compiled_rope_and_cache if compile else fused_rope_and_cache)
     args = EngineArgs("x", kv_cache_dtype="fp8")
     if capability >= (8, 9): assert choose_kv_dtype(args, torch.bfloat16, CUDA) == E4M3

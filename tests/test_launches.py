@@ -14,7 +14,7 @@ from nano_vllm.fusions import (
     CountingRecorder, FusedFp8Product, fused_norm, fused_rope_and_cache, fused_silu_and_mul, launches, quantize_rows)
 from nano_vllm.layers import Ops, Target, choose_ops, rms_norm, rope_and_cache, silu_and_mul
 from nano_vllm.model_runner import ModelRunner
-from nano_vllm.quantization import float_linear
+from nano_vllm.cpu_kernels import PlainProduct
 from nano_vllm.triton_attention import TritonAttention
 from nano_vllm.weights import load_model
 from test_fused_rows import rounded
@@ -244,7 +244,7 @@ def test_with_fp8_a_layer_has_four_more():
     try: Fp8Product(torch.ones(16, 16))(torch.ones(1, 16))
     except (RuntimeError, NotImplementedError): pytest.skip("this PyTorch has no FP8 product for processors")
     def a_layer(product):
-        ops = replace(choose_ops(target()), linear=partial(fp8_linear, product=product, plain=float_linear), head_linear=float_linear)
+        ops = replace(choose_ops(target()), linear=partial(fp8_linear, product=product, plain=PlainProduct), head_linear=PlainProduct)
         return launches_a_layer(ops, head_dim=16, hidden_size=64, intermediate_size=96)
     assert a_layer(FusedFp8Product) <= 14 and a_layer(Fp8Product) == a_layer(FusedFp8Product) + 4*7
 

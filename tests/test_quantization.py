@@ -53,6 +53,29 @@ def test_rounding_stays_within_half_a_step(seed, n, size):
     assert ((x.double() - q * scale.double()).abs() <= scale * (0.5 + 127 * 3 * ROUNDING)).all()
 
 
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("outputs", [16, 24])
+def test_what_is_no_number_stays_none_and_in_its_row(outputs, odd):
+    "A model that is broken must not look whole: NaN is never the largest of a row."
+    product, x = exact_product(random(0, outputs, 64)), random(1, 5, 64)
+    if not product: return
+    whole = product(x)
+    x[2, 7] = odd
+    y = product(x)
+    assert y[2].isnan().all() and torch.equal(y[[0, 1, 3, 4]], whole[[0, 1, 3, 4]])
+
+
+@pytest.mark.parametrize("outputs", [16, 24])
+def test_a_lone_row_and_weights_that_lie_otherwise(outputs):
+    weight, x = random(0, 64, outputs).T, random(1, 3, 64)
+    product = exact_product(weight)
+    if not product: return
+    assert torch.equal(product(x[0]), product(x)[0])
+    numbers, scale = hadamard_int8(weight)
+    given = type(product)(numbers.T.contiguous().T, scale)
+    assert torch.equal(given(x), type(product)(numbers, scale)(x))
+
+
 def test_a_row_of_zeros():
     for q, scale in (quantize(torch.zeros(2, 64)), hadamard_int8(torch.zeros(2, 64))):
         assert not q.any() and scale.isfinite().all() and (scale > 0).all()

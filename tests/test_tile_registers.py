@@ -82,19 +82,20 @@ def modelled(source: str) -> str:
     return source.replace(TILE_REGISTERS, TILE_REGISTERS.replace("#include <immintrin.h>", MODEL))
 
 
+# the product itself is made before anything is changed: what it loads is kept for all that come later
 def model_of_bfloat16(weight: torch.Tensor) -> Bfloat16Product:
+    product = Bfloat16Product(weight)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bfloat16, "load_product", lambda source, **numbers: load_product(modelled(source), **numbers))
-        product = Bfloat16Product(weight)
         product.hold(bfloat16_product.__wrapped__(registers=True), weight.shape, product.tensors[0])
     return product
 
 
 def model_of_int8(weight: torch.Tensor, change=lambda source: source) -> TiledInt8Product:
+    product = TiledInt8Product(weight)
+    packed, scale, _ = product.tensors
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quantization, "load_product", lambda source, **numbers: load_product(change(modelled(source)), **numbers))
-        product = TiledInt8Product(weight)
-        packed, scale, _ = product.tensors
         product.hold(int8_product.__wrapped__(weight.shape[1], registers=True), weight.shape, packed, scale)
     return product
 
