@@ -55,7 +55,7 @@ peers: venv      ## this engine beside vLLM and llama.cpp on this machine, 20 mi
 	$(BIN)/python tools/peers.py
 
 fuzz: venv       ## the fuzz tests for longer: FUZZ=number of workloads
-	NANO_VLLM_FUZZ=$(FUZZ) $(BIN)/python -m pytest -k fuzz --timeout 0
+	NANO_VLLM_FUZZ=$(FUZZ) $(BIN)/python -m pytest -m "not slow" -k fuzz --timeout 0
 
 lab: venv        ## open the notebooks in JupyterLab
 	$(BIN)/python -m jupyterlab --allow-root --notebook-dir nbs
