@@ -154,12 +154,12 @@ class EngineArgs:
     long_prefill_token_threshold: int = 0 # of them, most for one prompt; 0: no limit
     gpu_memory_utilization: float | None = None   # default: see memory_budget
     num_kv_blocks: int | None = None      # default: what memory allows
-    enable_prefix_caching: bool = True
+    enable_prefix_caching: bool = True    # keep blocks for prompts that begin alike
     enforce_eager: bool = False           # no CUDA graphs
     async_scheduling: bool | None = None  # prepare a step while one is computed
     compile: bool = False                 # join small operations in fewer kernels
     ops: str = "auto"                     # implementations, by name: see `OPS`
-    attention_backend: str = "auto"
+    attention_backend: str = "auto"       # by name: a wrong one lists them
     load_format: str = "auto"             # "dummy": random weights, for benchmarks
     quantization: str | None = None       # how the weights are held
     speculative_config: dict | None = None    # how to guess ahead: see `SPECULATORS`

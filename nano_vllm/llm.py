@@ -704,13 +704,13 @@ REFUSED_METHODS = {name: why for why, names in {
 # %% ../nbs/18_llm.ipynb #89b12c88
 class TextPrompt(TypedDict):
     "A prompt as text."
-    prompt: str
+    prompt: str                    # the text
 
 
 class TokensPrompt(TypedDict, total=False):
     "A prompt as token ids, with its text if that is known."
-    prompt_token_ids: list[int]
-    prompt: str
+    prompt_token_ids: list[int]    # what the model reads
+    prompt: str                    # the text
 
 
 PromptType = str | list[int] | TextPrompt | TokensPrompt

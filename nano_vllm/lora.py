@@ -39,9 +39,9 @@ from .weights import is_finite, read_tensors
 @dataclass(frozen=True)
 class LoRARequest:
     "The adapter that a request wants: a name, a number from 1 on, and peft's folder."
-    lora_name: str
-    lora_int_id: int
-    lora_path: str | Path
+    lora_name: str           # what logs and clients call it
+    lora_int_id: int         # from 1 on; one number, one adapter
+    lora_path: str | Path    # the folder that peft wrote
 
     def __post_init__(self):
         if not isinstance(self.lora_name, str) or not self.lora_name:

@@ -64,14 +64,14 @@ class PoolingParams:
     "What is wanted of a text's vector, in vLLM's names; ValueError on a bad value."
     use_activation: bool | None = None     # make its length 1; None: yes
     dimensions: int | None = None          # the first so many numbers; None: all
-    step_tag_id: int | None = None
-    returned_token_ids: list | None = None
+    step_tag_id: int | None = None         # refused
+    returned_token_ids: list | None = None    # refused
     task: str | None = None                # "embed", which is all there is
-    requires_token_ids: bool = False
-    skip_reading_prefix_cache: bool | None = None
-    late_interaction_params: object = None
-    extra_kwargs: dict | None = None
-    output_kind: RequestOutputKind = RequestOutputKind.FINAL_ONLY
+    requires_token_ids: bool = False       # refused
+    skip_reading_prefix_cache: bool | None = None    # True: compute all of the text
+    late_interaction_params: object = None    # refused
+    extra_kwargs: dict | None = None       # refused
+    output_kind: RequestOutputKind = RequestOutputKind.FINAL_ONLY   # the only one
 
     def __post_init__(self): check_fields(self)
 
@@ -119,18 +119,18 @@ class PoolingRunner(ModelRunner):
 @dataclass
 class PoolingRequestOutput:
     "What a request for a vector has given; vLLM's names."
-    request_id: str
-    outputs: object
-    prompt_token_ids: list[int]
-    num_cached_tokens: int
-    finished: bool
+    request_id: str                 # the engine's number of it, or the caller's name
+    outputs: object                 # an EmbeddingOutput or a ScoringOutput
+    prompt_token_ids: list[int]     # what the model read
+    num_cached_tokens: int          # of them, found in the prefix cache
+    finished: bool                  # always True
     error = None          # a name of vLLM's for what never happens here
 
 
 @dataclass
 class EmbeddingOutput:
     "A vector, and how long it is."
-    embedding: list[float]
+    embedding: list[float]          # `dimensions` numbers
     @property
     def hidden_size(self) -> int: return len(self.embedding)
     def __repr__(self): return f"EmbeddingOutput(hidden_size={self.hidden_size})"
@@ -247,7 +247,7 @@ def embed(self: LLM, prompts, *, use_tqdm=True, pooling_params=None, lora_reques
 @dataclass
 class ScoringOutput:
     "How near two texts are, from -1 to 1."
-    score: float
+    score: float    # the cosine of the angle between their vectors
 
 
 class ScoringRequestOutput(PoolingRequestOutput): "Its `outputs`: a ScoringOutput."

@@ -27,9 +27,9 @@ from .tokenizer import Detokenizer, NoTokenizer, Tokenizer
 @dataclass
 class CompletionOutput:
     "One answer."
-    index: int
-    text: str
-    token_ids: list[int]
+    index: int                                        # from 0, of `n` answers
+    text: str                                         # without what ended it
+    token_ids: list[int]                              # with the token that ended it
     cumulative_logprob: float | None = None           # of the answer, if asked for
     logprobs: list[dict[int, Logprob]] | None = None  # for each token: it and the best
     finish_reason: str | None = None      # "stop", "length", "abort", "repetition"
@@ -49,11 +49,11 @@ def since(start: float | None, end: float | None) -> float | None:
 @dataclass
 class RequestMetrics:
     "Readings of `time.perf_counter` in seconds, and what follows from them."
-    arrival_time: float
-    first_scheduled_time: float | None = None
-    first_token_time: float | None = None
-    finished_time: float | None = None
-    num_generated_tokens: int = 0
+    arrival_time: float                          # when it came
+    first_scheduled_time: float | None = None    # when its first step began
+    first_token_time: float | None = None        # when its first token was there
+    finished_time: float | None = None           # when it ended
+    num_generated_tokens: int = 0                # of all its answers
 
     @property
     def queue_time(self): return since(self.arrival_time, self.first_scheduled_time)
@@ -69,13 +69,13 @@ class RequestMetrics:
 @dataclass
 class RequestOutput:
     "What a request has given: all of it, or, from `stream`, what is new."
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-    finished: bool
+    request_id: str                   # the engine's number of it, or the caller's name
+    prompt: str | None                # its text; None if it came as token ids
+    prompt_token_ids: list[int]       # what the model read
+    outputs: list[CompletionOutput]   # the answers, `n` of them
+    finished: bool                    # have all answers ended?
     num_cached_tokens: int = 0        # prompt tokens found in the prefix cache
-    metrics: RequestMetrics | None = None
+    metrics: RequestMetrics | None = None   # when it came, began and ended
     prompt_logprobs: list | None = None   # None, then a dict for each further token
     # names of vLLM's for what a request never has here
     lora_request = encoder_prompt = encoder_prompt_token_ids = None

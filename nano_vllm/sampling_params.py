@@ -290,47 +290,47 @@ class RequestOutputKind(Enum):
 @dataclass
 class SamplingParams:
     "How to choose a request's tokens, in vLLM's terms; ValueError on a bad value."
-    n: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    max_tokens: int | None = 16
-    min_tokens: int = 0
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
-    ignore_eos: bool = False
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    skip_special_tokens: bool = True
-    logprob_token_ids: list[int] | None = None
-    logit_bias: dict[int, float] | None = None
-    allowed_token_ids: list[int] | None = None
-    trace_decode_token_ids: list[int] | None = None
-    bad_words: str | list[str] | None = None
-    detokenize: bool = True
-    include_stop_str_in_output: bool = False
-    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
-    repetition_detection: RepetitionDetectionParams | None = None
-    structured_outputs: StructuredOutputsParams | None = None
-    skip_reading_prefix_cache: bool | None = None
-    extra_args: dict | None = None
+    n: int = 1                                   # answers to the prompt
+    temperature: float = 1.0                     # < 1 prefers the likely; 0: the best
+    top_p: float = 1.0                           # the best, up to this probability
+    top_k: int = 0                               # so many of the best; 0 or -1: all
+    min_p: float = 0.0                           # no less than this times the best
+    presence_penalty: float = 0.0                # off the logits of output tokens
+    frequency_penalty: float = 0.0               # the same, times how often they came
+    repetition_penalty: float = 1.0              # logits of tokens so far divided by it
+    seed: int | None = None                      # same seed, same text; None: any
+    max_tokens: int | None = 16                  # in an answer; None: what fits
+    min_tokens: int = 0                          # before so many nothing ends it
+    stop: str | list[str] | None = None          # strings that end it
+    stop_token_ids: list[int] | None = None      # tokens that end it, besides EOS
+    ignore_eos: bool = False                     # EOS ends nothing
+    logprobs: int | None = None                  # of a token and so many best; -1: all
+    prompt_logprobs: int | None = None           # the same for the prompt's tokens
+    skip_special_tokens: bool = True             # no end markers in the text
+    logprob_token_ids: list[int] | None = None   # tokens in place of the best
+    logit_bias: dict[int, float] | None = None   # token -> what its logit gets
+    allowed_token_ids: list[int] | None = None   # the only ones to choose from
+    trace_decode_token_ids: list[int] | None = None   # the answer, given beforehand
+    bad_words: str | list[str] | None = None     # strings that must not appear
+    detokenize: bool = True                      # False: token ids without text
+    include_stop_str_in_output: bool = False     # the text has what ended it
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE   # in a stream
+    repetition_detection: RepetitionDetectionParams | None = None   # ends circles
+    structured_outputs: StructuredOutputsParams | None = None   # the text's form
+    skip_reading_prefix_cache: bool | None = None   # True: compute the whole prompt
+    extra_args: dict | None = None               # for logits processors of your own
     speculative: bool = True    # may the engine guess ahead, if it was built to?
-    # names that are accepted or refused
-    spaces_between_special_tokens: bool = True
-    stream_interval: int | None = None
-    flat_logprobs: bool = False
-    prompt_logprob_token_ids: list | None = None
-    prompt_logprob_start: int | None = None
-    thinking_token_budget: int | None = None
-    watermarking: bool | None = None
-    routed_experts_prompt_start: int = 0
-    skip_clone: bool = False
-    output_text_buffer_length: int = 0
+    # vLLM's names without effect, or refused, unless they have their defaults
+    spaces_between_special_tokens: bool = True   # no effect
+    stream_interval: int | None = None           # no effect
+    flat_logprobs: bool = False                  # refused
+    prompt_logprob_token_ids: list | None = None   # refused
+    prompt_logprob_start: int | None = None      # refused
+    thinking_token_budget: int | None = None     # refused
+    watermarking: bool | None = None             # no effect
+    routed_experts_prompt_start: int = 0         # no effect
+    skip_clone: bool = False                     # no effect
+    output_text_buffer_length: int = 0           # no effect
 
     def __post_init__(self): check_params(self)
 
@@ -387,6 +387,6 @@ class BeamSearchParams:
 @dataclass
 class Logprob:
     "Log-probability of a token and its place (1 is best); the engine adds the text."
-    logprob: float
-    rank: int
-    decoded_token: str | None = None
+    logprob: float                      # natural logarithm of its probability
+    rank: int                           # 1 is the likeliest
+    decoded_token: str | None = None    # the token's text

@@ -37,7 +37,7 @@ execute: {enabled}
 bibliography:
 link-citations:
 crossref: {chapters}
-format: {html: {ipynb-filters, theme: {light, dark}, respect-user-color-scheme, toc, toc-depth, number-depth, code-copy,
+format: {html: {filters, syntax-definitions, ipynb-filters, theme: {light, dark}, respect-user-color-scheme, toc, toc-depth, number-depth, code-copy,
          code-overflow, code-annotations, lightbox, citations-hover, crossrefs-hover, footnotes-hover, mermaid: {theme}, html-math-method}}
 """
 OPTIONS = {"label", "fig-cap", "fig-subcap", "fig-alt", "tbl-cap", "code-fold", "code-summary", "echo", "output", "warning", "eval"}
@@ -107,7 +107,16 @@ def test_quarto_yml_has_only_keys_that_are_known_to_render():
     assert unknown_keys({"project": {"type": "book", "resource": []}}, yaml.safe_load(EXAMPLE)) == ["project.resource"]
     assert quarto()["project"]["type"] == "book"            # a website resolves no reference between pages
     assert quarto()["execute"] == {"enabled": False}
-    for name in quarto()["format"]["html"]["ipynb-filters"]: assert (ROOT/"nbs"/name).resolve().is_file()
+    html = quarto()["format"]["html"]
+    for name in html["ipynb-filters"]: assert (ROOT/"nbs"/name).resolve().is_file()
+    for name in html["filters"] + html["syntax-definitions"]: assert (ROOT/name).is_file()
+
+
+def test_cpp_between_three_quotes_begins_as_the_sites_colours_know_it():
+    strings = [(where, text) for where, cell in CODE for text in re.split(r"(?<!\+)= *r?(?=\"{3})", cell.source)[1:]
+               if re.search(r'static inline|extern "C"', text.split('"""')[1])]
+    none(f"{where}: {text[:40]!r}" for where, text in strings if not text.startswith(('"""\n', '"""extern ')))
+    assert len(strings) > 40
 
 
 def test_workflows_parse_and_pages_name_only_targets_that_exist():

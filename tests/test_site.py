@@ -131,6 +131,12 @@ def test_the_interface_lists_every_public_name():
     for field in nano_vllm.SamplingParams.__dataclass_fields__: assert f"| `{field}` |" in page
 
 
+def test_the_interface_says_what_every_field_means():
+    rows = re.findall(r"^\| `(\w+)` .*\| (.*?) \|$", write_pages.api(), re.M)
+    assert len(rows) > 100 and all(meaning for _, meaning in rows)
+    assert dict(rows)["top_p"] == "the best, up to this probability"
+
+
 def test_the_home_page_has_what_sells_the_book():
     page = (ROOT/"index.qmd").read_text(encoding="utf-8")
     assert page.startswith("# Start here {.unnumbered}\n")        # without its own title it would be chapter 1

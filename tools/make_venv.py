@@ -56,7 +56,8 @@ def main(torch):
         sys.exit("make_venv: " + problem)
     moved = bool(stamp) and stamp.split("\n")[0] != ROOT  # a virtual environment does not survive a move
     run(sys.executable, "-m", "venv", *(["--clear"] if moved else []), VENV)
-    pip = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check"]
+    pip = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check",
+           "--no-compile"]  # Python compiles what is imported, when it is
     run(*pip, torch)  # first and alone, so that nothing else chooses the build
     run(*pip, torch, "-e", ".[dev]")
     with open(STAMP, "w") as f:

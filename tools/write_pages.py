@@ -77,7 +77,7 @@ def entry(module: Module, name: str, chapter) -> str:
         said = indent(ast.get_docstring(method), "    ").lstrip()          # all of its paragraphs belong to the method
         parts.append(f"`{signature(method)}`\n\n:   {said}")
     rows = [f"| `{n}` | {code(kind)} | {code(default)} | {text} |" for n, kind, default, text in module.fields(name)]
-    if rows: parts.append("\n".join(["| field | type | default | |", WIDTHS, *rows]))
+    if rows: parts.append("\n".join(["| field | type | default | meaning |", WIDTHS, *rows]))
     return "\n\n".join(parts)
 
 
