@@ -116,6 +116,15 @@ def test_every_figure_has_a_text_for_those_who_cannot_see_it(filtered):
     assert quarto_filter.with_alt_texts(bare)["cells"][0]["source"] == '#| label: fig-x\n#| fig-cap: "A cap: one."\n#| fig-alt: "A cap: one."\nplot()'
 
 
+def test_pictures_of_several_machines_bear_their_names(filtered):
+    text = "".join(quarto_filter.text_of(cell) for cell in filtered["19_benchmark"]["cells"])
+    assert '#| fig-subcap: ["AMD EPYC, 2 cores", "Intel' in text
+    picture = dict(data={"image/svg+xml": "<svg/>"})
+    for count, named in ((1, False), (2, True), (3, False)):
+        cell = dict(cell_type="code", source='#| fig-cap: "A."\nfor e in recorded("peers"): draw(e)', outputs=[picture]*count)
+        assert ("fig-subcap" in quarto_filter.with_machines(dict(cells=[cell]))["cells"][0]["source"]) == named
+
+
 # ---- pages
 
 @pytest.mark.parametrize("name", write_pages.PAGES)

@@ -7,6 +7,7 @@ the lines that are bare directives go (`#| export`), and options (`#| label: fig
 - below the title what a chapter takes and needs, all of it read from the notebooks: minutes, chapters it builds on, the file
   of vLLM to open next, links to Colab and to the notebook, and which edition its outputs are from;
 - a text for those who cannot see a figure, from its caption, unless the cell has one (`fig-alt`);
+- the machines' names below the pictures of a cell that draws one for each;
 - a link to the glossary where a chapter first uses one of its terms;
 - the solution of each exercise from the notebook that the chapter links to: text, code and output in one closed box. The box
   is a single markdown cell, since Quarto shows those as they are, and HTML's own `details`: a callout that is closed has no key that opens it.
@@ -28,6 +29,7 @@ SOLUTION = re.compile(r"## (\d+)\. .*")               # and its solution in the 
 IMPORT = re.compile(r"^\s*from nano_vllm(?:\.| import )(\w+)", re.M)     # a module, or LLM
 MODULE_IMPORT = re.compile(r"^from \.(\w+) import", re.M)                       # the same in an exported module
 VLLM = re.compile(r"`((?:vllm|csrc)/[\w./-]+\.\w+)`")    # a file of vLLM's
+RECORDED = re.compile(r'recorded\("([\w-]+)"')             # measurements that a chapter reads
 TERM = re.compile(r"^\[([^]]+)\]\{#([\w-]+)\}", re.M)    # an entry of the glossary
 # what is no running text: code, links, citations, formulas, headings, fences, quotes
 NO_PROSE = re.compile(r"(^```.*?^```|`+[^`]*`+|!?\[[^]]*\]\([^)]*\)|\[[^]]*\]\{[^}]*\}|\[?@[\w-]+\]?|\$\$.*?\$\$|\$[^$\n]+\$"
@@ -100,16 +102,39 @@ def with_solutions(nb: dict, folder: Path = FOLDER) -> dict:
     return {**nb, "cells": cells}
 
 
+def below_caption(cell: dict, option: str) -> dict:
+    "The figure's cell with one more option, where it has none of that name."
+    text = "".join(cell["source"])
+    caption = re.search(r"^#\| fig-cap: .*\n", text, re.M)
+    if not caption or f"#| {option.partition(':')[0]}:" in text: return cell
+    text = text.replace(caption[0], f"{caption[0]}#| {option}\n")
+    return {**cell, "source": text if isinstance(cell["source"], str) else text.splitlines(keepends=True)}
+
+
 def with_alt_texts(nb: dict) -> dict:
     "The notebook `nb` in which each figure has a text for those who cannot see it."
+    captions = [re.search(r"^#\| fig-cap: (.*)\n", "".join(cell["source"]), re.M) for cell in nb["cells"]]
+    return {**nb, "cells": [below_caption(cell, f"fig-alt: {caption[1]}") if caption else cell for cell, caption in zip(nb["cells"], captions)]}
+
+
+@functools.cache
+def machines(folder: Path = ROOT/"results") -> dict[str, list[str]]:
+    "{benchmark: the machines that it was measured on}, in the order in which chapters get them."
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        entry = json.loads(path.read_text(encoding="utf-8"))
+        found.setdefault(entry["benchmark"], []).append(entry["machine"]["name"])
+    return found
+
+
+def with_machines(nb: dict) -> dict:
+    "The notebook `nb`, in which a cell that draws a picture for each machine has their names below the pictures."
     cells = []
     for cell in nb["cells"]:
-        text = "".join(cell["source"])
-        caption = re.search(r"^#\| fig-cap: (.*)\n", text, re.M)
-        if caption and "#| fig-alt:" not in text:
-            text = text.replace(caption[0], f"{caption[0]}#| fig-alt: {caption[1]}\n")
-            cell = {**cell, "source": text if isinstance(cell["source"], str) else text.splitlines(keepends=True)}
-        cells.append(cell)
+        pictures = sum(any(kind.startswith("image/") for kind in output.get("data", ())) for output in cell.get("outputs", ()))
+        drawn = [machines().get(name, []) for name in RECORDED.findall("".join(cell["source"]))]
+        names = next((names for names in drawn if len(names) == pictures), None)
+        cells.append(below_caption(cell, f"fig-subcap: {json.dumps(names)}") if names and pictures > 1 else cell)
     return {**nb, "cells": cells}
 
 
@@ -232,7 +257,7 @@ def as_lines(nb: dict) -> dict:
 
 
 def filtered(nb: dict) -> dict:
-    return as_lines(clean(with_alt_texts(with_solutions(with_facts(with_terms(nb))))))
+    return as_lines(clean(with_machines(with_alt_texts(with_solutions(with_facts(with_terms(nb)))))))
 
 
 if __name__ == "__main__":
