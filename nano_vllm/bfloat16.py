@@ -50,9 +50,9 @@ BFLOAT16_PRODUCT = r"""
 constexpr int64_t PIECE = 512;   // rows at a time: no more are held rounded
 #if defined(__AVX512BF16__) && !WIDEN
 struct Rows {
-  std::unique_ptr<Pair[]> rounded;
+  std::unique_ptr<Pair[]> rounded;    // with room that a tile may read beyond the last
   Rows(const float* x, int64_t rows, int64_t inputs)
-      : rounded(new Pair[rows * inputs / 2]) {
+      : rounded(new Pair[(rows + ROWS) * inputs / 2]) {
     #pragma omp parallel for if (rows > 3)
     for (int64_t row = 0; row < rows; row++)
       for (int64_t i = row * inputs; i < (row + 1) * inputs; i += LANES)
@@ -82,17 +82,18 @@ extern "C" void product(const Matrix* m, const float* x, const float* bias, floa
 TILE_REGISTERS = r"""
 #include <immintrin.h>
 constexpr int ROWS = 32, WIDE = 3;    // sums in 6 of the 8 registers
-// bytes of a row, and rows of each register: `height`, but 16 in the last one
-struct alignas(64) Shape {
+struct alignas(64) Shape {            // of each register: 16 rows of 64 bytes
   uint8_t palette = 1, unused[15] = {};
-  uint16_t bytes[16] = {};
-  uint8_t rows[16] = {};
-  constexpr Shape(int height) {
-    for (int i = 0; i < 8; i++) bytes[i] = 64, rows[i] = i < 7 ? height : 16;
-  }
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+struct Unit {                         // has its registers as long as it lives
+  Unit() { static constexpr Shape shape{}; _tile_loadconfig(&shape); }
+  ~Unit() { _tile_release(); }
 };
 // what was written so far is in memory, before registers are loaded from there
 static inline void settle() { asm volatile("" ::: "memory"); }
+#define CLEAR(a, b, c) _tile_zero(a); _tile_zero(b); _tile_zero(c);
 // sums in a, b and c += 16 words of rows, from x on, times those of 48 outputs
 #define ADD_ROWS(a, b, c, x)                     \
   _tile_loadd(6, x, 4 * inputs);                 \
@@ -106,20 +107,17 @@ static inline void settle() { asm volatile("" ::: "memory"); }
 template <int R, class X, class W, class V>
 static void tile(const X* x, const W* w, const W* ahead, int64_t inputs,
                  V sum[ROWS][WIDE]) {
-  constexpr int HEIGHT = R > 16 ? (R + 1) / 2 : R, SECOND = R - HEIGHT;
-  static constexpr Shape shape(HEIGHT);
   settle();
-  _tile_loadconfig(&shape);           // all sums are 0 now
+  CLEAR(0, 1, 2) CLEAR(3, 4, 5)
   bool asked = ahead != w;
   for (int64_t i = 0; i < inputs; i += 16, w += 16 * WIDE) {
     if (asked)
       for (int k = 0; k < 16; k++) __builtin_prefetch(ahead + i + k, 0, 2);
     ADD_ROWS(0, 1, 2, x + i)
-    if (R > 16) { ADD_ROWS(3, 4, 5, x + SECOND * inputs + i) }
+    if (R > 16) { ADD_ROWS(3, 4, 5, x + 16 * inputs + i) }
   }
   STORE(0, 1, 2, sum[0])
-  if (R > 16) { STORE(3, 4, 5, sum[SECOND]) }
-  _tile_release();
+  if (R > 16) { STORE(3, 4, 5, sum[16]) }
 }
 """
 

@@ -180,7 +180,7 @@ static void add_values(int rows, const Tile& t, int n, float* sum) {
 """
 
 # %% ../nbs/26_cpu_attention.ipynb #fe6f8974
-REGISTER_STEP = "constexpr int KEYS = 64, MOST_ROWS = 512;"
+REGISTER_STEP = "constexpr int KEYS = 64, MOST_ROWS = 1024;"
 
 
 REGISTER_PRODUCTS = r"""
@@ -188,9 +188,7 @@ REGISTER_PRODUCTS = r"""
 template <int DEPTH, int COLUMNS>
 static void add_product(const Word* a, const Word* b, float* sum) {
   static_assert(ROWS == 32 && DEPTH % 16 == 0 && COLUMNS % 16 == 0);
-  static constexpr Shape shape(16);
   settle();
-  _tile_loadconfig(&shape);
   const Word* below = a + 16 * DEPTH;              // the lower 16 rows
   float* sum_below = sum + 16 * COLUMNS;
   for (int i = 0; i < DEPTH; i += 32, a += 32, below += 32, b += 32 * COLUMNS) {
@@ -214,7 +212,6 @@ static void add_product(const Word* a, const Word* b, float* sum) {
       _tile_stored(1, sum_below + c, 4 * COLUMNS);
     }
   }
-  _tile_release();
 }
 static void multiply_keys(int, const Tile& t, const Word* q,
                           floats scores[ROWS][ACROSS]) {
@@ -233,6 +230,7 @@ static void attend_tile(Tile& t, const Queries* s, int64_t begin, int64_t end,
                         const float* q, const T* keys, const T* values, int64_t head,
                         float scale, float* out) {
   int rows = (end - begin) * GROUP;
+  Unit unit;
   take_queries(t, s, begin, end, q, head, scale);
   const int64_t* table = s->block_tables + s->table_rows[begin] * s->stride;
   for (int64_t first = t.start[0]; first < t.end[rows - 1]; first += KEYS) {

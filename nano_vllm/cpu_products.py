@@ -38,6 +38,8 @@ constexpr int ROWS = 8, WIDE = 3;   // sums in 24 of the 32 registers of AVX-512
 #else
 constexpr int ROWS = 6, WIDE = 16 / LANES;   // in 12 of AVX2's 16, in 24 of NEON's 32
 #endif
+// what multiplies, in each thread: vectors are always ready
+struct Unit { Unit() {} };
 // sum (R, outputs): R rows of x times the outputs of a tile, for x (R, inputs) and
 // w (inputs, outputs);
 // meanwhile, what lies `ahead` is fetched into the second cache, a line for each input
@@ -72,18 +74,22 @@ static void multiply(const X* x, const W* packed, int64_t rows, int64_t inputs,
                      int64_t outputs, Write write) {
   int64_t parts = std::max<int64_t>(1, (rows + ROWS - 1) / ROWS);
   int64_t most = (rows + parts - 1) / parts;
-  #pragma omp parallel for schedule(static)
-  for (int64_t out = 0; out < outputs; out += LANES * WIDE)
-    for (int64_t row = 0; row < rows; row += most) {
-      V sum[ROWS][WIDE];
-      int64_t n = std::min(most, rows - row), part = row / most;
-      const W *w = packed + out * inputs / LANES, *ahead = w;
-      if (parts > 1 && part < WIDE) ahead += (WIDE + part) * inputs;
-      tiles<ROWS>(n, x + row * inputs, w, ahead, inputs, sum);
-      for (int r = 0; r < n; r++)
-        for (int j = 0; j < WIDE && out + LANES * j < outputs; j++)
-          write(row + r, out + LANES * j, sum[r][j]);
-    }
+  #pragma omp parallel
+  {
+    Unit unit;
+    #pragma omp for schedule(static) nowait
+    for (int64_t out = 0; out < outputs; out += LANES * WIDE)
+      for (int64_t row = 0; row < rows; row += most) {
+        V sum[ROWS][WIDE];
+        int64_t n = std::min(most, rows - row), part = row / most;
+        const W *w = packed + out * inputs / LANES, *ahead = w;
+        if (parts > 1 && part < WIDE) ahead += (WIDE + part) * inputs;
+        tiles<ROWS>(n, x + row * inputs, w, ahead, inputs, sum);
+        for (int r = 0; r < n; r++)
+          for (int j = 0; j < WIDE && out + LANES * j < outputs; j++)
+            write(row + r, out + LANES * j, sum[r][j]);
+      }
+  }
 }
 """
 

@@ -189,7 +189,7 @@ INT8_PRODUCT = r"""
 constexpr int64_t PIECE = 512;   // rows at a time, which stay in a core's cache
 extern "C" void product(const Matrix* m, const float* x, const float* bias, float* y,
                         int64_t rows) {
-  std::unique_ptr<int8_t[]> q(new int8_t[std::min(rows, PIECE) * N]);
+  std::unique_ptr<int8_t[]> q(new int8_t[(std::min(rows, PIECE) + ROWS) * N]);
   std::unique_ptr<float[]> scales(new float[std::min(rows, PIECE)]);
   for (; rows > 0; rows -= PIECE, x += PIECE * N, y += PIECE * m->outputs) {
     int64_t n = std::min(rows, PIECE);
