@@ -127,14 +127,17 @@ def machines(folder: Path = ROOT/"results") -> dict[str, list[str]]:
     return found
 
 
+def num_pictures(cell: dict) -> int:
+    return sum(any(kind.startswith("image/") for kind in output.get("data", ())) for output in cell["outputs"])
+
+
 def with_machines(nb: dict) -> dict:
     "The notebook `nb`, in which a cell that draws a picture for each machine has their names below the pictures."
     cells = []
     for cell in nb["cells"]:
-        pictures = sum(any(kind.startswith("image/") for kind in output.get("data", ())) for output in cell.get("outputs", ()))
-        drawn = [machines().get(name, []) for name in RECORDED.findall("".join(cell["source"]))]
-        names = next((names for names in drawn if len(names) == pictures), None)
-        cells.append(below_caption(cell, f"fig-subcap: {json.dumps(names)}") if names and pictures > 1 else cell)
+        drawn = [machines().get(name, []) for name in RECORDED.findall(text_of(cell))] if cell["cell_type"] == "code" else []
+        names = next((names for names in drawn if len(names) == num_pictures(cell) > 1), None)
+        cells.append(below_caption(cell, f"fig-subcap: {json.dumps(names)}") if names else cell)
     return {**nb, "cells": cells}
 
 
