@@ -65,7 +65,7 @@ constexpr int ACROSS = KEYS / LANES, LINES = KEYS / PER;   // vectors and words 
 struct Tile {
   alignas(64) Word q[MOST * GROUP + ROWS][HEAD_DIM / PER], k[HEAD_DIM / PER][KEYS];
   alignas(64) Word v[LINES][HEAD_DIM], weights[ROWS][LINES];
-  float sum[MOST * GROUP + ROWS][HEAD_DIM], best[MOST * GROUP];
+  float sum[MOST * GROUP + ROWS][HEAD_DIM], limit[MOST * GROUP];
   floats mass[MOST * GROUP];                  // lane by lane
   int64_t start[MOST * GROUP], end[MOST * GROUP];   // of what a row sees
 };
@@ -82,7 +82,7 @@ static void take_queries(Tile& t, const Queries* s, int64_t begin, int64_t end,
     for (int d = 0; d < HEAD_DIM; d += LANES)
       store(scale * *(const floats*)(x + d), t.q[r] + d / PER);
     std::fill_n(t.sum[r], HEAD_DIM, 0.f);
-    t.best[r] = -INFINITY, t.mass[r] = floats{};
+    t.limit[r] = -INFINITY, t.mass[r] = floats{};
     t.start[r] = s->starts[i], t.end[r] = s->ends[i];
   }
 }
@@ -134,19 +134,20 @@ static inline void hide(const Tile& t, int row, int64_t first, floats* scores) {
 
 # %% ../nbs/26_cpu_attention.ipynb #ce75dc77
 WEIGH = r"""
-// a row's scores become weights; for a new best score, what it has is scaled
+constexpr float MARGIN = 8;
+// a row's scores become weights; for one above its limit, what it has is scaled
 static inline void weigh(Tile& t, int row, const floats* scores, Word* weights) {
   floats most = scores[0];
   for (int j = 1; j < ACROSS; j++) most = scores[j] > most ? scores[j] : most;
-  float old = t.best[row], best = std::max(old, max_lane(most));
-  if (best > old) {
-    float keep = expf(old - best);
-    t.best[row] = best, t.mass[row] *= keep;
+  float limit = t.limit[row], best = max_lane(most);
+  if (best > limit) {
+    float keep = expf(limit - (best + MARGIN));
+    t.limit[row] = limit = best + MARGIN, t.mass[row] *= keep;
     for (int i = 0; i < HEAD_DIM; i += LANES) *(floats*)(t.sum[row] + i) *= keep;
   }
   floats mass = {};
   for (int j = 0; j < ACROSS; j++) {
-    floats w = best == -INFINITY ? floats{} : exps(scores[j] - best);
+    floats w = limit == -INFINITY ? floats{} : exps(scores[j] - limit);
     store(w, weights + j * LANES / PER);
     mass += w;
   }
