@@ -66,7 +66,7 @@ def test_long_pieces_in_a_poisoned_cache(seed, sizes, size, window, dtype, data)
     cache.flatten(2, 3)[0, :, used] = torch.from_numpy(rng.standard_normal((2, len(used), kv_heads, dim), dtype=np.float32))
     cache, q = cache.to(dtype), torch.from_numpy(rng.standard_normal((sum(new_tokens), heads, dim), dtype=np.float32))
     q, scale, pairs = q * dim**-0.5, 0.5, dtype == torch.bfloat16 and has_pairs()
-    rows = 512 if in_registers(dim, 8 * dtype.itemsize) else 256
+    rows = 1024 if in_registers(dim, 8 * dtype.itemsize) else 256
     rounded = torch.tensor(in_tiles(new_tokens, heads // kv_heads, rows))[:, None, None] & pairs
     expected = TorchAttention(batch, cache, scale, window)(torch.where(rounded, q.bfloat16().float(), q), 0)
     out = TiledAttention(batch, cache, scale, window)(q, 0)
@@ -100,6 +100,20 @@ def test_scores_of_any_size():
     torch.testing.assert_close(out, expected, atol=1e-3, rtol=1e-4)
     mean = TiledAttention(batch, cache, 1.0)(torch.zeros_like(q), 0)
     torch.testing.assert_close(mean, ReferenceAttention(batch, cache, 1.0)(torch.zeros_like(q), 0), atol=1e-3, rtol=1e-4)
+
+
+@compiled
+@pytest.mark.parametrize("climb", [-1, 0.01, 1, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_limit_that_is_set_once_or_at_every_step(climb, dtype):
+    "Scores that fall, or climb by little or much from key to key: what a row has so far is scaled, or its limit is still high enough."
+    batch, used, blocks = long_batch(np.random.default_rng(3), [250], [250], 16)
+    cache, q = torch.randn(1, 2, blocks, 16, 1, 32), torch.zeros(250, 1, 32)
+    cache.flatten(2, 3)[0, 0, used, 0, 0] = climb * torch.arange(250.)
+    q[:, :, 0] = 1
+    cache = cache.to(dtype)
+    expected, out = (kind(batch, cache, 1.0)(q, 0) for kind in (ReferenceAttention, TiledAttention))
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 2**-6)
 
 
 def test_what_is_chosen(monkeypatch):
