@@ -11,6 +11,8 @@ import edition
 import quarto_filter
 import write_pages
 from book import ROOT, chapters, quarto
+from nano_vllm.pooling import NOT_FOR_VECTORS
+from nano_vllm.sampling_params import ACCEPTED, REFUSED
 from nano_vllm.workbench import recorded
 
 CHAPTERS = chapters()
@@ -144,7 +146,9 @@ def test_the_interface_lists_every_public_name():
 def test_the_interface_says_what_every_field_means():
     rows = re.findall(r"^\| `(\w+)` .*\| (.*?) \|$", write_pages.api(), re.M)
     assert len(rows) > 100 and all(meaning for _, meaning in rows)
-    assert dict(rows)["top_p"] == "the best, up to this probability"
+    meanings = dict(rows)
+    assert meanings["top_p"] == "the best, up to this probability"
+    assert {meanings[name] for name in REFUSED | NOT_FOR_VECTORS} == {"refused"} and {meanings[name] for name in ACCEPTED} == {"no effect"}
 
 
 def test_the_home_page_has_what_sells_the_book():

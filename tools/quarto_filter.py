@@ -102,26 +102,25 @@ def with_solutions(nb: dict, folder: Path = FOLDER) -> dict:
     return {**nb, "cells": cells}
 
 
-def below_caption(cell: dict, option: str) -> dict:
-    "The figure's cell with one more option, where it has none of that name."
+def below_caption(cell: dict, name: str, value: str | None = None) -> dict:
+    "The figure's cell with the option `name`, unless it has one; without a `value` it is the caption."
     text = "".join(cell["source"])
-    caption = re.search(r"^#\| fig-cap: .*\n", text, re.M)
-    if not caption or f"#| {option.partition(':')[0]}:" in text: return cell
-    text = text.replace(caption[0], f"{caption[0]}#| {option}\n")
+    caption = re.search(r"^#\| fig-cap: (.*)\n", text, re.M)
+    if not caption or f"#| {name}:" in text: return cell
+    text = text.replace(caption[0], f"{caption[0]}#| {name}: {value or caption[1]}\n")
     return {**cell, "source": text if isinstance(cell["source"], str) else text.splitlines(keepends=True)}
 
 
 def with_alt_texts(nb: dict) -> dict:
     "The notebook `nb` in which each figure has a text for those who cannot see it."
-    captions = [re.search(r"^#\| fig-cap: (.*)\n", "".join(cell["source"]), re.M) for cell in nb["cells"]]
-    return {**nb, "cells": [below_caption(cell, f"fig-alt: {caption[1]}") if caption else cell for cell, caption in zip(nb["cells"], captions)]}
+    return {**nb, "cells": [below_caption(cell, "fig-alt") for cell in nb["cells"]]}
 
 
 @functools.cache
-def machines(folder: Path = ROOT/"results") -> dict[str, list[str]]:
+def machines() -> dict[str, list[str]]:
     "{benchmark: the machines that it was measured on}, in the order in which chapters get them."
     found = {}
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted((ROOT/"results").glob("*.json")):
         entry = json.loads(path.read_text(encoding="utf-8"))
         found.setdefault(entry["benchmark"], []).append(entry["machine"]["name"])
     return found
@@ -137,7 +136,7 @@ def with_machines(nb: dict) -> dict:
     for cell in nb["cells"]:
         drawn = [machines().get(name, []) for name in RECORDED.findall(text_of(cell))] if cell["cell_type"] == "code" else []
         names = next((names for names in drawn if len(names) == num_pictures(cell) > 1), None)
-        cells.append(below_caption(cell, f"fig-subcap: {json.dumps(names)}") if names else cell)
+        cells.append(below_caption(cell, "fig-subcap", json.dumps(names)) if names else cell)
     return {**nb, "cells": cells}
 
 
